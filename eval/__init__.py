@@ -1,0 +1,1 @@
+"""Measuring: speed, quality, reports. Uses only the public API of diffpatch."""

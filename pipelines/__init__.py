@@ -1,0 +1,1 @@
+"""What diffpatch knows about models: families, loading, the built-in demo pipeline."""
