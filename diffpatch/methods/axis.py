@@ -1,0 +1,100 @@
+"""Rules along one axis as boolean masks [query, key], and sizes as users write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from diffpatch.errors import BadParameter
+
+# A size along an axis: an int in tokens, a float as a fraction of the axis, -1 for the whole axis.
+Size = int | float
+
+
+def triple(value: Size | Sequence[Size]) -> tuple[Size, Size, Size]:
+    """One size for all axes, or one for each of (time, height, width)."""
+    if isinstance(value, int | float):
+        return value, value, value
+    if len(value) != 3:
+        raise BadParameter(f"{value!r} must be one number or three: (time, height, width)")
+    t, h, w = value
+    return t, h, w
+
+
+def each(values: Iterable[int]) -> tuple[int, int, int]:
+    """Exactly three values, one an axis."""
+    t, h, w = values
+    return t, h, w
+
+
+def resolve(size: Size, length: int, what: str) -> int:
+    """Tokens along an axis of `length` that a size means.
+
+    Raises:
+        BadParameter: the size exceeds the axis or is not positive.
+    """
+    if size == -1:
+        return length
+    if isinstance(size, float):
+        if not 0 < size <= 1:
+            raise BadParameter(
+                f"{what}={size} as a fraction must be in (0, 1]; write an int for tokens"
+            )
+        return max(1, round(size * length))
+    if not 1 <= size <= length:
+        raise BadParameter(
+            f"{what}={size} must be between 1 and the axis length {length};"
+            " use -1 for the whole axis or a fraction such as 0.5"
+        )
+    return size
+
+
+def neighborhood(
+    length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False
+) -> torch.Tensor:
+    """Generalized Neighborhood Attention along one axis, exactly (arXiv 2504.16922).
+
+    Positions fall into `dilation` interleaved groups that do not see each other. Within a group,
+    queries of one stride share the window of their leader; windows are shifted inwards at the
+    edges, so that every query sees exactly `window` keys (fewer on a causal axis).
+
+    Returns:
+        bool (length, length), [query, key].
+    """
+    if window * dilation > length:
+        raise BadParameter(
+            f"window {window} × dilation {dilation} exceeds the axis length {length}"
+        )
+    if not 1 <= stride <= window:
+        raise BadParameter(f"stride={stride} must be between 1 and the window {window}")
+    position = torch.arange(length)
+    group, index = position % dilation, position // dilation
+    size = (length - group + dilation - 1) // dilation  # tokens in the group of each position
+    if causal:
+        leader = torch.minimum(index // stride * stride + stride - 1, size - 1)
+        start = (leader - window + 1).clamp(min=0)
+        end = torch.minimum(index + 1, size)
+    else:
+        leader = torch.minimum(index // stride * stride + stride // 2, size - 1)
+        left = window // 2
+        right = left + window % 2 - 1
+        start = (leader - left).clamp(min=0)
+        start = start - (leader + right - size + 1).clamp(min=0)
+        end = start + window
+    same = group[:, None] == group[None, :]
+    return same & (index[None, :] >= start[:, None]) & (index[None, :] < end[:, None])
+
+
+def partition(borders: Sequence[int]) -> torch.Tensor:
+    """Pairs of positions between the same two borders: bool (length, length)."""
+    position = torch.arange(borders[-1])
+    part = torch.bucketize(position, torch.tensor(borders[1:-1]), right=True)
+    return part[:, None] == part[None, :]
+
+
+def divisor_near(value: int, target: float) -> int:
+    """The divisor of `value` whose ratio to `target` is closest to 1."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / target)))

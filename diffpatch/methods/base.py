@@ -1,0 +1,113 @@
+"""What a method is, and the registry of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from diffpatch.errors import BadParameter, UnknownMethod, choices
+from diffpatch.grid import TokenGrid
+from diffpatch.pattern import BlockPattern
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to attend to less. Subclasses are frozen dataclasses; their fields are the parameters.
+
+    A static method overrides `pattern`; one whose pattern changes with the layer or the denoising
+    step also overrides `variant`, which says what of the two the pattern really depends on, so that
+    patterns can be cached.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("video", "image")  # what it makes sense for
+    # What patch() uses when the caller and the family say nothing: the policy of the source.
+    default_dense_steps: ClassVar[int | float] = 0
+    default_dense_layers: ClassVar[int | float] = 0
+
+    def variant(self, layer: int, step: int) -> Hashable:
+        """What the pattern depends on besides the grid; equal variants share one pattern."""
+        return None
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        """The pattern on a grid, for one of the values that `variant` returns."""
+        raise TypeError(f"{type(self).__name__} does not define a pattern")
+
+    def check(self, condition: bool, parameter: str, expected: str) -> None:
+        """Raise BadParameter naming the parameter, its value and what was expected."""
+        if not condition:
+            value = getattr(self, parameter)
+            raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
+
+
+def param(default: Any, help: str) -> Any:
+    """A dataclass field of a method: its default and one line of help for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A registered method, as listed by `diffpatch.methods()`.
+
+    Attributes:
+        name: what patch() and the command line call it.
+        summary: one line.
+        source: the paper or code it follows.
+        parameters: name -> (type as written, default, help).
+        cls: the frozen dataclass.
+    """
+
+    name: str
+    summary: str
+    source: str
+    parameters: dict[str, tuple[str, Any, str]]
+    cls: type[Method]
+
+
+_REGISTRY: dict[str, type[Method]] = {}  # filled at import by register(), constant afterwards
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known by its `name`."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All methods by name, with their parameters and sources."""
+    out = {}
+    for name, cls in _REGISTRY.items():
+        parameters = {
+            f.name: (str(f.type), f.default, f.metadata.get("help", ""))
+            for f in dataclasses.fields(cls)
+        }
+        out[name] = MethodInfo(name, cls.summary, cls.source, parameters, cls)
+    return out
+
+
+def make_method(method: str | Method, **params: Any) -> Method:
+    """A method object from its name and parameters; an object passes through unless changed.
+
+    Raises:
+        UnknownMethod: no method has that name.
+        BadParameter: the method has no such parameter, or its value cannot work.
+    """
+    if isinstance(method, Method):
+        cls: type[Method] = type(method)
+    else:
+        if method not in _REGISTRY:
+            raise UnknownMethod(f"unknown method {method!r}: {choices(method, _REGISTRY)}")
+        cls = _REGISTRY[method]
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in params:
+        if name not in known:
+            raise BadParameter(f"{cls.name} has no parameter {name!r}: {choices(name, known)}")
+    if isinstance(method, Method):
+        return dataclasses.replace(method, **params)
+    return cls(**params)

@@ -1,0 +1,233 @@
+"""Patterns: which key tiles each query tile visits, and which elements of the partial ones count.
+
+Two builders cover every static method: `from_tiles` keeps or drops whole tiles, `from_axes` keeps a
+pair of tokens if a boolean rule holds on each axis. Both cost tiles times tiles, never tokens
+squared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.grid import TokenGrid
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.tiles import Tiling
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """The pattern of one method on one grid.
+
+    Attributes:
+        grid: the grid it was made for.
+        blocks: the tensors a kernel reads.
+        kept: query-key pairs computed, as a fraction of all pairs; text included, mean over heads.
+    """
+
+    grid: TokenGrid
+    blocks: BlockIndex
+    kept: float
+    _moved: dict[torch.device, BlockIndex] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> BlockIndex:
+        """The blocks on a device, copied there once."""
+        if device not in self._moved:
+            self._moved[device] = self.blocks.to(device)
+        return self._moved[device]
+
+    def dense(self) -> torch.Tensor:
+        """bool (P, S, S): the pattern as a dense mask in sequence order. For tests and small S."""
+        from diffpatch.kernels.block_sparse_reference import dense_mask
+
+        return dense_mask(self.blocks)
+
+    def tile_map(self) -> torch.Tensor:
+        """float (P, N, N): the kept fraction of every pair of tiles."""
+        b = self.blocks
+        out = torch.zeros(b.num_patterns * b.num_tiles, b.num_tiles)
+        rows = torch.repeat_interleave(torch.arange(out.shape[0]), b.row_ptr.diff())
+        sizes = b.starts.diff().float()
+        share = torch.ones(b.cols.shape[0])
+        partial = b.mask_ids >= 0
+        area = sizes[rows % b.num_tiles] * sizes[b.cols.long()]
+        share[partial] = b.masks.sum((1, 2)).float()[b.mask_ids[partial].long()] / area[partial]
+        out[rows, b.cols.long()] = share
+        return out.view(b.num_patterns, b.num_tiles, b.num_tiles)
+
+    def draw(self, size: int = 512, pattern: int = 0) -> Image.Image:
+        """A picture of the tile map: rows are query tiles, columns key tiles, white is kept."""
+        from PIL import Image
+
+        grey = (self.tile_map()[pattern] * 255).round().to(torch.uint8)
+        picture = Image.fromarray(grey.numpy())
+        scale = max(1, size // grey.shape[0])
+        return picture.resize((grey.shape[0] * scale,) * 2, Image.Resampling.NEAREST)
+
+
+def from_tiles(grid: TokenGrid, tiling: Tiling, keep: torch.Tensor) -> BlockPattern:
+    """A pattern of whole tiles.
+
+    Args:
+        grid: the grid; may differ from ``tiling.grid`` in shape but not in its token counts (raster
+            blocks are a tiling of the same tokens seen as one line).
+        tiling: how the tokens are cut.
+        keep: bool (V, V) or (P, V, V) over visual tiles, [query tile, key tile].
+    """
+    keep = keep if keep.ndim == 3 else keep[None]
+    none = torch.zeros(0, tiling.max_tokens, tiling.max_tokens, dtype=torch.bool)
+    return _assemble(grid, tiling, keep, torch.full_like(keep, -1, dtype=torch.int32), none)
+
+
+def from_axes(
+    grid: TokenGrid,
+    tiling: Tiling,
+    rules: Sequence[Sequence[torch.Tensor]],
+    head_pattern: Sequence[int] | None = None,
+) -> BlockPattern:
+    """A pattern that keeps a pair of tokens if a rule holds on every axis.
+
+    Args:
+        grid: the grid.
+        tiling: a tiling of it.
+        rules: for each pattern the three masks of (time, height, width), each bool (L, L) with
+            [query position, key position] along that axis.
+        head_pattern: the pattern of each head, where there are several.
+    """
+    size = tiling.max_tokens
+    tables = [_AxisTable(tiling, axes) for axes in rules]
+    keep = torch.stack([t.any for t in tables])
+    # Each pattern numbers its masks from 0; together they are numbered in order of the patterns.
+    ids, masks, seen = [], [], 0
+    for table in tables:
+        mask_ids, own = table.masks(size)
+        ids.append(torch.where(mask_ids >= 0, mask_ids + seen, mask_ids))
+        masks.append(own)
+        seen += own.shape[0]
+    return _assemble(grid, tiling, keep, torch.stack(ids).int(), torch.cat(masks), head_pattern)
+
+
+class _AxisTable:
+    """The tile-level view of three axis rules: what is empty, what is full, which masks differ."""
+
+    def __init__(self, tiling: Tiling, axes: Sequence[torch.Tensor]) -> None:
+        self.cuts = tiling.cuts
+        self.axes = [_cut_axis(rule, cuts) for rule, cuts in zip(axes, tiling.cuts, strict=True)]
+        self.any = _outer([a.any for a in self.axes])
+        self.full = _outer([a.full for a in self.axes])
+
+    def masks(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids int64 (V, V), -1 where a tile is full or empty; masks bool (M, size, size))."""
+        partial = self.any & ~self.full
+        query, key = partial.nonzero(as_tuple=True)
+        counts = [a.any.shape[0] for a in self.axes]
+        q, k = _unravel(query, counts), _unravel(key, counts)
+        kinds = torch.stack([a.kind[i, j] for a, i, j in zip(self.axes, q, k, strict=True)], 1)
+        unique, inverse = torch.unique(kinds, dim=0, return_inverse=True)
+        ids = torch.full(partial.shape, -1)
+        ids[query, key] = inverse
+        out = torch.zeros(len(unique), size, size, dtype=torch.bool)
+        for mask, (t, h, w) in zip(out, unique.tolist(), strict=True):
+            kron = self.axes[0].blocks[t]
+            for block in (self.axes[1].blocks[h], self.axes[2].blocks[w]):
+                kron = torch.kron(kron, block)
+            mask[: kron.shape[0], : kron.shape[1]] = kron.bool()
+        return ids, out
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    any: torch.Tensor  # bool (n, n): some pair of the two tiles is kept
+    full: torch.Tensor  # bool (n, n): every pair is kept
+    kind: torch.Tensor  # int64 (n, n): number of the distinct block
+    blocks: list[torch.Tensor]  # the distinct blocks, uint8 (query size, key size)
+
+
+def _cut_axis(rule: torch.Tensor, cuts: Sequence[int]) -> _Axis:
+    """Cut one axis rule into blocks and number the distinct ones."""
+    sizes = torch.tensor(cuts).diff()
+    n, t = len(sizes), int(sizes.max())
+    inside = torch.arange(t) < sizes[:, None]  # (n, t)
+    index = (torch.tensor(cuts[:-1])[:, None] + torch.arange(t)).clamp(max=rule.shape[0] - 1)
+    valid = inside[:, None, :, None] & inside[None, :, None, :]  # (n, n, t, t)
+    block = rule[index[:, None, :, None], index[None, :, None, :]]
+    # The sizes are part of the identity: blocks of different shape must not share a number.
+    shape = torch.stack([sizes[:, None].expand(n, n), sizes[None, :].expand(n, n)], -1)
+    key = torch.cat([shape.reshape(n * n, 2), (block & valid).reshape(n * n, t * t).long()], 1)
+    unique, kind = torch.unique(key, dim=0, return_inverse=True)
+    blocks = [row[2:].view(t, t)[: row[0], : row[1]].to(torch.uint8) for row in unique]
+    return _Axis(
+        any=(block & valid).flatten(2).any(-1),
+        full=(block | ~valid).flatten(2).all(-1),
+        kind=kind.view(n, n),
+        blocks=blocks,
+    )
+
+
+def _outer(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Boolean Kronecker product of three (n, n) matrices: (V, V) over tiles in tile order."""
+    t, h, w = parts
+    both = t[:, None, None, :, None, None] & h[None, :, None, None, :, None]
+    both = both & w[None, None, :, None, None, :]
+    return both.reshape(math.prod(both.shape[:3]), -1)
+
+
+def _unravel(index: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    _, h, w = counts
+    return index // (h * w), index // w % h, index % w
+
+
+def _assemble(
+    grid: TokenGrid,
+    tiling: Tiling,
+    keep: torch.Tensor,
+    mask_ids: torch.Tensor,
+    masks: torch.Tensor,
+    head_pattern: Sequence[int] | None = None,
+) -> BlockPattern:
+    """Add the text tiles, which see and are seen by everything, and write the key lists."""
+    patterns, visual = keep.shape[:2]
+    if visual != tiling.num_visual or tiling.grid.num_tokens != grid.num_tokens:
+        raise BadParameter(
+            f"a pattern over {visual} tiles does not fit {tiling.num_visual} of {grid}"
+        )
+    before, after = (len(s) for s in tiling.text_sizes)
+    total = before + visual + after
+    kept = torch.ones(patterns, total, total, dtype=torch.bool)
+    ids = torch.full((patterns, total, total), -1, dtype=torch.int32)
+    inner = slice(before, before + visual)
+    kept[:, inner, inner], ids[:, inner, inner] = keep, mask_ids
+    kept, ids = kept.view(-1, total), ids.view(-1, total)
+    row, col = kept.nonzero(as_tuple=True)
+    mask_id = ids[row, col]
+    # Full tiles first within each row, each half ascending: one stable sort by (row, is partial).
+    by_row = (row * 2 + (mask_id >= 0)).argsort(stable=True)
+    lengths = kept.sum(1)
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    partial = (kept & (ids >= 0)).sum(1)
+    sizes = tiling.sizes
+    area = sizes[row % total] * sizes[col]
+    inside = mask_id >= 0
+    area[inside] = masks.sum((1, 2))[mask_id[inside].long()]
+    pairs = torch.zeros(patterns, dtype=torch.int64).index_add_(0, row // total, area)
+    heads = torch.tensor(range(patterns) if head_pattern is None else head_pattern)
+    blocks = BlockIndex(
+        order=tiling.order(),
+        starts=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int(),
+        row_ptr=row_ptr.int(),
+        full_end=(row_ptr[1:] - partial).int(),
+        cols=col[by_row].int(),
+        mask_ids=mask_id[by_row].int(),
+        masks=masks,
+        head_pattern=None if head_pattern is None else heads.int(),
+    )
+    fraction = int(pairs[heads].sum()) / (len(heads) * grid.num_tokens**2)
+    return BlockPattern(grid, blocks, fraction)
