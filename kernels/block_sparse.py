@@ -1,0 +1,148 @@
+"""Block-sparse attention: one function, three backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from diffpatch.kernels import block_sparse_reference, block_sparse_torch
+from diffpatch.kernels.blocks import BlockIndex
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention that computes only the query-key pairs a block index keeps.
+
+    The softmax is kept in fp32, results are the same in every run, and queries that see no key
+    give 0.
+
+    Args:
+        q: (B, S, H, D), fp32, bf16 or fp16 (torch and reference also fp64), any strides.
+        k: (B, S, K, D) like q, where K divides H: query head h reads key head ``h * K // H``.
+        v: (B, S, K, D) like k.
+        blocks: which pairs to keep, on the device of q.
+        scale: the factor on q·k; None means 1 / sqrt(D).
+        key_mask: bool (B, S), True where a key may be attended to; None allows all.
+        return_lse: whether to return the log-sum-exp of each query's scores as well.
+        backend: "triton", "torch", "reference", or "auto": triton where it can, else torch.
+
+    Returns:
+        The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,
+        fp32 (fp64 for fp64) (B, S, H), -inf for queries that see no key.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    _check_tensors(q, k, v)
+    _check_blocks(q, blocks, key_mask)
+    attend = _attend_with(_choose(q, k, v, blocks, backend))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str | None:
+    """Why a backend cannot attend with these queries, so that a caller can fall back and say so.
+
+    Args:
+        q: the queries, (B, S, H, D).
+        blocks: which pairs to keep.
+        backend: one of `BACKENDS`; "auto" always finds one.
+
+    Returns:
+        The reason in words, or None if the backend can.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    if backend != "triton":
+        return None
+    if not find_spec("triton"):
+        return "triton is not installed"
+    if q.device.type == "cpu":
+        return "triton needs a GPU and q is on the cpu"
+    from diffpatch.kernels import block_sparse_triton
+
+    return block_sparse_triton.unsupported_reason(q, blocks)
+
+
+def _choose(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
+) -> str:
+    reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if reason is None and backend in ("auto", "triton") and needs_grad:
+        reason = "the triton backend has no backward pass"
+    if backend == "auto":
+        return "torch" if reason else "triton"
+    if reason:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
+    return backend
+
+
+def _attend_with(backend: str) -> Attend:
+    if backend == "triton":
+        from diffpatch.kernels import block_sparse_triton
+
+        return block_sparse_triton.attend
+    return {"torch": block_sparse_torch.attend, "reference": block_sparse_reference.attend}[backend]
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, expected (batch, tokens, heads, head size)."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+    batch, tokens, heads, size = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}.")
+        fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[3] == size
+        if not fits or x.shape[2] == 0 or heads % x.shape[2] or x.shape != k.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected ({batch}, {tokens}, K, {size}) "
+                f"like q {tuple(q.shape)}, with one K for k and v that divides {heads}."
+            )
+
+
+def _check_blocks(q: torch.Tensor, blocks: BlockIndex, key_mask: torch.Tensor | None) -> None:
+    batch, tokens, heads, _ = q.shape
+    if blocks.device != q.device:
+        raise ValueError(f"blocks is on {blocks.device} but q on {q.device}; move it with .to().")
+    blocks.validate()
+    if blocks.num_tokens != tokens:
+        raise ValueError(f"blocks covers {blocks.num_tokens} tokens but q has {tokens}.")
+    if blocks.head_pattern is not None and blocks.head_pattern.shape[0] != heads:
+        raise ValueError(
+            f"blocks.head_pattern names {blocks.head_pattern.shape[0]} heads but q has {heads}."
+        )
+    if key_mask is None:
+        return
+    if key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, "
+            f"expected bool ({batch}, {tokens}), True where a key may be attended to."
+        )
+    if key_mask.device != q.device:
+        raise ValueError(f"key_mask is on {key_mask.device} but q on {q.device}.")
