@@ -14,9 +14,10 @@ seams between patches. Time is not compressed: one latent frame per frame.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, patchify
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,11 +78,12 @@ def encoder_matrix(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     Returns:
         Matrix ``[16, 192]`` and offset ``[16]``, float32, on the autoencoder's device.
     """
-    conv = vae.encoder.conv_in
+    conv: Any = vae.encoder.conv_in
+    config: Any = vae.config
     matrix = conv.weight[:LATENT_CHANNELS, :, 2, 1, 1].detach().float()
     offset = conv.bias[:LATENT_CHANNELS].detach().float()
-    mean = torch.tensor(vae.config.latents_mean, device=offset.device)
-    std = torch.tensor(vae.config.latents_std, device=offset.device)
+    mean = torch.tensor(config.latents_mean, device=offset.device)
+    std = torch.tensor(config.latents_std, device=offset.device)
     return matrix / std[:, None], (offset - mean) / std
 
 
@@ -129,7 +131,7 @@ def _fit_decoder(
 
 
 @torch.no_grad()
-def _write(vae: AutoencoderKLWan, basis: Tensor, mean: Tensor, kernel: Tensor, bias: Tensor) -> None:
+def _write(vae: Any, basis: Tensor, mean: Tensor, kernel: Tensor, bias: Tensor) -> None:
     """Writes the linear maps into the weights of the encoder and the decoder."""
     channels = LATENT_CHANNELS
     identity = torch.eye(channels)
@@ -150,7 +152,7 @@ def _write(vae: AutoencoderKLWan, basis: Tensor, mean: Tensor, kernel: Tensor, b
         conv.bias.zero_()
 
 
-def _linearise(half: torch.nn.Module) -> None:
+def _linearise(half: Any) -> None:
     """Makes an encoder or decoder the identity between its first and last convolution."""
     constant = 2 * LATENT_CHANNELS  # the channel that holds the constant
     gain = torch.full((WIDTH,), CONSTANT / WIDTH**0.5)
