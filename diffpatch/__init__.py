@@ -1,3 +1,58 @@
-"""diffpatch: faster diffusion transformers by cheaper attention, in one line."""
+"""diffpatch: faster diffusion transformers by cheaper attention, in one line.
+
+>>> diffpatch.patch(pipe, method="radial")    # in place; pipe is any supported diffusers pipeline
+>>> print(diffpatch.report(pipe))             # after a run: what was computed
+>>> diffpatch.unpatch(pipe)                   # bit for bit what it was
+"""
+
+from __future__ import annotations
+
+from diffpatch.errors import (
+    BadParameter,
+    DiffpatchError,
+    NotPatched,
+    UnknownFamily,
+    UnknownMethod,
+)
+from diffpatch.functional import attention
+from diffpatch.grid import TokenGrid
+from diffpatch.methods import (
+    Method,
+    Neighborhood,
+    Radial,
+    Window,
+    make_method,
+    methods,
+    register,
+)
+from diffpatch.patch import patch, patched, report, reset, unpatch
+from diffpatch.pattern import BlockPattern
+from diffpatch.pipelines.families import families
+from diffpatch.report import Report
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BadParameter",
+    "BlockPattern",
+    "DiffpatchError",
+    "Method",
+    "Neighborhood",
+    "NotPatched",
+    "Radial",
+    "Report",
+    "TokenGrid",
+    "UnknownFamily",
+    "UnknownMethod",
+    "Window",
+    "attention",
+    "families",
+    "make_method",
+    "methods",
+    "patch",
+    "patched",
+    "register",
+    "report",
+    "reset",
+    "unpatch",
+]

@@ -52,7 +52,7 @@ def block_sparse_attention(
     """
     _check_tensors(q, k, v)
     _check_blocks(q, blocks, key_mask)
-    attend = _attend_with(_choose(q, k, v, blocks, backend))
+    attend = _attend_with(choose_backend(q, k, v, blocks, backend))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
     return (out, lse) if return_lse and lse is not None else out
@@ -85,9 +85,14 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
     return block_sparse_triton.unsupported_reason(q, blocks)
 
 
-def _choose(
+def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
 ) -> str:
+    """The backend that a call with these arguments runs on: "triton", "torch" or "reference".
+
+    Raises:
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
     reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if reason is None and backend in ("auto", "triton") and needs_grad:

@@ -1,0 +1,58 @@
+"""The same operators as a plain function, for people who write their own model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from diffpatch.grid import TokenGrid
+from diffpatch.kernels.block_sparse import block_sparse_attention
+from diffpatch.methods.base import Method, make_method
+from diffpatch.pattern import BlockPattern
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(method: Method, grid: TokenGrid, layer: int, step: int) -> BlockPattern:
+    return method.pattern(grid, method.variant(layer, step))
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: TokenGrid,
+    method: str | Method = "radial",
+    *,
+    scale: float | None = None,
+    layer: int = 0,
+    step: int = 0,
+    backend: str = "auto",
+    **params: Any,
+) -> torch.Tensor:
+    """Self-attention over a token grid by one of the methods.
+
+    Args:
+        q: (B, S, H, D), after any normalisation and rotary embedding; S is ``grid.num_tokens``.
+        k: (B, S, K, D), where K divides H.
+        v: like k.
+        grid: where the tokens live.
+        method: a name from `methods()` or a method object.
+        scale: the factor on q·k; None means 1 / sqrt(D).
+        layer: layer number, for methods that alternate between layers.
+        step: denoising step, for methods that alternate between steps.
+        backend: "auto", "triton", "torch" or "reference".
+        **params: parameters of the method.
+
+    Returns:
+        (B, S, H, D) like q.
+
+    Raises:
+        DiffpatchError: the method or a parameter cannot work.
+        ValueError: a tensor does not fit the grid.
+    """
+    pattern = _pattern(make_method(method, **params), grid, layer, step)
+    out = block_sparse_attention(q, k, v, pattern.on(q.device), scale=scale, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -1,0 +1,184 @@
+"""patch, unpatch and what goes with them: where models, methods and kernels meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
+from diffpatch.grid import TokenGrid
+from diffpatch.kernels.block_sparse import BACKENDS
+from diffpatch.methods.base import Method, make_method
+from diffpatch.pipelines.families import FamilyInfo, Preset, families, family_of
+from diffpatch.report import Report
+from diffpatch.schedule import Amount, Schedule
+
+if TYPE_CHECKING:
+    from diffpatch.patched import PatchedTransformer
+
+Target = TypeVar("Target")
+Grid = TokenGrid | Callable[..., TokenGrid]
+
+
+def patch(
+    target: Target,
+    method: str | Method = "radial",
+    *,
+    dense_steps: Amount | None = None,
+    dense_layers: Amount | Collection[int] | None = None,
+    dense_last_steps: Amount = 0,
+    backend: str = "auto",
+    grid: Grid | None = None,
+    modules: str | None = None,
+    **params: Any,
+) -> Target:
+    """Make a pipeline or transformer attend to less, in place.
+
+    Args:
+        target: a diffusers pipeline (all its known transformers are patched) or one transformer.
+        method: a name from `methods()` or a method object such as ``Radial(decay=0.5)``.
+        dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
+            takes the family's published setting for the method, else the method's own.
+        dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
+            above.
+        dense_last_steps: last denoising steps that stay dense.
+        backend: "auto", "triton", "torch" or "reference".
+        grid: for models without a family: a `TokenGrid`, or a function of the forward's arguments
+            (as keywords) that returns one. Needs `modules`.
+        modules: for models without a family: regular expression that full-matches the paths of the
+            self-attention modules, each with a diffusers ``processor``.
+        **params: parameters of the method.
+
+    Returns:
+        The target. Patching again replaces the earlier patch.
+
+    Raises:
+        UnknownMethod, BadParameter: the method or a parameter cannot work.
+        UnknownFamily: no transformer of a known family is in the target.
+    """
+    from diffpatch.patched import Patch, PatchedTransformer  # imports diffusers: seconds, so late
+
+    found = _transformers(target, _custom_family(grid, modules))
+    kinds = {family.kind for _, _, family in found}
+    preset = found[0][2].presets.get(method, Preset()) if isinstance(method, str) else Preset()
+    chosen = make_method(method, **{**preset.params, **params})
+    if not kinds & set(chosen.kinds):
+        raise BadParameter(
+            f"{chosen.name} works on {' and '.join(chosen.kinds)} models only and this is an"
+            f" {'/'.join(kinds)} model: use neighborhood or window"
+        )
+    if dense_steps is None:
+        scheduled = hasattr(target, "components")  # a bare transformer knows no steps
+        dense_steps = _first(preset.dense_steps, chosen.default_dense_steps) if scheduled else 0
+    if dense_layers is None:
+        dense_layers = _first(preset.dense_layers, chosen.default_dense_layers)
+    schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
+    if backend not in BACKENDS:
+        raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")
+    unpatch(target)
+    shared = Patch(chosen, schedule, backend, target)
+    shared.transformers = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
+    try:
+        for transformer in shared.transformers:
+            schedule.layers(len(transformer.modules))
+            transformer.install()
+    except Exception:
+        unpatch(target)
+        raise
+    shared.follow_schedulers()
+    return target
+
+
+def unpatch(target: Target) -> Target:
+    """Undo `patch`: the same processor objects, the same scheduler class, bit-equal outputs.
+
+    Does nothing to a target that is not patched.
+    """
+    for owner in _owners(target):
+        owner.remove()
+        owner.patch.unfollow_schedulers()
+    return target
+
+
+@contextlib.contextmanager
+def patched(target: Target, method: str | Method = "radial", **options: Any) -> Iterator[Target]:
+    """`patch` for the length of a with block; undone on the way out, also after an exception."""
+    patch(target, method, **options)
+    try:
+        yield target
+    finally:
+        unpatch(target)
+
+
+def report(target: Any) -> Report:
+    """What the last run of a patched target did (of a bare transformer: its last forward).
+
+    Raises:
+        NotPatched: the target carries no patch.
+    """
+    owners = _owners(target)
+    if not owners:
+        raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
+    layers = sum(len(o.modules) for o in owners)
+    return Report.of(str(owners[0].patch.method), layers, owners[0].patch.record)
+
+
+def reset(target: Any) -> None:
+    """Forget all state and counts of the last run."""
+    for owner in _owners(target):
+        owner.patch.reset()
+
+
+def _first(published: Amount | None, default: Amount) -> Amount:
+    return default if published is None else published
+
+
+def _unwrap(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # torch.compile(transformer)
+
+
+def _components(target: Any) -> dict[str, Any]:
+    if isinstance(target, torch.nn.Module):
+        return {"transformer": target}
+    return dict(getattr(target, "components", {}))
+
+
+def _owners(target: Any) -> list[PatchedTransformer]:
+    models = [_unwrap(m) for m in _components(target).values()]
+    owners = [getattr(m, "_diffpatch", None) for m in models if isinstance(m, torch.nn.Module)]
+    return [o for o in owners if o is not None]
+
+
+def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any, FamilyInfo]]:
+    """(component name, model, family) of everything in the target that can be patched."""
+    found = []
+    for name, component in _components(target).items():
+        model = _unwrap(component)
+        if not isinstance(model, torch.nn.Module):
+            continue
+        family = custom if custom and name.startswith("transformer") else family_of(model)
+        if family is not None:
+            found.append((name, model, family))
+    if not found:
+        known = ", ".join(sorted(f.transformer for f in families()))
+        raise UnknownFamily(
+            f"{type(target).__name__} holds no transformer of a known family ({known});"
+            " for your own model pass grid= and modules="
+        )
+    return found
+
+
+def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
+    if grid is None and modules is None:
+        return None
+    if grid is None or modules is None:
+        raise BadParameter("grid= and modules= describe a model together: pass both or neither")
+
+    def read(model: Any, args: Any) -> tuple[int, int, int, int]:
+        value = grid if isinstance(grid, TokenGrid) else grid(**args)
+        return (*value.shape, value.text_before)
+
+    return FamilyInfo("custom", "custom", "video", modules, read)

@@ -1,0 +1,255 @@
+"""A patched transformer: its rebound layers, and what happens at each of its attention calls."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from diffpatch import rebind
+from diffpatch.errors import UnknownFamily
+from diffpatch.grid import TokenGrid
+from diffpatch.kernels import block_sparse
+from diffpatch.methods.base import Method
+from diffpatch.pattern import BlockPattern
+from diffpatch.pipelines.families import FamilyInfo
+from diffpatch.report import Record
+from diffpatch.schedule import BoundSchedule, Schedule
+from diffpatch.tracker import Tracker, is_scheduler, is_tracked, track, untrack
+
+logger = logging.getLogger(__name__)
+
+_CACHED_PATTERNS = 16  # patterns a patch keeps: a few resolutions times a few variants
+
+
+class Patch:
+    """What the transformers of one target share: method, schedule, position in the run, counts.
+
+    Nothing here outlives `unpatch`, and nothing is shared between two patched targets.
+    """
+
+    def __init__(self, method: Method, schedule: Schedule, backend: str, target: Any) -> None:
+        self.method = method
+        self.schedule = schedule
+        self.backend = backend
+        self.tracker = Tracker()
+        self.record = Record()
+        self.transformers: list[PatchedTransformer] = []
+        self._run = -1
+        self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
+        self._target = weakref.ref(target)
+        self._schedulers: list[Any] = []
+
+    def follow_schedulers(self) -> None:
+        """Track the schedulers of the target, also those set after patching."""
+        target = self._target()
+        current = [c for c in getattr(target, "components", {}).values() if is_scheduler(c)]
+        if all(is_tracked(s, self.tracker) for s in current):
+            return
+        for scheduler in current:
+            if not is_tracked(scheduler, self.tracker):
+                track(scheduler, self.tracker)
+                # Its set_timesteps may already have been called; if not, this run is empty.
+                if getattr(scheduler, "timesteps", None) is not None:
+                    self.tracker.on_set_timesteps(scheduler)
+        self._schedulers = current
+
+    def unfollow_schedulers(self) -> None:
+        """Give all schedulers their classes back."""
+        for scheduler in self._schedulers:
+            if is_tracked(scheduler, self.tracker):
+                untrack(scheduler)
+        self._schedulers = []
+
+    def enter_run(self) -> None:
+        """Forget the last run when a new one has begun."""
+        if self.tracker.run != self._run:
+            self._run = self.tracker.run
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all state of the run."""
+        self.record = Record()
+
+    def bound(self, num_layers: int) -> BoundSchedule:
+        """The schedule of the current run."""
+        tracker = self.tracker
+        return self.schedule.bind(tracker.total, num_layers, tracker.evaluations)
+
+    def pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+        """The method's pattern, from the cache where possible."""
+        key = (grid, variant)
+        if key not in self._patterns:
+            self._patterns[key] = self.method.pattern(grid, variant)
+            if len(self._patterns) > _CACHED_PATTERNS:
+                self._patterns.popitem(last=False)
+        self._patterns.move_to_end(key)
+        return self._patterns[key]
+
+
+class PatchedTransformer:
+    """One transformer whose self-attention goes through a patch (see `rebind.Owner`)."""
+
+    def __init__(self, model: Any, name: str, family: FamilyInfo, patch: Patch) -> None:
+        self.handle = rebind.new_handle(self)
+        self.grid = (0, 0, 0, 0)
+        self.name = name
+        self.family = family
+        self.patch = patch
+        self.modules = [
+            (path, module)
+            for path, module in model.named_modules()
+            if re.fullmatch(family.modules, path) and hasattr(module, "processor")
+        ]
+        if not self.modules:
+            raise UnknownFamily(
+                f"no attention module of {type(model).__name__} matches {family.modules!r}:"
+                " this is not the model diffpatch knows under that name"
+            )
+        self.originals = [module.processor for _, module in self.modules]
+        self._model = weakref.ref(model)
+        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._counted = False
+        self._warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # copies of a patched model are unpatched
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def install(self) -> None:
+        """Swap the processors and start listening to forwards."""
+        model = self._model()
+        assert model is not None
+        # All of them first: a processor that cannot be rebound must leave nothing half done.
+        fresh = [rebind.rebind(p, self, i) for i, p in enumerate(self.originals)]
+        for (_, module), processor in zip(self.modules, fresh, strict=True):
+            module.processor = processor
+        self._hook = model.register_forward_pre_hook(_GridHook(self), with_kwargs=True)
+        model._diffpatch = self
+
+    def remove(self) -> None:
+        """Put the original processors back; ones that somebody else has set since stay."""
+        for (_, module), original in zip(self.modules, self.originals, strict=True):
+            if rebind.is_rebound(module.processor, self):
+                module.processor = original
+        self._hook.remove()
+        model = self._model()
+        if model is not None:
+            del model._diffpatch
+
+    def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the grid off the arguments and count the forward. Traced under torch.compile."""
+        if not torch.compiler.is_compiling():
+            self._keep_processors()
+            self.patch.follow_schedulers()
+            self.patch.tracker.on_forward()
+            self._counted = True
+        named: Mapping[str, Any] = {
+            **dict(zip(self._arguments, args, strict=False)), **kwargs
+        }  # fmt: skip
+        self.grid = self.family.grid(model, named)
+
+    def _keep_processors(self) -> None:
+        """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""
+        for i, (path, module) in enumerate(self.modules):
+            if rebind.is_rebound(module.processor, self):
+                continue
+            if not self._warned:
+                logger.warning(
+                    "the attention processors of %s were replaced after patching (%s is now %s);"
+                    " patching them again", self.name, path, type(module.processor).__name__,
+                )  # fmt: skip
+                self._warned = True
+            self.originals[i] = module.processor
+            module.processor = rebind.rebind(module.processor, self, i)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        grid: tuple[int, int, int, int],
+        layer: int,
+    ) -> torch.Tensor:
+        """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
+        patch, tracker = self.patch, self.patch.tracker
+        if layer == 0:
+            if not self._counted:  # a compiled forward: the hook was traced, not run
+                tracker.on_forward()
+            self._counted = False
+            patch.enter_run()
+        step = max(tracker.step, 0)
+        reason = patch.bound(len(self.modules)).reason(step, layer)
+        key_mask = None
+        if reason is None:
+            key_mask, reason = _as_key_mask(q, mask)
+        pairs = float(q.shape[0] * q.shape[2]) * q.shape[1] ** 2
+        if reason is None:
+            pattern, blocks, reason = self._blocks(q, grid, layer, step)
+        if reason is not None:
+            patch.record.reasons[reason] += 1
+            patch.record.add(self.name, layer, step, pairs, 1.0, "dense")
+            processor = self.modules[layer][1].processor
+            return rebind.dense(processor, q, k, v, mask, scale)
+        assert pattern is not None and blocks is not None
+        used = block_sparse.choose_backend(q, k, v, blocks, patch.backend)
+        patch.record.add(self.name, layer, step, pairs, pattern.kept, used)
+        out = block_sparse.block_sparse_attention(
+            q, k, v, blocks, scale=scale, key_mask=key_mask, backend=used
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _blocks(
+        self, q: torch.Tensor, shape: tuple[int, int, int, int], layer: int, step: int
+    ) -> tuple[BlockPattern | None, Any, str | None]:
+        """The pattern for this call, or why the call must be dense."""
+        num_frames, height, width, start = shape
+        after = q.shape[1] - start - num_frames * height * width
+        if num_frames * height * width == 0 or after < 0:
+            return None, None, f"sequence of {q.shape[1]} tokens does not hold the grid {shape}"
+        grid = TokenGrid(num_frames, height, width, start, after)
+        pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
+        if pattern.kept >= 1.0:
+            return None, None, "pattern keeps everything"
+        blocks = pattern.on(q.device)
+        return pattern, blocks, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
+
+
+class _GridHook:
+    """The pre-forward hook; copies and pickles of it do nothing."""
+
+    def __init__(self, owner: PatchedTransformer | None) -> None:
+        self.owner = owner
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.owner is not None:
+            self.owner.before_forward(model, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GridHook:
+        return _GridHook(None)
+
+    def __reduce__(self) -> Any:
+        return _GridHook, (None,)
+
+
+def _as_key_mask(
+    q: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, str | None]:
+    """(bool (B, S), None) if the mask only hides keys, else (None, why the call must be dense)."""
+    if mask is None:
+        return None, None
+    hides_keys = mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+    if mask.dtype != torch.bool or not hides_keys or mask.shape[-1] != q.shape[1]:
+        return None, f"the model's own mask {tuple(mask.shape)} of {mask.dtype}"
+    return mask[:, 0, 0].expand(q.shape[0], -1), None

@@ -1,0 +1,315 @@
+"""The processor swap: diffusers' own processor code, with only its call to attention rebound.
+
+Everything that touches the insides of diffusers' attention is in this file: the name
+``dispatch_attention_fn`` (and ``F.scaled_dot_product_attention`` in older processors) that
+processor code looks up in its module, and the ``processor`` attribute of attention modules.
+
+A rebound processor is a subclass of the original whose ``__call__`` runs the original's code object
+over a copy of its module in which those two names are ours. The copy is a real, registered module,
+because torch.compile resolves a function's globals through ``sys.modules``. Our attention then goes
+through one opaque custom operator: to a compiler it is a black box, inside it plain Python runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_dispatch
+
+from diffpatch.errors import DiffpatchError
+
+_DISPATCH = "dispatch_attention_fn"
+_SDPA = "scaled_dot_product_attention"
+
+
+class Owner(Protocol):
+    """What a rebound processor reports to: one patched transformer."""
+
+    handle: int
+    grid: tuple[int, int, int, int]  # num_frames, height, width, first visual token
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        grid: tuple[int, int, int, int],
+        layer: int,
+    ) -> torch.Tensor:
+        """Attention of one layer; all tensors (B, S, H, D)."""
+        ...
+
+
+# An operator can only carry an integer, so owners are looked up by one; entries die with them.
+_OWNERS: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def new_handle(owner: Owner) -> int:
+    """Make an owner reachable from the operator."""
+    handle = next(_HANDLES)
+    _OWNERS[handle] = owner
+    return handle
+
+
+@torch.library.custom_op("diffpatch::attend", mutates_args=())
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: torch.Tensor,  # 0-d on the CPU: an int would make torch.compile specialize on each layer
+    scale: float | None,
+    num_frames: int,
+    height: int,
+    width: int,
+    start: int,
+    handle: int,
+) -> torch.Tensor:
+    owner = _OWNERS[handle]
+    grid = (num_frames, height, width, start)
+    return owner.attend(q, k, v, mask, scale, grid, int(layer)).contiguous()
+
+
+@_attend.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: torch.Tensor,
+    scale: float | None,
+    num_frames: int,
+    height: int,
+    width: int,
+    start: int,
+    handle: int,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+class _Slot:
+    """Where a rebound processor leaves its identity for the attention call it is about to make."""
+
+    owner: Owner
+    layer: torch.Tensor
+
+
+class _LocalSlot(threading.local, _Slot):
+    """One slot a thread, so that pipelines in different threads never meet."""
+
+
+_EAGER = _LocalSlot()
+# Under torch.compile the slot is written and read while one frame is traced, and what is read
+# becomes an input of the graph; at run time nothing reads it. (Thread-local objects cannot be
+# traced.)
+_TRACED = _Slot()
+
+
+def _here() -> _Slot:
+    return _TRACED if torch.compiler.is_compiling() else _EAGER
+
+
+def _route(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Send one self-attention call (B, S, H, D) to the owner of the running processor."""
+    slot = _here()
+    owner = slot.owner
+    num_frames, height, width, start = owner.grid
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and q.requires_grad:
+        # Eager training: outside the operator autograd sees through the torch backend.
+        grid = (num_frames, height, width, start)
+        return owner.attend(q, k, v, mask, scale, grid, int(slot.layer))
+    return _attend(q, k, v, mask, slot.layer, scale, num_frames, height, width, start, owner.handle)
+
+
+def _dispatch_attention_fn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    **kwargs: Any,  # parallel_config, from diffusers 0.36 on
+) -> torch.Tensor:
+    """Stands in for diffusers' dispatcher in rebound processors; (B, S, H, D)."""
+    if kwargs.get("parallel_config") is not None:
+        raise DiffpatchError(
+            "context parallelism is on, which diffpatch does not support yet:"
+            " unpatch(pipe) first, or disable it"
+        )
+    other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
+    if other or not isinstance(attn_mask, torch.Tensor | None):
+        return attention_dispatch.dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            attention_kwargs, backend=backend, **kwargs,
+        )  # fmt: skip
+    return _route(query, key, value, attn_mask, scale)
+
+
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Stands in for torch's operator in rebound processors; (B, H, S, D)."""
+    if query.shape[2] != key.shape[2] or dropout_p or is_causal:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return _route(q, k, v, attn_mask, scale).transpose(1, 2)
+
+
+def _rebind_function(function: types.FunctionType, globals_: dict[str, Any]) -> Any:
+    """The same code over other globals."""
+    new = types.FunctionType(
+        function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
+
+
+@functools.cache
+def _rebound_module(original: types.ModuleType) -> types.ModuleType:
+    """A copy of a processor's module whose attention is ours."""
+    name = "diffpatch_rebound." + original.__name__
+    module = types.ModuleType(name)
+    private = ("__name__", "__loader__", "__spec__")
+    module.__dict__.update({k: v for k, v in original.__dict__.items() if k not in private})
+    if original.__dict__.get("F") is F:
+        functional = types.ModuleType(name + "._F")
+        functional.__dict__.update({k: v for k, v in F.__dict__.items() if not k.startswith("__")})
+        functional.__dict__[_SDPA] = _scaled_dot_product_attention
+        module.__dict__["F"] = sys.modules[functional.__name__] = functional
+    if _DISPATCH in original.__dict__:
+        module.__dict__[_DISPATCH] = _dispatch_attention_fn
+        for key, value in list(original.__dict__.items()):  # helpers that call the dispatcher
+            own = isinstance(value, types.FunctionType) and value.__module__ == original.__name__
+            if own and _DISPATCH in value.__code__.co_names:
+                module.__dict__[key] = _rebind_function(value, module.__dict__)
+    sys.modules[name] = module
+    return module
+
+
+@functools.cache
+def _rebound_class(cls: Any) -> Any:
+    """A subclass of a processor class whose attention is ours."""
+    original = inspect.unwrap(cls.__call__)
+    names = {n for code in _codes(original.__code__) for n in code.co_names}
+    module = _rebound_module(sys.modules[original.__module__])
+    if not names & {_DISPATCH, _SDPA} and not names & _rebound_helpers(module):
+        raise DiffpatchError(
+            f"{cls.__name__}.__call__ calls neither {_DISPATCH} nor {_SDPA}: this version of"
+            " diffusers computes its attention in a way diffpatch does not know"
+        )
+    call = _rebind_function(original, module.__dict__)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = _here()
+        slot.owner, slot.layer = self._diffpatch_owner, self._diffpatch_layer
+        return call(self, *args, **kwargs)
+
+    # Attention modules drop keyword arguments that the signature of __call__ does not name.
+    __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    members = {"__call__": __call__, "__reduce_ex__": _reduce, "_diffpatch_original": cls}
+    return type("DiffPatch" + cls.__name__, (cls,), members)
+
+
+def _codes(code: types.CodeType) -> list[types.CodeType]:
+    """A code object and those nested in it."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [code, *itertools.chain.from_iterable(map(_codes, inner))]
+
+
+def _rebound_helpers(module: types.ModuleType) -> set[str]:
+    return {
+        key
+        for key, value in module.__dict__.items()
+        if isinstance(value, types.FunctionType) and value.__globals__ is module.__dict__
+    }
+
+
+def _reduce(self: Any, protocol: Any = 2) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    # Pickles and deep copies come back as the original, unpatched processor.
+    state = {k: v for k, v in self.__dict__.items() if not k.startswith("_diffpatch")}
+    return _restore, (type(self)._diffpatch_original, state)
+
+
+def _restore(cls: Any, state: dict[str, Any]) -> Any:
+    processor = cls.__new__(cls)
+    processor.__dict__.update(state)
+    return processor
+
+
+def rebind(processor: Any, owner: Owner, layer: int) -> Any:
+    """A processor that behaves like the given one but sends self-attention to `owner`.
+
+    It shares the original's attributes, so that parameters of processors stay the same objects.
+
+    Raises:
+        DiffpatchError: the processor computes attention in a way that cannot be rebound.
+    """
+    original: Any = type(processor)
+    cls = _rebound_class(original)
+    new = cls.__new__(cls)
+    new.__dict__.update(processor.__dict__)
+    new.__dict__["_diffpatch_owner"] = owner
+    new.__dict__["_diffpatch_layer"] = torch.tensor(layer)
+    return new
+
+
+def is_rebound(processor: Any, owner: Owner) -> bool:
+    """Whether the processor sends its attention to this owner."""
+    return getattr(processor, "__dict__", {}).get("_diffpatch_owner") is owner
+
+
+def dense(
+    processor: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """What the unpatched processor would have computed; (B, S, H, D).
+
+    Processors that use diffusers' dispatcher keep the attention backend the user chose.
+    """
+    original = inspect.unwrap(type(processor)._diffpatch_original.__call__)
+    gqa = q.shape[2] != k.shape[2]
+    if _DISPATCH in sys.modules[original.__module__].__dict__:
+        return attention_dispatch.dispatch_attention_fn(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa,
+            backend=getattr(processor, "_attention_backend", None),
+        )  # fmt: skip
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)

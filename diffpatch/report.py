@@ -1,0 +1,105 @@
+"""What a run really did: kept fraction, dense calls and why, fallbacks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Record:
+    """Counts of one run, filled call by call; plain numbers, so that recording costs nothing."""
+
+    calls: int = 0
+    pairs: float = 0.0  # query-key pairs of all calls, dense
+    kept_pairs: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+    by_step: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    by_layer: dict[tuple[str, int], list[float]] = field(
+        default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
+    )
+
+    def add(
+        self, where: str, layer: int, step: int, pairs: float, kept: float, backend: str
+    ) -> None:
+        """One attention call of `pairs` query-key pairs, of which `kept` were computed."""
+        self.calls += 1
+        self.pairs += pairs
+        self.kept_pairs += pairs * kept
+        self.backends[backend] += 1
+        for bucket in (self.by_step[step], self.by_layer[(where, layer)]):
+            bucket[0] += pairs
+            bucket[1] += pairs * kept
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last run of a patched target.
+
+    Attributes:
+        method: what was asked for, with its parameters.
+        kept: computed query-key pairs as a fraction of all pairs of all patched attention calls,
+            dense steps and layers included.
+        calls: patched attention calls.
+        dense_calls: calls that ran dense.
+        reasons: why they did -> how many.
+        backends: what computed the calls -> how many.
+        steps: denoising steps seen (model evaluations).
+        layers: patched attention layers, over all transformers.
+        kept_per_step: kept fraction of every step.
+        kept_per_layer: kept fraction of every layer.
+        state_bytes: memory held across steps.
+    """
+
+    method: str
+    kept: float
+    calls: int
+    dense_calls: int
+    reasons: dict[str, int]
+    backends: dict[str, int]
+    steps: int
+    layers: int
+    kept_per_step: list[float]
+    kept_per_layer: dict[str, float]
+    state_bytes: int = 0
+
+    @classmethod
+    def of(cls, method: str, layers: int, record: Record, state_bytes: int = 0) -> Report:
+        """The report of a record."""
+        return cls(
+            method=method,
+            kept=record.kept_pairs / record.pairs if record.pairs else 1.0,
+            calls=record.calls,
+            dense_calls=sum(record.reasons.values()),
+            reasons=dict(record.reasons),
+            backends=dict(record.backends),
+            steps=len(record.by_step),
+            layers=layers,
+            kept_per_step=[kept / all_ for _, (all_, kept) in sorted(record.by_step.items())],
+            kept_per_layer={
+                f"{where}.{layer}": kept / all_
+                for (where, layer), (all_, kept) in sorted(record.by_layer.items())
+            },
+            state_bytes=state_bytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"{self.method}: no run yet"
+        lines = [
+            self.method,
+            f"  kept      {self.kept:.1%} of all query-key pairs",
+            f"  calls     {self.calls} in {self.steps} steps × {self.layers} layers,"
+            f" {self.dense_calls} dense",
+        ]
+        lines += [f"  dense     {count} calls: {why}" for why, count in self.reasons.items()]
+        lines += [f"  backend   {name}: {count} calls" for name, count in self.backends.items()]
+        if self.state_bytes:
+            lines.append(f"  state     {self.state_bytes / 2**20:.1f} MiB across steps")
+        return "\n".join(lines)

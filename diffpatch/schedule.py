@@ -1,0 +1,116 @@
+"""Which denoising steps and which layers stay dense. Published quality rests on this."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from diffpatch.errors import BadParameter
+
+Amount = int | float  # an int counts, a float in (0, 1] is a fraction of the total
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The dense part of a run.
+
+    Attributes:
+        dense_steps: first denoising steps that stay dense; int = count, float = fraction of the
+        run. dense_last_steps: the same for the last steps.
+        dense_layers: first attention layers that stay dense (count or fraction), or the layer
+            numbers themselves.
+    """
+
+    dense_steps: Amount = 0
+    dense_last_steps: Amount = 0
+    dense_layers: Amount | Collection[int] = 0
+
+    def __post_init__(self) -> None:
+        _check("dense_steps", self.dense_steps)
+        _check("dense_last_steps", self.dense_last_steps)
+        if isinstance(self.dense_layers, int | float):
+            _check("dense_layers", self.dense_layers)
+        elif any(not isinstance(i, int) or i < 0 for i in self.dense_layers):
+            raise BadParameter(f"dense_layers={self.dense_layers!r} must hold layer numbers from 0")
+
+    def layers(self, num_layers: int) -> frozenset[int]:
+        """The dense layers of a transformer with that many patched layers.
+
+        Raises:
+            BadParameter: the schedule names more layers than there are.
+        """
+        layers = self.dense_layers
+        if isinstance(layers, int | float):
+            return frozenset(range(_count("dense_layers", layers, num_layers, "layers")))
+        if layers and max(layers) >= num_layers:
+            raise BadParameter(
+                f"dense_layers={sorted(layers)} names a layer beyond the last, {num_layers - 1}"
+            )
+        return frozenset(layers)
+
+    def bind(self, total_steps: int | None, num_layers: int, evaluations: int = 1) -> BoundSchedule:
+        """The schedule of one run.
+
+        Args:
+            total_steps: model evaluations in the run, None where nothing tells.
+            num_layers: patched attention layers of the transformer.
+            evaluations: model evaluations per denoising step, 2 for Heun-like solvers; counts given
+                by the user are denoising steps.
+
+        Raises:
+            BadParameter: more dense steps or layers than there are, or steps that cannot be known.
+        """
+        chosen = self.layers(num_layers)
+        if not self.dense_steps and not self.dense_last_steps:
+            return BoundSchedule(0, None, chosen)
+        if total_steps is None:
+            raise BadParameter(
+                f"dense_steps={self.dense_steps} needs to know the denoising steps, but a bare"
+                " transformer has no scheduler: patch the pipeline, or pass dense_steps=0"
+            )
+        first, last = (
+            amount * evaluations if isinstance(amount, int) else amount
+            for amount in (self.dense_steps, self.dense_last_steps)
+        )
+        first = _count("dense_steps", first, total_steps, "steps")
+        last = _count("dense_last_steps", last, total_steps, "steps")
+        return BoundSchedule(first, total_steps - last if last else None, chosen)
+
+
+@dataclass(frozen=True)
+class BoundSchedule:
+    """A schedule in whole steps and layers.
+
+    Attributes:
+        first: steps below this are dense.
+        last: steps from this on are dense, or None.
+        layers: dense layers.
+    """
+
+    first: int
+    last: int | None
+    layers: frozenset[int]
+
+    def reason(self, step: int, layer: int) -> str | None:
+        """Why this call is dense, or None if it is not."""
+        if step < self.first:
+            return "dense first steps"
+        if self.last is not None and step >= self.last:
+            return "dense last steps"
+        return "dense layers" if layer in self.layers else None
+
+
+def _check(name: str, amount: Amount) -> None:
+    if amount < 0 or (isinstance(amount, float) and amount > 1):
+        raise BadParameter(f"{name}={amount} must be a count ≥ 0 or a fraction between 0.0 and 1.0")
+
+
+def _count(name: str, amount: Amount, total: int, unit: str) -> int:
+    if isinstance(amount, float):
+        return round(amount * total)
+    if amount > total:
+        raise BadParameter(
+            f"{name}={amount} but the run has only {total} {unit};"
+            f" lower it or give a fraction such as {name}=0.25"
+        )
+    return amount
