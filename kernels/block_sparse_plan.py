@@ -18,11 +18,11 @@ from diffpatch.kernels.blocks import BlockIndex
 
 # What SDPA costs, in units of one query-key pair of one head (measured on x86, AVX-512 and AMX):
 MASK_COST = 1.15  # an additive mask, per pair
-KEY_COST = 80.0  # per key: gathering it, and the kernel's own preparation of it
+KEY_COST = 200.0  # per key: gathering it, and the kernel's own preparation of it
 CALL_COST = 50_000.0  # per call
-MAX_ROWS = 1024  # query rows of a group; more gains nothing and makes unions larger
+MAX_ROWS = 2048  # query rows of a group; more gains nothing and makes unions larger
 MAX_MASK = 1 << 24  # entries of a group's mask
-MAX_STACKED_KEYS = 8192  # keys of a call that stacks several groups
+MAX_STACKED_KEYS = 2048  # keys of a call that stacks several groups
 
 NOTHING, EVERYTHING = -2, -1  # what stands in a table of mask ids beside rows of `masks`
 
@@ -67,7 +67,7 @@ class Call:
         stack: how many groups, side by side in the batch.
         rows: query rows of each group; the call's rows follow the previous call's in plan order.
         num_keys: keys of each group, 0 if its queries see nothing.
-        keys: int64 (stack * num_keys,) sequence indices, or a slice of the sequence.
+        keys: int64 (stack * num_keys,) indices into the plan's key order, or a slice of it.
         mask: None if every row of a group sees every one of its keys.
     """
 
@@ -87,6 +87,7 @@ class Plan:
         rows: int64 (S,), the sequence index of each query row in plan order; None: plan order is
             sequence order.
         places: int64 (S,), its inverse; None as well.
+        keys: int64 (S,), the sequence index of each key in key order; None: sequence order.
         calls: in plan order.
         table: bool (M + 2, T, T), what the calls' masks expand from.
     """
@@ -94,6 +95,7 @@ class Plan:
     heads: torch.Tensor | None
     rows: torch.Tensor | None
     places: torch.Tensor | None
+    keys: torch.Tensor | None
     calls: tuple[Call, ...]
     table: torch.Tensor
 
@@ -156,19 +158,17 @@ class _Planner:
     def plan(self, heads: torch.Tensor | None) -> Plan:
         """The whole plan, for the given heads."""
         groups = [self._group(tiles) for tiles in self._cut(self._same_keys())]
-        calls = []
-        for (_, num_keys, masked), same in groupby(groups, key=lambda group: group.shape):
-            alike = list(same)
-            depth = 1 if masked else max(1, MAX_STACKED_KEYS // max(num_keys, 1))
-            calls += [self._call(alike[i : i + depth]) for i in range(0, len(alike), depth)]
-        rows = torch.from_numpy(self._tokens(np.concatenate([group.tiles for group in groups])))
-        identity = torch.arange(rows.shape[0])
-        if torch.equal(rows, identity):
-            return Plan(heads, None, None, tuple(calls), self.table)
-        places = torch.empty_like(rows)
-        places[rows] = identity
-        device = self.table.device
-        return Plan(heads, rows.to(device), places.to(device), tuple(calls), self.table)
+        keys, calls = None, self._calls(groups, self.order)
+        # In tile order more key lists are contiguous, but it takes a pass over all keys.
+        in_tile_order = self._calls(groups, np.arange(len(self.order)))
+        if len(self.order) + _gathered(in_tile_order) < _gathered(calls):
+            keys, calls = torch.from_numpy(self.order).to(self.table.device), in_tile_order
+        tiles = np.concatenate([group.tiles for group in groups])
+        rows = torch.from_numpy(self._tokens(tiles, self.order)).to(self.table.device)
+        places = torch.argsort(rows)
+        if torch.equal(rows, places) and bool((rows.diff() == 1).all()):
+            return Plan(heads, None, None, keys, calls, self.table)
+        return Plan(heads, rows, places, keys, calls, self.table)
 
     def _same_keys(self) -> list[np.ndarray]:
         """Query tiles put together where their full key lists are equal, by their first tile."""
@@ -230,9 +230,18 @@ class _Planner:
         rows, num_keys = int(self.sizes[tiles].sum()), int(self.sizes[keys].sum())
         return _Group(tiles, keys, rows, num_keys, masked)
 
-    def _call(self, groups: list[_Group]) -> Call:
+    def _calls(self, groups: list[_Group], key_order: np.ndarray) -> tuple[Call, ...]:
+        calls = []
+        for (_, num_keys, masked), same in groupby(groups, key=lambda group: group.shape):
+            alike = list(same)
+            depth = 1 if masked else max(1, MAX_STACKED_KEYS // max(num_keys, 1))
+            stacks = [alike[i : i + depth] for i in range(0, len(alike), depth)]
+            calls += [self._call(stack, key_order) for stack in stacks]
+        return tuple(calls)
+
+    def _call(self, groups: list[_Group], key_order: np.ndarray) -> Call:
         first = groups[0]
-        tokens = np.concatenate([self._tokens(group.keys) for group in groups])
+        tokens = np.concatenate([self._tokens(group.keys, key_order) for group in groups])
         keys: torch.Tensor | slice = torch.from_numpy(tokens).to(self.table.device)
         if len(groups) == 1:
             if not first.masked and first.num_keys == len(self.order):
@@ -263,7 +272,12 @@ class _Planner:
         held = np.arange(edge) < self.sizes[tiles][:, None]
         return None if held.all() else torch.from_numpy(held.reshape(-1).nonzero()[0])
 
-    def _tokens(self, tiles: np.ndarray) -> np.ndarray:
-        """The sequence indices of the tokens of these tiles."""
-        pieces = [self.order[self.starts[t] : self.starts[t + 1]] for t in tiles]
-        return np.concatenate(pieces) if pieces else self.order[:0]
+    def _tokens(self, tiles: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """What `order` holds at the places of these tiles."""
+        pieces = [order[self.starts[t] : self.starts[t + 1]] for t in tiles]
+        return np.concatenate(pieces) if pieces else order[:0]
+
+
+def _gathered(calls: tuple[Call, ...]) -> int:
+    """How many keys these calls must copy together."""
+    return sum(call.keys.shape[0] for call in calls if isinstance(call.keys, torch.Tensor))

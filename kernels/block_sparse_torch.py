@@ -51,7 +51,7 @@ def attend(
             every = torch.arange(q.shape[2], device=q.device) if heads is None else heads
             key, value = (x.index_select(2, every // groups) for x in (k, v))
         attention = _Attention(blocks, plan, scale, return_lse)
-        out, lse = attention(query, key.contiguous(), value.contiguous(), key_mask)
+        out, lse = attention(query, key, value, key_mask)
         outs.append(out)
         lses.append(lse)
     if pieces[0].heads is None:
@@ -72,6 +72,9 @@ class _Attention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q, k, v (B, S, h, D), one key head a query head -> the output alike, and (B, S, h)."""
         q = q if self.plan.rows is None else q.index_select(1, self.plan.rows)
+        if self.plan.keys is not None:
+            k, v = k.index_select(1, self.plan.keys), v.index_select(1, self.plan.keys)
+            key_mask = None if key_mask is None else key_mask[:, self.plan.keys]
         outs, lses = [], []
         first = 0
         for call in self.plan.calls:
