@@ -1,1 +1,77 @@
+"""The command line: `diffpatch …`, the same as `python -m diffpatch …`.
 
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 the
+request was wrong, 130 interrupted. Errors are one line; `--debug` shows where they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+EXAMPLES = """\
+examples:
+  diffpatch render --prompt "a large red circle moves left over a black background" \\
+      --method radial --compare dense -o out/
+  diffpatch methods
+  diffpatch families
+  diffpatch bench attention --grid 33x16x16 --method radial
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    import diffpatch
+    from diffpatch.cli import bench, families, methods, render
+    from diffpatch.cli.arguments import Parser
+
+    parser = Parser(
+        prog="diffpatch",
+        description="Make diffusers pipelines faster by changing their attention.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"diffpatch {diffpatch.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (render, bench, methods, families):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words  # understood by every command, also before parsing succeeds
+    words = [word for word in words if word != "--debug"]
+    try:
+        args = build_parser().parse_args(words)
+        return int(args.run(args))
+    except SystemExit as end:  # --help and --version
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        print("diffpatch: interrupted; no file was left half-written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """One line on stderr, and the exit code."""
+    from diffpatch.cli.errors import RunError, UsageError
+    from diffpatch.errors import DiffpatchError
+
+    message = " ".join(str(error).split())
+    if not isinstance(error, RunError | UsageError | DiffpatchError):
+        message = f"{type(error).__name__}: {message} (--debug shows where)"
+    print(f"diffpatch: {message}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError | DiffpatchError) else 1

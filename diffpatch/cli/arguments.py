@@ -1,0 +1,171 @@
+"""What the commands share: the parser, the types of values, the groups of options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffpatch.cli.errors import UsageError
+from diffpatch.errors import choices
+
+MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with one-line errors, which reads --dense_steps as --dense-steps."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; unknown options are reported here, where the known ones are at hand."""
+        parsed, unknown = super().parse_known_args([_dashes(arg) for arg in args or []], namespace)
+        for word in unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            hint = choices(word.partition("=")[0], known) if word.startswith("-") else ""
+            self.error(f"unknown argument {word!r}" + (f": {hint}" if hint else ""))
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Fail with one line; `--help` has the rest."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _dashes(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """A type of values from a list; a wrong one is answered with the closest right one."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r}: {choices(text, known)}")
+        return text
+
+    return parse
+
+
+def number(kind: type[int] | type[float], at_least: float) -> Callable[[str], Any]:
+    """A type of numbers with a lower limit."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not at_least <= value < float("inf"):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {noun} of at least {at_least}")
+        return value
+
+    return parse
+
+
+def amount(text: str) -> int | float:
+    """A count such as 12, or a fraction such as 0.25."""
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = -1
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a count such as 12 or a fraction such as 0.25"
+        )
+    return value
+
+
+def layers(text: str) -> int | float | list[int]:
+    """A count, a fraction, or layer numbers such as 0,1,39 (a single one with a comma: 5,)."""
+    if "," not in text:
+        return amount(text)
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be layer numbers such as 0,1,39") from None
+
+
+def existing_file(text: str) -> Path:
+    """A file that is there."""
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """--set, --dense-steps, --dense-layers, --dense-last-steps, --backend."""
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method, repeatable; `diffpatch methods` lists them",
+    )
+    group.add_argument(
+        "--dense-steps",
+        type=amount,
+        metavar="N",
+        help="first denoising steps that stay dense: a count (12) or a fraction (0.25)",
+    )
+    group.add_argument(
+        "--dense-layers",
+        type=layers,
+        metavar="N",
+        help="first layers that stay dense: a count, a fraction, or layer numbers (0,1,39)",
+    )
+    group.add_argument(
+        "--dense-last-steps",
+        type=amount,
+        default=0,
+        metavar="N",
+        help="last denoising steps that stay dense: a count or a fraction",
+    )
+    group.add_argument("--backend", default="auto", help="what computes attention (auto)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and how it is loaded."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", "--model-id", default="demo", help=MODEL_HELP)
+    group.add_argument(
+        "--dtype",
+        type=one_of(("auto", "fp32", "bf16", "fp16")),
+        default="auto",
+        help="of the weights: auto (fp32 on the CPU, else bf16), fp32, bf16 or fp16",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (the accelerator, if there is one)")
+    group.add_argument(
+        "--offload",
+        type=one_of(("none", "model", "sequential", "group")),
+        default="none",
+        help="keep waiting weights in main memory: none, model, sequential or group",
+    )
+    group.add_argument("--vae-tiling", action="store_true", help="decode in tiles to save memory")
+    group.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What to generate; defaults come from the pipeline or the demo preset."""
+    group = parser.add_argument_group("generation (defaults: those of the pipeline)")
+    group.add_argument("--negative-prompt", help="what to avoid")
+    group.add_argument("--image", type=existing_file, help="first frame, or image to start from")
+    group.add_argument("--height", type=number(int, 1), help="in pixels")
+    group.add_argument("--width", type=number(int, 1), help="in pixels")
+    group.add_argument("--num-frames", type=number(int, 1), help="of a video")
+    group.add_argument(
+        "--num-inference-steps", "--steps", type=number(int, 1), help="denoising steps"
+    )
+    group.add_argument(
+        "--guidance-scale", type=number(float, 0), help="of classifier-free guidance"
+    )
+    group.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the noise, made on the CPU"
+    )

@@ -1,0 +1,143 @@
+"""From command-line options to the arguments of a pipeline call."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+from PIL import Image
+
+from diffpatch.cli.errors import UsageError
+from diffpatch.pipelines.loading import Source
+
+OPTIONS = (
+    "negative_prompt",
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+)
+SIDE_MULTIPLE = 16  # what every video pipeline accepts as a side in pixels
+DEMO_FPS, DEFAULT_FPS = 8, 16
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts: those of --prompt, then the lines of --prompt-file."""
+    found = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UsageError(f"{args.prompt_file} is no text file in UTF-8") from None
+        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not found:
+        raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    return found
+
+
+def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """The arguments of a call without its prompt: preset or pipeline defaults, then options.
+
+    Raises:
+        UsageError: an option that the pipeline does not have.
+    """
+    known = source.arguments
+    call = _preset(source)
+    for name in OPTIONS:
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if name not in known:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{source.pipeline.__name__} has no {name}; drop {option}")
+        call[name] = value
+    return call | _image(args, source)
+
+
+def steps_of(call: dict[str, Any], source: Source) -> int | None:
+    """The number of denoising steps a call asks for, None if the pipeline decides."""
+    return call.get("num_inference_steps") or source.arguments.get("num_inference_steps")
+
+
+def check_dense_steps(args: argparse.Namespace, steps: int | None) -> None:
+    """Refuse more dense steps than there are steps, before anything is computed."""
+    for name in ("dense_steps", "dense_last_steps"):
+        count = getattr(args, name)
+        if isinstance(count, int) and steps is not None and count > steps:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {count} is more than the {steps} steps; lower it")
+
+
+def frames_per_second(args: argparse.Namespace, source: Source) -> float:
+    """--fps, or what suits the model."""
+    if args.fps is not None:
+        return float(args.fps)
+    if source.kind == "demo":
+        return DEMO_FPS
+    return float(source.arguments.get("frame_rate") or DEFAULT_FPS)
+
+
+def fit(call: dict[str, Any], pipe: Any) -> dict[str, Any]:
+    """The call as this very pipeline wants it: some Wan models count frames differently."""
+    if type(pipe).__name__.startswith("Wan") and "num_frames" in call:
+        from diffpatch.pipelines.demo.model import pipeline_num_frames
+
+        return call | {"num_frames": pipeline_num_frames(pipe, call["num_frames"])}
+    return dict(call)
+
+
+def settings(call: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Every plain setting of a call, defaults of the pipeline included, for the result file."""
+    plain = (str, int, float, bool)
+    used = {
+        name: value for name, value in (source.arguments | call).items() if isinstance(value, plain)
+    }
+    for name in ("prompt", "output_type", "return_dict"):  # ours, or told elsewhere
+        used.pop(name, None)
+    return used
+
+
+def _preset(source: Source) -> dict[str, Any]:
+    if source.kind != "demo":
+        return {}
+    from diffpatch.pipelines.demo.model import PRESETS
+
+    preset = dataclasses.asdict(PRESETS[source.name])
+    del preset["name"]
+    return preset
+
+
+def _image(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """The image to start from, with a size in its proportions unless the user gave one."""
+    known, name = source.arguments, source.pipeline.__name__
+    if args.image is None:
+        if source.is_video and "image" in known and known["image"] is None:
+            raise UsageError(f"{name} starts from an image; give --image FILE")
+        return {}
+    if source.is_video and "image" not in known:
+        raise UsageError(f"{name} takes no image; drop --image or choose an image-to-video model")
+    image = _open(args.image)
+    size = {}
+    if args.height is None and args.width is None:
+        size = _size_like(image, known.get("height"), known.get("width"))
+    return {"image": image} | size
+
+
+def _open(path: Any) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError:
+        raise UsageError(f"{path} is no image that Pillow can read; convert it to PNG") from None
+
+
+def _size_like(image: Image.Image, height: Any, width: Any) -> dict[str, int]:
+    """As many pixels as the pipeline's default, in the proportions of the image."""
+    if not (isinstance(height, int) and isinstance(width, int)):
+        return {}
+    ratio = image.height / image.width
+    sides = math.sqrt(height * width * ratio), math.sqrt(height * width / ratio)
+    rounded = [max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in sides]
+    return {"height": rounded[0], "width": rounded[1]}

@@ -1,0 +1,121 @@
+"""A rendering as asked for, checked as far as possible before any weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import generation, media, output
+from diffpatch.cli.errors import UsageError
+from diffpatch.cli.parameters import settings
+from diffpatch.errors import choices
+from diffpatch.pipelines import loading
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the pipeline: a method with its options, or dense."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def is_dense(self) -> bool:
+        return self.name == "dense"
+
+    def applied(self, pipe: Any, **changes: Any) -> contextlib.AbstractContextManager[Any]:
+        """The pipeline patched for the length of a with block; as it is for dense."""
+        if self.is_dense:
+            return contextlib.nullcontext(pipe)
+        return diffpatch.patched(pipe, self.name, **self.options | changes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a rendering needs besides the pipeline itself."""
+
+    source: loading.Source
+    variants: list[Variant]
+    prompts: list[str]
+    call: dict[str, Any]
+    steps: int | None
+    fps: float
+    format: str
+    folders: list[Path]
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """What is written for one prompt."""
+        video = self.source.is_video
+        names = {v.name: media.file_name(v.name, self.format, video) for v in self.variants}
+        if len(self.variants) > 1:
+            pair = f"{self.variants[-1].name}_vs_dense"
+            names["side_by_side"] = media.file_name(pair, self.format, video)
+            if video:
+                names["contact_sheet"] = f"{pair}.png"
+        names["result"] = "render.json"
+        return {key: folder / name for key, name in names.items()}
+
+
+def check_variants(args: argparse.Namespace) -> list[Variant]:
+    """What to run, in order: dense first if asked for; checks the method and its parameters."""
+    dense = Variant("dense", {})
+    if args.method == "dense":
+        if args.set:
+            raise UsageError("--set changes a method and dense has none; choose another --method")
+        return [dense]
+    known = diffpatch.methods()
+    if args.method not in known:
+        raise UsageError(
+            f"unknown method {args.method!r}: {choices(args.method, [*known, 'dense'])}"
+        )
+    parameters = settings(args.set, known[args.method].cls)
+    diffpatch.make_method(args.method, **parameters)  # raises if a value cannot work
+    options = {
+        "dense_steps": args.dense_steps,
+        "dense_layers": args.dense_layers,
+        "dense_last_steps": args.dense_last_steps,
+        "backend": args.backend,
+    }
+    fast = Variant(args.method, options | parameters)
+    return [dense, fast] if args.compare == "dense" else [fast]
+
+
+def plan(args: argparse.Namespace, variants: list[Variant], texts: list[str]) -> Job:
+    """Everything that can be found out, and go wrong, before weights are loaded."""
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    steps = generation.steps_of(call, source)
+    generation.check_dense_steps(args, steps)
+    form = args.format or media.default_format(source.is_video)
+    media.check_format(form, source.is_video)
+    folders = [args.output]
+    if len(texts) > 1:
+        folders = [args.output / f"{i:03d}-{_slug(text)}" for i, text in enumerate(texts, 1)]
+    fps = generation.frames_per_second(args, source)
+    job = Job(source, variants, texts, call, steps, fps, form, folders)
+    files = [path for folder in folders for path in job.files(folder).values()]
+    output.check_free(files, args.overwrite)
+    return job
+
+
+def describe(job: Job) -> str:
+    """What a dry run prints: the call, the variants and the files."""
+    rows = [["model", f"{job.source.name} ({job.source.pipeline.__name__})"]]
+    rows += [[key, str(value)] for key, value in generation.settings(job.call, job.source).items()]
+    for variant in job.variants:
+        given = {key: value for key, value in variant.options.items() if value is not None}
+        rows.append(["run", " ".join([variant.name, *(f"{k}={v}" for k, v in given.items())])])
+    for prompt, folder in zip(job.prompts, job.folders, strict=True):
+        rows.append(["prompt", prompt])
+        rows += [["file", str(path)] for path in job.files(folder).values()]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in rows)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-") or "prompt"

@@ -1,0 +1,59 @@
+"""`diffpatch methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import diffpatch
+from diffpatch.cli.output import to_json
+from diffpatch.cli.summary import table
+from diffpatch.methods import MethodInfo
+
+EXAMPLES = """\
+examples:
+  diffpatch methods
+  diffpatch methods --json
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "methods",
+        help="list the methods and their parameters",
+        description="The methods that --method and diffpatch.patch accept, with their parameters.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns the exit code."""
+    infos = diffpatch.methods().values()
+    if args.json:
+        print(to_json([_entry(info) for info in infos]), end="")
+        return 0
+    blocks = []
+    for info in infos:
+        rows = [[f"    {name}={default!r}", text] for name, (_, default, text) in
+                info.parameters.items()]  # fmt: skip
+        lines = [f"{info.name}: {info.summary}", f"  after {info.source}"]
+        blocks.append("\n".join([*lines, table(rows, left=2)]))
+    print("\n\n".join(blocks))
+    return 0
+
+
+def _entry(info: MethodInfo) -> dict[str, Any]:
+    parameters = {
+        name: {"type": kind, "default": default, "help": text}
+        for name, (kind, default, text) in info.parameters.items()
+    }
+    return {
+        "name": info.name,
+        "summary": info.summary,
+        "source": info.source,
+        "class": info.cls.__name__,
+        "parameters": parameters,
+    }

@@ -1,0 +1,71 @@
+"""`--set key=value`: texts from the command line as typed parameters of a method."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from diffpatch.cli.errors import UsageError
+from diffpatch.errors import choices
+
+
+def settings(texts: Sequence[str], cls: type[Any]) -> dict[str, Any]:
+    """`key=value` pairs as parameters of a method, typed by the fields of its dataclass."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise UsageError(f"--set {text!r} must be key=value; keys: {', '.join(names)}")
+        if key not in names:
+            raise UsageError(f"{cls.name} has no parameter {key!r}: {choices(key, names)}")
+        try:
+            values[key] = convert(value.strip(), hints[key])
+        except ValueError:
+            kind = str(dataclasses.fields(cls)[names.index(key)].type)
+            raise UsageError(f"--set {key}={value} must be of type {kind}") from None
+    return values
+
+
+def convert(text: str, hint: Any) -> Any:
+    """A text as a value of a type: numbers, bools, strings, None, tuples (4,8,8) and unions.
+
+    Raises:
+        ValueError: the text is nothing of that type.
+    """
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        # bool before int before float before str: the narrowest reading wins.
+        for option in sorted(options, key=_breadth):
+            try:
+                return convert(text, option)
+            except ValueError:
+                continue
+    elif origin is tuple:
+        parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+        kinds = [options[0]] * len(parts) if options[-1] is Ellipsis else options
+        if parts and ("," in text or len(kinds) == 1) and len(parts) == len(kinds):
+            return tuple(convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    elif origin is typing.Literal and text in map(str, options):
+        return next(option for option in options if str(option) == text)
+    elif hint in (None, type(None)) and text.lower() == "none":
+        return None
+    elif hint is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
+        return text.lower() in ("true", "1", "yes")
+    elif hint in (int, float, str):
+        return hint(text)
+    elif hint is typing.Any:
+        return ast.literal_eval(text)
+    raise ValueError(f"{text!r} is not of type {hint}")
+
+
+def _breadth(hint: Any) -> int:
+    order = [type(None), bool, int, float]
+    return order.index(hint) if hint in order else 5 if hint is str else 4
