@@ -24,12 +24,13 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -69,8 +70,19 @@ DEFAULT_STAGES = "400,96,1,64;1500,32,4,64,0.2;1200,16,4,128,0.2;400,4,13,128,0,
 class Trainer:
     """The state of a run: weights, their moving average, optimisers and random numbers."""
 
-    def __init__(self, stages: list[Stage], options: argparse.Namespace) -> None:
-        """Builds an untrained model; see the command line for the options."""
+    def __init__(
+        self,
+        stages: list[Stage],
+        options: argparse.Namespace,
+        build: Callable[[], WanTransformer3DModel] = model.build_transformer,
+    ) -> None:
+        """Builds an untrained model.
+
+        Args:
+            stages: The parts of the run.
+            options: See the command line.
+            build: Builds the transformer.
+        """
         torch.manual_seed(options.seed)
         self.stages, self.options = stages, options
         self.device = torch.device(options.device)
@@ -79,7 +91,7 @@ class Trainer:
         self.seconds = 0.0
         self.tokenizer = model.build_tokenizer()
         self.matrix, self.offset = (t.to(self.device) for t in vae.encoder_matrix(vae.build_vae()))
-        self.transformer = model.build_transformer()
+        self.transformer = build()
         self.text_encoder = model.build_text_encoder()
         dim = self.transformer.patch_embedding.out_channels
         self.hint_head = nn.Sequential(
