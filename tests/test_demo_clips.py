@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,7 +128,7 @@ def test_stripes_are_visible_on_every_background() -> None:
 
 
 def test_the_autoencoder_reproduces_unseen_clips() -> None:
-    autoencoder = vae.build_vae(fit_clips=80)
+    autoencoder: Any = vae.build_vae(fit_clips=80)
     video = draw(clips.sample_specs(4, torch.Generator().manual_seed(5), held_out=True), size=128)
     with torch.no_grad():
         codes = autoencoder.encode(video).latent_dist.mode()

@@ -166,7 +166,7 @@ def test_training_lowers_the_loss(training: ModuleType) -> None:
 
 
 def test_a_checkpoint_exports_to_a_stock_pipeline(training: ModuleType, tmp_path: Path) -> None:
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     trainer = training.Trainer([training.Stage(1, 2, 1, 64)], options())
     trainer.save(tmp_path / "run")
@@ -198,7 +198,7 @@ def test_the_shipped_folder_is_small_and_holds_no_pickle() -> None:
 
 @needs_weights
 def test_the_shipped_pipeline_listens_to_the_prompt() -> None:
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     pipe = load_demo(dtype=torch.float32)
     assert type(pipe) is WanPipeline
