@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import diffpatch
+from diffpatch import patched, report
 from diffpatch.eval.bench_attention import spread
 from diffpatch.eval.environment import environment
 from diffpatch.eval.metrics import psnr, ssim
@@ -51,7 +51,7 @@ def bench_render(
             say(f"round {number + 1} of {repeats}: {name}")
             with _applied(pipe, name, options):
                 samples[name].append(sample(pipe, call, seed))
-                kept[name] = diffpatch.report(pipe).kept if options is not None else 1.0
+                kept[name] = report(pipe).kept if options is not None else 1.0
     return {
         "pipeline": type(pipe).__name__,
         "call": {key: value for key, value in call.items() if isinstance(value, str | int | float)},
@@ -71,7 +71,7 @@ def _applied(
 ) -> contextlib.AbstractContextManager[Any]:
     if options is None:
         return contextlib.nullcontext(pipe)
-    return diffpatch.patched(pipe, name, **options)
+    return patched(pipe, name, **options)
 
 
 def _clock(run: Sample) -> dict[str, float]:

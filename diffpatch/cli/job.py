@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
+from diffpatch import patched
 from diffpatch.cli import generation, media, output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import settings
@@ -32,7 +33,7 @@ class Variant:
         """The pipeline patched for the length of a with block; as it is for dense."""
         if self.is_dense:
             return contextlib.nullcontext(pipe)
-        return diffpatch.patched(pipe, self.name, **self.options | changes)
+        return patched(pipe, self.name, **self.options | changes)
 
 
 @dataclass(frozen=True)

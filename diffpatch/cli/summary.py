@@ -87,15 +87,15 @@ def describe(result: dict[str, Any]) -> str:
             rows.append([label, *(f"{time:.2f} s" for time in times), *gain])
     blank = [""] * bool(gains)
     rows.append(["pairs kept", *(f"{run['kept']:.1%}" for run in runs.values()), *blank])
-    if "quality" in result:
-        scores = [f"{result['quality'][name]['mean']:.{n}f}" for name, n in _METRICS]
-        rows.append(["PSNR / SSIM to dense", "", f"{scores[0]} dB / {scores[1]}", *blank])
+    for name, digits, unit in _METRICS if "quality" in result else ():
+        score = result["quality"][name]["mean"]
+        rows.append([f"{name.upper()} to dense", "", f"{score:.{digits}f}{unit}", *blank])
     lines = [f"“{result['prompt']}”, seed {result['seed']}", table(rows)]
     fallbacks = _fallbacks(runs)
     return "\n".join(lines + fallbacks + [f"wrote {path}" for path in result["files"].values()])
 
 
-_METRICS = (("psnr", 1), ("ssim", 3))
+_METRICS = (("psnr", 1, " dB"), ("ssim", 3, ""))
 
 
 def _fallbacks(runs: dict[str, Any]) -> list[str]:
