@@ -57,7 +57,8 @@ def patch(
 
     Raises:
         UnknownMethod, BadParameter: the method or a parameter cannot work.
-        UnknownFamily: no transformer of a known family is in the target.
+        UnknownFamily: no transformer of a known family is in the target, or one that cannot be
+            patched, with the reason.
     """
     from diffpatch.patched import Patch, PatchedTransformer  # imports diffusers: seconds, so late
 
@@ -160,10 +161,15 @@ def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any
         if not isinstance(model, torch.nn.Module):
             continue
         family = custom if custom and name.startswith("transformer") else family_of(model)
-        if family is not None:
-            found.append((name, model, family))
+        if family is None:
+            continue
+        if family.refused:
+            raise UnknownFamily(
+                f"{type(model).__name__} ({family.name}) cannot be patched: {family.refused}"
+            )
+        found.append((name, model, family))
     if not found:
-        known = ", ".join(sorted(f.transformer for f in families()))
+        known = ", ".join(sorted(f.transformer for f in families() if not f.refused))
         raise UnknownFamily(
             f"{type(target).__name__} holds no transformer of a known family ({known});"
             " for your own model pass grid= and modules="
@@ -177,8 +183,8 @@ def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
     if grid is None or modules is None:
         raise BadParameter("grid= and modules= describe a model together: pass both or neither")
 
-    def read(model: Any, args: Any) -> tuple[int, int, int, int]:
+    def read(model: Any, args: Any) -> tuple[int, int, int, int, int]:
         value = grid if isinstance(grid, TokenGrid) else grid(**args)
-        return (*value.shape, value.text_before)
+        return (*value.shape, value.text_before, value.text_after)
 
     return FamilyInfo("custom", "custom", "video", modules, read)

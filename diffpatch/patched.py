@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 
-from diffpatch import rebind
+from diffpatch import masks, rebind
 from diffpatch.errors import UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
 from diffpatch.methods.base import Method
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import FamilyInfo
+from diffpatch.pipelines.grids import REST, Grid
 from diffpatch.report import Record
 from diffpatch.schedule import BoundSchedule, Schedule
 from diffpatch.tracker import Tracker, is_scheduler, is_tracked, track, untrack
 
 logger = logging.getLogger(__name__)
 
+_NO_GRID: Grid = (0, 0, 0, 0, 0)
 _CACHED_PATTERNS = 16  # patterns a patch keeps: a few resolutions times a few variants
 
 
@@ -98,7 +100,7 @@ class PatchedTransformer:
 
     def __init__(self, model: Any, name: str, family: FamilyInfo, patch: Patch) -> None:
         self.handle = rebind.new_handle(self)
-        self.grid = (0, 0, 0, 0)
+        self.grid: Grid = _NO_GRID
         self.name = name
         self.family = family
         self.patch = patch
@@ -115,7 +117,10 @@ class PatchedTransformer:
         self.originals = [module.processor for _, module in self.modules]
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._why = "the arguments of the forward do not tell the token grid"
         self._counted = False
+        self._seen: set[int] = set()  # layers called in this forward
+        self._last = -1
         self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -152,10 +157,15 @@ class PatchedTransformer:
             self.patch.follow_schedulers()
             self.patch.tracker.on_forward()
             self._counted = True
+            self._seen.clear()
         named: Mapping[str, Any] = {
             **dict(zip(self._arguments, args, strict=False)), **kwargs
         }  # fmt: skip
-        self.grid = self.family.grid(model, named)
+        found = self.family.grid(model, named)
+        if isinstance(found, str):
+            self.grid, self._why = _NO_GRID, found
+        else:
+            self.grid = found
 
     def _keep_processors(self) -> None:
         """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""
@@ -171,6 +181,22 @@ class PatchedTransformer:
             self.originals[i] = module.processor
             module.processor = rebind.rebind(module.processor, self, i)
 
+    def _enter(self, layer: int) -> None:
+        """Notice that a new forward begins.
+
+        A layer may be called several times in a row (Mochi: a call a sample) and layers may be
+        skipped, so a forward begins where a layer comes back after others.
+        """
+        again = layer in self._seen and (layer != self._last or len(self.modules) == 1)
+        if again or not self._seen:
+            if not self._counted:  # a compiled forward: the hook was traced, not run
+                self.patch.tracker.on_forward()
+            self._counted = False
+            self.patch.enter_run()
+            self._seen.clear()
+        self._seen.add(layer)
+        self._last = layer
+
     def attend(
         self,
         q: torch.Tensor,
@@ -178,52 +204,71 @@ class PatchedTransformer:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        grid: tuple[int, int, int, int],
+        grid: Grid,
         layer: int,
     ) -> torch.Tensor:
         """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
-        patch, tracker = self.patch, self.patch.tracker
-        if layer == 0:
-            if not self._counted:  # a compiled forward: the hook was traced, not run
-                tracker.on_forward()
-            self._counted = False
-            patch.enter_run()
-        step = max(tracker.step, 0)
+        self._enter(layer)
+        patch = self.patch
+        step = max(patch.tracker.step, 0)
         reason = patch.bound(len(self.modules)).reason(step, layer)
-        key_mask = None
         if reason is None:
-            key_mask, reason = _as_key_mask(q, mask)
-        pairs = float(q.shape[0] * q.shape[2]) * q.shape[1] ** 2
-        if reason is None:
-            pattern, blocks, reason = self._blocks(q, grid, layer, step)
+            seen = masks.read_mask(q, mask, self.family.square_masks)
+            pattern, blocks, reason = self._blocks(q, mask, grid, layer, step)
+            reason = seen.reason or reason
         if reason is not None:
-            patch.record.reasons[reason] += 1
-            patch.record.add(self.name, layer, step, pairs, 1.0, "dense")
+            self._record_dense(q, reason, layer)
             processor = self.modules[layer][1].processor
             return rebind.dense(processor, q, k, v, mask, scale)
         assert pattern is not None and blocks is not None
+        size = v.shape[-1]
+        if seen.bias is not None:
+            q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         used = block_sparse.choose_backend(q, k, v, blocks, patch.backend)
-        patch.record.add(self.name, layer, step, pairs, pattern.kept, used)
+        patch.record.add(self.name, layer, step, _pairs(q), pattern.kept, used)
         out = block_sparse.block_sparse_attention(
-            q, k, v, blocks, scale=scale, key_mask=key_mask, backend=used
+            q, k, v, blocks, scale=scale, key_mask=seen.keys, backend=used
         )
         assert isinstance(out, torch.Tensor)
-        return out
+        return out[..., :size]
+
+    def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
+        """Count a call that diffusers answered itself. See `rebind.Owner`."""
+        self._enter(layer)
+        self._record_dense(q, reason, layer)
+
+    def _record_dense(self, q: torch.Tensor, reason: str, layer: int) -> None:
+        step = max(self.patch.tracker.step, 0)
+        self.patch.record.reasons[reason] += 1
+        self.patch.record.add(self.name, layer, step, _pairs(q), 1.0, "dense")
 
     def _blocks(
-        self, q: torch.Tensor, shape: tuple[int, int, int, int], layer: int, step: int
+        self, q: torch.Tensor, mask: torch.Tensor | None, shape: Grid, layer: int, step: int
     ) -> tuple[BlockPattern | None, Any, str | None]:
         """The pattern for this call, or why the call must be dense."""
-        num_frames, height, width, start = shape
-        after = q.shape[1] - start - num_frames * height * width
-        if num_frames * height * width == 0 or after < 0:
-            return None, None, f"sequence of {q.shape[1]} tokens does not hold the grid {shape}"
-        grid = TokenGrid(num_frames, height, width, start, after)
+        frames, height, width, before, after = shape
+        if shape == _NO_GRID:
+            return None, None, self._why
+        if before == REST and mask is not None:
+            return None, None, "prompts of different lengths in one batch"
+        rest = q.shape[1] - frames * height * width
+        if before == REST:
+            before = rest - after
+        elif after == REST:
+            after = rest - before
+        if min(before, after) < 0 or before + after != rest or min(shape[:3]) < 1:
+            return None, None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
+        grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
         if pattern.kept >= 1.0:
             return None, None, "pattern keeps everything"
         blocks = pattern.on(q.device)
         return pattern, blocks, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
+
+
+def _pairs(q: torch.Tensor) -> float:
+    """Query-key pairs of a call, dense."""
+    return float(q.shape[0] * q.shape[2]) * q.shape[1] ** 2
 
 
 class _GridHook:
@@ -241,15 +286,3 @@ class _GridHook:
 
     def __reduce__(self) -> Any:
         return _GridHook, (None,)
-
-
-def _as_key_mask(
-    q: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor | None, str | None]:
-    """(bool (B, S), None) if the mask only hides keys, else (None, why the call must be dense)."""
-    if mask is None:
-        return None, None
-    hides_keys = mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
-    if mask.dtype != torch.bool or not hides_keys or mask.shape[-1] != q.shape[1]:
-        return None, f"the model's own mask {tuple(mask.shape)} of {mask.dtype}"
-    return mask[:, 0, 0].expand(q.shape[0], -1), None

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
 from diffpatch.errors import DiffpatchError
+from diffpatch.pipelines.grids import Grid
 
 _DISPATCH = "dispatch_attention_fn"
 _SDPA = "scaled_dot_product_attention"
@@ -36,7 +37,7 @@ class Owner(Protocol):
     """What a rebound processor reports to: one patched transformer."""
 
     handle: int
-    grid: tuple[int, int, int, int]  # num_frames, height, width, first visual token
+    grid: Grid
 
     def attend(
         self,
@@ -45,10 +46,14 @@ class Owner(Protocol):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        grid: tuple[int, int, int, int],
+        grid: Grid,
         layer: int,
     ) -> torch.Tensor:
         """Attention of one layer; all tensors (B, S, H, D)."""
+        ...
+
+    def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
+        """One layer's self-attention was left to diffusers, whole."""
         ...
 
 
@@ -75,11 +80,12 @@ def _attend(
     num_frames: int,
     height: int,
     width: int,
-    start: int,
+    before: int,
+    after: int,
     handle: int,
 ) -> torch.Tensor:
     owner = _OWNERS[handle]
-    grid = (num_frames, height, width, start)
+    grid = (num_frames, height, width, before, after)
     return owner.attend(q, k, v, mask, scale, grid, int(layer)).contiguous()
 
 
@@ -94,7 +100,8 @@ def _(
     num_frames: int,
     height: int,
     width: int,
-    start: int,
+    before: int,
+    after: int,
     handle: int,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -132,12 +139,10 @@ def _route(
     """Send one self-attention call (B, S, H, D) to the owner of the running processor."""
     slot = _here()
     owner = slot.owner
-    num_frames, height, width, start = owner.grid
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and q.requires_grad:
         # Eager training: outside the operator autograd sees through the torch backend.
-        grid = (num_frames, height, width, start)
-        return owner.attend(q, k, v, mask, scale, grid, int(slot.layer))
-    return _attend(q, k, v, mask, slot.layer, scale, num_frames, height, width, start, owner.handle)
+        return owner.attend(q, k, v, mask, scale, owner.grid, int(slot.layer))
+    return _attend(q, k, v, mask, slot.layer, scale, *owner.grid, owner.handle)
 
 
 def _dispatch_attention_fn(
@@ -161,7 +166,12 @@ def _dispatch_attention_fn(
             " unpatch(pipe) first, or disable it"
         )
     other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
-    if other or not isinstance(attn_mask, torch.Tensor | None):
+    if not other and not isinstance(attn_mask, torch.Tensor | None):
+        other = True
+        if not torch.compiler.is_compiling():
+            slot, what = _here(), type(attn_mask).__name__
+            slot.owner.passed_by(query, f"the model's own {what}", int(slot.layer))
+    if other:
         return attention_dispatch.dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             attention_kwargs, backend=backend, **kwargs,

@@ -2,17 +2,18 @@
 
 A row says which modules are the self-attention over visual tokens, how the token grid follows from
 the arguments of the forward, and where the visual tokens start. Nothing else differs between
-families; everything behind these rows is shared.
+families; everything behind these rows is shared. Classes are known by name, so that rows of models
+that the installed diffusers lacks cost nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# (model, forward arguments by name) -> (num_frames, height, width, first visual token)
-GridFunction = Callable[[Any, Mapping[str, Any]], tuple[int, int, int, int]]
+from diffpatch.pipelines import grids
+from diffpatch.pipelines.grids import REST, GridFunction
 
 
 @dataclass(frozen=True)
@@ -38,59 +39,286 @@ class FamilyInfo:
         text: where always-visible tokens stand: "none", "before" or "after".
         presets: method name -> published setting.
         note: limits worth knowing.
+        square_masks: whether the model's square masks are products m_i·m_j of one number a token,
+            so that their diagonal says everything.
+        refused: why this family cannot be patched; empty where it can.
     """
 
     name: str
     transformer: str
     kind: str
-    modules: str
-    grid: GridFunction
+    modules: str = ""
+    grid: GridFunction = grids.unknown
     text: str = "none"
     presets: Mapping[str, Preset] = field(default_factory=dict)
     note: str = ""
+    square_masks: bool = False
+    refused: str = ""
 
 
-def _latent_video(model: Any, args: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Latents (B, C, F, H, W) cut by ``config.patch_size``; no text in the sequence."""
-    frames, height, width = args["hidden_states"].shape[2:]
-    t, h, w = model.config.patch_size
-    return frames // t, height // h, width // w, 0
+_BLOCKS = r"blocks\.\d+\.attn1"
+_CROSS = r"transformer_blocks\.\d+\.attn1"  # text reaches the model through cross-attention, attn2
+_JOINT = r"transformer_blocks\.\d+\.attn"
+_JOINT_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"  # first two streams, then one
 
+_VIDEO = grids.latents("BCFHW")
+_IMAGE = grids.latents("BCHW")
 
-def _image_ids(model: Any, args: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Text in front, then packed image tokens whose ``img_ids`` (S, 3) are (image, row, column).
+# Windows are published in tokens of one grid; as fractions of it they fit every resolution.
+_WAN = {"radial": Preset({"decay": 0.2}, 0.24, 1, "Radial Attention, Wan 2.1 14B: 12 of 50 steps")}
+_HUNYUAN = {
+    "radial": Preset({"decay": 0.95}, 0.24, 0, "Radial Attention, 768p: 12 of 50 steps"),
+    "neighborhood": Preset(
+        {"window": (0.6, 0.5, 0.3)}, 0.3, 0, "GNA: 18×24×24 of 30×48×80, 15 of 50 steps dense"
+    ),
+}
+_MOCHI = {"radial": Preset({"decay": 1.0}, 2, 2, "Radial Attention, made for its LoRA")}
+_COSMOS = {
+    "neighborhood": Preset(
+        {"window": (1.0, 0.73, 0.6)}, 0.34, 0, "GNA: 16×32×48 of 16×44×80, 12 of 35 steps dense"
+    )
+}
 
-    Reference images (Kontext) have another first column and stand behind: always-visible tokens.
-    """
-    ids = args["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    last = (ids * (ids[:, :1] == ids[:1, :1])).amax(0)  # rows of reference images count as 0
-    text = args["encoder_hidden_states"].shape[1]
-    return 1, int(last[1]) + 1, int(last[2]) + 1, text
+_LINEAR = "its self-attention is already linear in the tokens: there is nothing to leave out"
 
-
-_WAN_RADIAL = Preset({"decay": 0.2}, 0.24, 1, "Radial Attention, Wan2.1-14B: 12 of 50 steps")
-
-FAMILIES: tuple[FamilyInfo, ...] = (
+_VIDEO_FAMILIES = (
     FamilyInfo(
         "Wan 2.1 / 2.2",
         "WanTransformer3DModel",
         "video",
-        r"blocks\.\d+\.attn1",
-        _latent_video,
-        presets={"radial": _WAN_RADIAL},
+        _BLOCKS,
+        _VIDEO,
+        presets=_WAN,
         note="T2V, I2V, TI2V; both experts of 2.2",
     ),
+    FamilyInfo(
+        "Wan VACE",
+        "WanVACETransformer3DModel",
+        "video",
+        r"(vace_)?" + _BLOCKS,
+        _VIDEO,
+        note="reference images count as frames in front of the video",
+    ),
+    FamilyInfo(
+        "Wan Animate",
+        "WanAnimateTransformer3DModel",
+        "video",
+        _BLOCKS,
+        _VIDEO,
+        note="the reference image counts as the first frame",
+    ),
+    FamilyInfo(
+        "HunyuanVideo",
+        "HunyuanVideoTransformer3DModel",
+        "video",
+        _JOINT_SINGLE,
+        grids.latents("BCFHW", after=grids.text),
+        text="after",
+        presets=_HUNYUAN,
+        note="T2V and I2V; padded prompts are masked",
+    ),
+    FamilyInfo(
+        "HunyuanVideo 1.5",
+        "HunyuanVideo15Transformer3DModel",
+        "video",
+        _JOINT,
+        grids.latents("BCFHW", after=REST),
+        text="after",
+        square_masks=True,
+        note="diffusers itself builds a tokens × tokens mask in every layer",
+    ),
+    FamilyInfo(
+        "CogVideoX 1.0 / 1.5",
+        "CogVideoXTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.latents("BFCHW", before=grids.text),
+        text="before",
+    ),
+    FamilyInfo(
+        "Mochi 1",
+        "MochiTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.latents("BCFHW", after=REST),
+        text="after",
+        presets=_MOCHI,
+        note="prompts of different lengths are separate calls",
+    ),
+    FamilyInfo(
+        "LTX-Video",
+        "LTXVideoTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.packed_video,
+        note="condition frames stay always visible",
+    ),
+    FamilyInfo(
+        "LTX-2",
+        "LTX2VideoTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.packed_video,
+        note="video self-attention; audio stays as it is, keyframes stay always visible",
+    ),
+    FamilyInfo(
+        "Cosmos 1 / 2 / 2.5",
+        "CosmosTransformer3DModel",
+        "video",
+        _CROSS,
+        _VIDEO,
+        presets=_COSMOS,
+    ),
+    FamilyInfo(
+        "SkyReels-V2",
+        "SkyReelsV2Transformer3DModel",
+        "video",
+        _BLOCKS,
+        _VIDEO,
+        note="T2V, I2V, diffusion forcing; the block-causal mode runs dense",
+    ),
+    FamilyInfo(
+        "Kandinsky 5",
+        "Kandinsky5Transformer3DModel",
+        "video",
+        r"visual_transformer_blocks\.\d+\.self_attention",
+        grids.latents("BFHWC"),
+        note="NABLA checkpoints are sparse by themselves and run as they are",
+    ),
+    FamilyInfo(
+        "Allegro",
+        "AllegroTransformer3DModel",
+        "video",
+        _CROSS,
+        _VIDEO,
+    ),
+    FamilyInfo(
+        "Latte",
+        "LatteTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.latents("BC.HW"),
+        note="spatial layers, frame by frame; the temporal layers see few tokens and stay dense",
+    ),
+)
+
+_IMAGE_FAMILIES = (
     FamilyInfo(
         "Flux.1",
         "FluxTransformer2DModel",
         "image",
-        r"(single_)?transformer_blocks\.\d+\.attn",
-        _image_ids,
+        _JOINT_SINGLE,
+        grids.image_ids,
         text="before",
         note="dev, schnell, Kontext (reference tokens stay always visible), Fill, Control",
     ),
+    FamilyInfo(
+        "Flux.2",
+        "Flux2Transformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+        note="dev and Klein; reference images stay always visible, with a KV cache it runs dense",
+    ),
+    FamilyInfo(
+        "Stable Diffusion 3 / 3.5",
+        "SD3Transformer2DModel",
+        "image",
+        r"transformer_blocks\.\d+\.attn2?",  # attn2: image only, in the dual layers of 3.5 medium
+        grids.latents("BCHW", after=REST),
+        text="after",
+    ),
+    FamilyInfo(
+        "PixArt-α / Σ",
+        "PixArtTransformer2DModel",
+        "image",
+        _CROSS,
+        _IMAGE,
+    ),
+    FamilyInfo(
+        "QwenImage",
+        "QwenImageTransformer2DModel",
+        "image",
+        _JOINT,
+        grids.image_shapes,
+        text="before",
+        note="Edit and Layered: all images but the first stay always visible",
+    ),
+    FamilyInfo(
+        "Z-Image",
+        "ZImageTransformer2DModel",
+        "image",
+        r"layers\.\d+\.attention",
+        grids.image_list,
+        text="after",
+        note="omni mode runs dense",
+    ),
+    FamilyInfo(
+        "HiDream-I1",
+        "HiDreamImageTransformer2DModel",
+        "image",
+        r"(double|single)_stream_blocks\.\d+\.block\.attn1",
+        grids.latents("BCHW", after=REST),
+        text="after",
+        note="the padding of images that are not square stays always visible",
+    ),
+    FamilyInfo(
+        "Lumina 2",
+        "Lumina2Transformer2DModel",
+        "image",
+        r"layers\.\d+\.attn",
+        grids.latents("BCHW", before=REST),
+        text="before",
+        note="prompts of different lengths in one batch run dense",
+    ),
+    FamilyInfo(
+        "AuraFlow",
+        "AuraFlowTransformer2DModel",
+        "image",
+        r"(joint|single)_transformer_blocks\.\d+\.attn",
+        grids.latents("BCHW", before=REST),
+        text="before",
+    ),
+    FamilyInfo(
+        "HunyuanDiT",
+        "HunyuanDiT2DModel",
+        "image",
+        _BLOCKS,
+        _IMAGE,
+    ),
+    FamilyInfo(
+        "Chroma",
+        "ChromaTransformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+        square_masks=True,
+        note="its prompt mask is an additive bias in diffusers, and stays one",
+    ),
+    FamilyInfo(
+        "DiT",
+        "DiTTransformer2DModel",
+        "image",
+        _CROSS,
+        _IMAGE,
+        note="class-conditional",
+    ),
 )
+
+_REFUSED = (
+    FamilyInfo("Sana", "SanaTransformer2DModel", "image", refused=_LINEAR),
+    FamilyInfo("Sana Video", "SanaVideoTransformer3DModel", "video", refused=_LINEAR),
+    FamilyInfo(
+        "Cosmos 3",
+        "Cosmos3OmniTransformer",
+        "video",
+        refused="it packs text, video and sound into one ragged sequence with causal parts",
+    ),
+)
+
+FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + _REFUSED
 
 
 def families() -> list[FamilyInfo]:

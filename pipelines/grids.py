@@ -1,0 +1,152 @@
+"""The token grid of a self-attention call, read off the arguments of the transformer's forward.
+
+Every function answers (num_frames, height, width, tokens before, tokens after), or says in words
+why it cannot, and the forward then runs dense with that reason in the report. `REST` tokens are as
+many as the sequence of a call holds beside the others; exact numbers are checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Arguments = Mapping[str, Any]  # of the forward, by name
+Grid = tuple[int, int, int, int, int]
+# (model, arguments) -> the grid, or why there is none
+GridFunction = Callable[[Any, Arguments], Grid | str]
+Count = int | Callable[[Arguments], int]
+
+REST = -1
+
+
+def unknown(model: Any, args: Arguments) -> str:
+    """No grid at all."""
+    return "diffpatch knows no token grid for this model"
+
+
+def text(args: Arguments) -> int:
+    """Prompt tokens, where the model joins them to the visual ones as they are."""
+    return args["encoder_hidden_states"].shape[1]
+
+
+def latents(axes: str, before: Count = 0, after: Count = 0) -> GridFunction:
+    """Latents that the model itself cuts into patches.
+
+    Args:
+        axes: the axes of ``hidden_states``: a letter each, of which F, H and W are cut. Frames that
+            are not named (Latte's spatial layers fold them into the batch) do not count.
+        before: always-visible tokens in front of the visual ones, or how to count them.
+        after: always-visible tokens behind them.
+    """
+
+    def read(model: Any, args: Arguments) -> Grid | str:
+        shape = args["hidden_states"].shape
+        if len(shape) != len(axes):
+            return f"hidden_states of {len(shape)} axes are packed in a way diffpatch cannot read"
+        size = dict(zip(axes, shape, strict=True))
+        t, h, w = _patch_size(model.config)
+        frames = size["F"] // t if "F" in size else 1
+        return frames, size["H"] // h, size["W"] // w, _count(before, args), _count(after, args)
+
+    return read
+
+
+def image_ids(model: Any, args: Arguments) -> Grid | str:
+    """Text, then packed image tokens with ``img_ids`` (S, ≥ 3) of (image, row, column, …).
+
+    Reference images (Kontext, Flux 2) have another first column and stand behind.
+    """
+    if args.get("kv_cache_mode") is not None:
+        return "cached reference images stand between text and image"
+
+    def read(ids: torch.Tensor) -> tuple[int, int]:
+        ids = ids[0] if ids.ndim == 3 else ids
+        last = (ids * (ids[:, :1] == ids[:1, :1])).amax(0)  # rows of references count as 0
+        return int(last[1]) + 1, int(last[2]) + 1
+
+    ids = args["img_ids"]
+    height, width = _once(ids, read)
+    return 1, height, width, text(args), ids.shape[-2] - height * width
+
+
+def image_shapes(model: Any, args: Arguments) -> Grid | str:
+    """Text, then packed images of ``img_shapes``: the generated one, then references (Qwen)."""
+    samples = [s if isinstance(s, list) else [s] for s in args["img_shapes"]]
+    if any(s != samples[0] for s in samples):
+        return "images of different shapes in one batch"
+    first, *others = samples[0]
+    frames, height, width = first
+    return frames, height, width, text(args), sum(f * h * w for f, h, w in others)
+
+
+def packed_video(model: Any, args: Arguments) -> Grid | str:
+    """Packed video tokens whose grid is passed by name (LTX), or by coordinates only.
+
+    Condition frames stand in front where coordinates are passed, and behind where both are (LTX 2).
+    """
+    if args.get("num_frames") is not None:
+        return args["num_frames"], args["height"], args["width"], 0, REST
+    if args.get("video_coords") is None:
+        return "neither num_frames nor video_coords tell the grid"
+    grid = _once(args["video_coords"], _grid_of_coordinates)
+    return grid or "video_coords are not whole frames of one size"
+
+
+def _grid_of_coordinates(coordinates: torch.Tensor) -> Grid | None:
+    """The grid of coordinates (B, 3, S) in which condition frames stand before the video.
+
+    The video is what begins with the last frame at the earliest time.
+    """
+    time, rows, columns = coordinates[0].cpu()
+    height, width = len(rows.unique()), len(columns.unique())
+    size = height * width
+    if len(time) % size:
+        return None
+    times = time.view(-1, size)
+    frames, starts = times[:, 0], (times[:, 0] == times.min()).nonzero()
+    whole = (times == frames[:, None]).all() and (rows.view(-1, size) == rows[:size]).all()
+    begin = int(starts[-1])
+    if not whole or not (frames[begin:].diff() > 0).all():
+        return None
+    return len(frames) - begin, height, width, begin * size, 0
+
+
+def image_list(model: Any, args: Arguments) -> Grid | str:
+    """A list of latents (C, F, H, W), one a sample; padding and text stand behind (Z-Image)."""
+    if isinstance(args["x"][0], list):
+        return "several images in one sequence (omni mode)"
+    shapes = {tuple(x.shape[1:]) for x in args["x"]}
+    if len(shapes) > 1:
+        return "images of different shapes in one batch"
+    frames, height, width = shapes.pop()
+    patch, patch_t = args.get("patch_size", 2), args.get("f_patch_size", 1)
+    return frames // patch_t, height // patch, width // patch, 0, REST
+
+
+def _patch_size(config: Any) -> tuple[int, int, int]:
+    size = config.patch_size
+    if isinstance(size, int):
+        return getattr(config, "patch_size_t", None) or 1, size, size
+    t, h, w = size
+    return t, h, w
+
+
+def _count(tokens: Count, args: Arguments) -> int:
+    return tokens if isinstance(tokens, int) else tokens(args)
+
+
+def _once(source: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+    """What `read` says about a tensor, asked once: reading from a device waits for it.
+
+    Pipelines pass the same tensor at every step, so the answer is kept on the tensor itself.
+    """
+    if torch.compiler.is_compiling():
+        return read(source)
+    version = None if source.is_inference() else source._version
+    known = getattr(source, "_diffpatch_read", None)
+    if known is None or known[0] != version:
+        known = version, read(source)
+        source._diffpatch_read = known  # type: ignore[attr-defined]
+    return known[1]
