@@ -1,0 +1,253 @@
+"""Every static method against brute force: element by element, on odd grids, with text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffpatch
+from diffpatch import BadParameter, Neighborhood, Radial, TokenGrid, UnknownMethod, Window
+from diffpatch.methods import radial_rules
+from diffpatch.pattern import BlockPattern
+
+GRIDS = [
+    TokenGrid(3, 5, 7),
+    TokenGrid(5, 4, 9, text_before=6),
+    TokenGrid(4, 7, 6, text_after=11),
+    TokenGrid(1, 13, 11, text_before=3, text_after=2),
+    TokenGrid(7, 1, 10),
+]
+Position = tuple[int, int, int]
+Rule = Callable[[Position, Position], bool]
+
+
+def brute_force(grid: TokenGrid, rule: Rule) -> torch.Tensor:
+    """bool (S, S), text seeing and seen by everything, the rule asked for every visual pair."""
+    mask = torch.ones(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
+    positions = list(itertools.product(*map(range, grid.shape)))
+    for (i, q), (j, k) in itertools.product(enumerate(positions), repeat=2):
+        mask[grid.text_before + i, grid.text_before + j] = rule(q, k)
+    return mask
+
+
+def check(pattern: BlockPattern, expected: torch.Tensor) -> None:
+    assert torch.equal(pattern.dense()[0], expected)
+    assert pattern.kept == pytest.approx(expected.float().mean().item(), abs=1e-6)
+
+
+def gna(q: int, k: int, length: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
+    """Generalized Neighborhood Attention along one axis, written as the paper's text says it."""
+    if q % dilation != k % dilation:
+        return False
+    size = math.ceil((length - q % dilation) / dilation)
+    q, k = q // dilation, k // dilation
+    if causal:
+        leader = min(q // stride * stride + stride - 1, size - 1)
+        return max(leader - window + 1, 0) <= k <= q
+    leader = min(q // stride * stride + stride // 2, size - 1)
+    start = leader - window // 2
+    start = min(max(start, 0), size - window)
+    return start <= k < start + window
+
+
+NEIGHBORHOODS = [
+    (Neighborhood(window=(3, 3, 5), stride=1), TokenGrid(3, 5, 7)),
+    (Neighborhood(window=(2, 4, 4), stride=(1, 2, 3)), TokenGrid(5, 4, 9, text_before=6)),
+    (Neighborhood(window=(-1, 3, 2), stride=1), TokenGrid(4, 7, 6, text_after=11)),
+    (Neighborhood(window=(2, 3, 3), stride=1, dilation=(2, 2, 1)), TokenGrid(5, 7, 6)),
+    (Neighborhood(window=(3, 2, 4), stride=1, causal=(True, False, False)), TokenGrid(7, 5, 6)),
+    (Neighborhood(window=(1, 6, 6), stride=(1, 6, 6)), TokenGrid(1, 13, 11, 3, 2)),
+    (Neighborhood(window=(4, 4, 4), stride=(2, 3, 4), causal=True), TokenGrid(6, 7, 9)),
+]
+
+
+@pytest.mark.parametrize(("method", "grid"), NEIGHBORHOODS, ids=lambda x: str(x)[:60])
+def test_neighborhood_is_gna(method: Neighborhood, grid: TokenGrid) -> None:
+    windows = [n if w == -1 else int(w) for w, n in zip(method.window, grid.shape, strict=True)]  # type: ignore[arg-type]
+    triples = [
+        value if isinstance(value, tuple) else (value,) * 3
+        for value in (method.stride, method.dilation, method.causal)
+    ]
+    strides, dilations, causal = triples
+
+    def rule(q: Position, k: Position) -> bool:
+        axes = zip(q, k, grid.shape, windows, strides, dilations, causal, strict=True)
+        return all(gna(a, b, n, w, int(s), int(d), bool(c)) for a, b, n, w, s, d, c in axes)
+
+    check(method.pattern(grid), brute_force(grid, rule))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_query_of_a_neighborhood_sees_the_same_number_of_keys(grid: TokenGrid) -> None:
+    pattern = Neighborhood(window=0.5, stride=1).pattern(grid)
+    visual = pattern.dense()[0][grid.text_before :][: grid.visual_tokens]
+    assert visual.sum(1).unique().numel() == 1
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_window_partitions_the_grid(grid: TokenGrid, shifted: bool) -> None:
+    sizes = [math.ceil(n / 3) for n in grid.shape]
+
+    def cell(p: Position) -> list[int]:
+        shift = [s // 2 if shifted and s < n else 0 for s, n in zip(sizes, grid.shape, strict=True)]
+        return [(x - d) // s for x, s, d in zip(p, sizes, shift, strict=True)]
+
+    expected = brute_force(grid, lambda q, k: cell(q) == cell(k))
+    check(Window(window=tuple(sizes)).pattern(grid, shifted), expected)
+
+
+def test_window_shifts_by_layer_or_step() -> None:
+    assert [Window(shift="layer").variant(layer, 0) for layer in range(3)] == [False, True, False]
+    assert [Window(shift="step").variant(0, step) for step in range(3)] == [False, True, False]
+    assert not Window(shift="none").variant(1, 1)
+
+
+def published_by_hand(grid: TokenGrid, decay: float, sink: bool) -> torch.Tensor:
+    """The measured rule block by block from the token mask of every pair of frames."""
+    f, s, n = grid.num_frames, grid.frame_tokens, grid.visual_tokens
+    blocks = math.ceil(n / 128)
+    keep = torch.eye(blocks, dtype=torch.bool)
+    for i, j in itertools.product(range(f), repeat=2):
+        d = abs(i - j)
+        width = 2 ** int(math.log2(s)) / 2 ** int(math.log2(max(d, 1)))
+        pair = (torch.arange(s)[:, None] - torch.arange(s)).abs() <= max(decay * width, 128)
+        if d <= 1 or (sink and j == 0):
+            pair[:] = True
+        elif width < 128 and d % int(128 / width):
+            pair[:] = False
+        mask = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
+        mask[i * s : (i + 1) * s, j * s : (j + 1) * s] = pair
+        rows = torch.tensor([min(128, n - b * 128) for b in range(blocks)])
+        density = mask.view(blocks, 128, -1).sum(1) / rows[:, None]  # (block, key token)
+        density = density.view(blocks, blocks, 128)
+        keep |= (density > 1 / 3).sum(-1) > 0.6 * (density > 0).sum(-1)
+    return keep
+
+
+@pytest.mark.parametrize("decay", [0.2, 1.0])
+@pytest.mark.parametrize("shape", [(7, 13, 20), (5, 19, 31), (18, 4, 13)], ids=str)
+def test_published_radial_equals_the_rule_by_hand(
+    shape: tuple[int, int, int], decay: float
+) -> None:
+    grid = TokenGrid(*shape)
+    for sink in (False, True):
+        expected = published_by_hand(grid, decay, sink)
+        assert torch.equal(radial_rules.published(grid, decay, sink), expected)
+
+
+@pytest.mark.parametrize(
+    ("grid", "decay", "kept"),
+    [
+        (TokenGrid(64, 45, 80), 1.0, 0.192),  # HunyuanVideo 2x, paper table 2: 80.8 % sparsity
+        (TokenGrid(112, 30, 53), 1.0, 0.143),  # Mochi 4x: 85.5 %
+        (TokenGrid(21, 45, 80), 0.2, 0.262),  # Wan 2.1 720p
+        (TokenGrid(21, 45, 80), 1.0, 0.397),
+        (TokenGrid(30, 48, 80), 0.95, 0.275),  # HunyuanVideo 768p: no sink in its code
+    ],
+    ids=str,
+)
+def test_published_radial_keeps_what_the_paper_measured(
+    grid: TokenGrid, decay: float, kept: float
+) -> None:
+    sink = kept != 0.275
+    pattern = Radial(decay=decay, rule="published", sink=sink).pattern(grid)
+    assert pattern.kept == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(21, 45, 80), TokenGrid(21, 30, 52)], ids=str)
+@pytest.mark.parametrize("decay", [0.2, 0.5, 1.0])
+def test_radial_on_tiles_spends_the_published_budget(grid: TokenGrid, decay: float) -> None:
+    budget = radial_rules.budget(grid, decay, sink=True)
+    assert 0.9 * budget <= Radial(decay=decay).pattern(grid).kept <= budget
+
+
+def test_radial_on_tiles_keeps_near_frames_and_the_sink_whole() -> None:
+    grid = TokenGrid(6, 30, 36)
+    mask = Radial(decay=0.2).pattern(grid).dense()[0].view(6, 1080, 6, 1080)
+    for i, j in itertools.product(range(6), repeat=2):
+        share = mask[i, :, j].float().mean().item()
+        assert (share == 1.0) == (abs(i - j) <= 1 or j == 0)
+    # Inward-shifted windows: queries at the edge of a frame see as much as those inside it.
+    per_query = mask[5, :, 1].sum(-1).float()
+    assert per_query.min() >= 0.9 * per_query.max()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 9)),
+    before=st.integers(0, 5),
+    after=st.integers(0, 5),
+    method=st.sampled_from(
+        [
+            Neighborhood(),
+            Neighborhood(window=0.4, stride=1),
+            Window(),
+            Radial(),
+            Radial(rule="published"),
+        ]
+    ),
+)
+def test_any_grid_gives_a_sound_pattern(
+    shape: tuple[int, int, int], before: int, after: int, method: diffpatch.Method
+) -> None:
+    grid = TokenGrid(*shape, before, after)
+    pattern = method.pattern(grid, method.variant(1, 1))
+    mask = pattern.dense()[0]
+    assert mask.shape == (grid.num_tokens,) * 2
+    assert pattern.kept == pytest.approx(mask.float().mean().item(), abs=1e-6)
+    assert bool(mask.diagonal().all()), "a token that does not see itself"
+    assert bool(mask[:before].all()) and bool(mask[:, :before].all())
+
+
+def test_a_large_grid_is_planned_in_tiles_not_tokens() -> None:
+    pattern = Window(window=(5, 12, 16)).pattern(TokenGrid(61, 60, 106))  # 387,960 tokens
+    assert pattern.kept == pytest.approx(960 / 387_960, rel=0.1)
+    assert pattern.blocks.cols.numel() < 10_000_000
+
+
+def test_draw_shows_the_tile_map() -> None:
+    picture = Window().pattern(TokenGrid(2, 8, 8)).draw(size=64)
+    assert picture.getextrema() == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("radial", {"decay": -1.0}, "decay=-1.0 must be positive"),
+        ("radial", {"rule": "paper"}, "rule='paper'"),
+        ("radial", {"deacy": 1.0}, "did you mean 'decay'"),
+        ("window", {"shift": "frame"}, "shift='frame'"),
+        ("neighborhood", {"stride": "big"}, "stride='big'"),
+    ],
+)
+def test_bad_parameters_say_what_to_do(name: str, params: dict[str, object], message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        diffpatch.make_method(name, **params)
+
+
+def test_unknown_method_suggests_the_closest() -> None:
+    with pytest.raises(UnknownMethod, match="did you mean 'radial'"):
+        diffpatch.make_method("radail")
+
+
+def test_a_window_larger_than_the_grid_is_refused() -> None:
+    with pytest.raises(BadParameter, match="between 1 and the axis length 7"):
+        Neighborhood(window=(1, 3, 9)).pattern(TokenGrid(3, 5, 7))
+    with pytest.raises(BadParameter, match="use neighborhood or window for images"):
+        Radial().pattern(TokenGrid(1, 8, 8))
+
+
+def test_every_method_is_listed_with_its_parameters() -> None:
+    for name, info in diffpatch.methods().items():
+        assert info.summary and info.source
+        assert set(info.parameters) == {f.name for f in dataclasses.fields(info.cls)}
+        assert all(help_ for _, _, help_ in info.parameters.values()), name
+        assert diffpatch.make_method(name) == info.cls()
