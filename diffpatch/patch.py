@@ -17,7 +17,7 @@ from diffpatch.report import Report
 from diffpatch.schedule import Amount, Schedule
 
 if TYPE_CHECKING:
-    from diffpatch.patched import PatchedTransformer
+    from diffpatch.transformer import PatchedTransformer
 
 Target = TypeVar("Target")
 Grid = TokenGrid | Callable[..., TokenGrid]
@@ -60,7 +60,10 @@ def patch(
         UnknownFamily: no transformer of a known family is in the target, or one that cannot be
             patched, with the reason.
     """
-    from diffpatch.patched import Patch, PatchedTransformer  # imports diffusers: seconds, so late
+    from diffpatch.transformer import (
+        Patch,
+        PatchedTransformer,
+    )  # imports diffusers: seconds, so late
 
     found = _transformers(target, _custom_family(grid, modules))
     kinds = {family.kind for _, _, family in found}

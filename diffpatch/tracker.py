@@ -54,7 +54,10 @@ class Tracker:
         self._stepped = True
 
     def on_forward(self) -> None:
-        """A transformer forward begins."""
+        """A transformer forward begins. Where no scheduler is tracked, every forward is a run."""
+        if self._scheduler is None:
+            self.run = next(self._runs)
+            self._begin()
         if not self._stepped:
             self.branch += 1
             return

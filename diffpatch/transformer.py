@@ -27,6 +27,7 @@ from diffpatch.tracker import Tracker, is_scheduler, is_tracked, track, untrack
 logger = logging.getLogger(__name__)
 
 _NO_GRID: Grid = (0, 0, 0, 0, 0)
+DENSE_FROM = 1.0  # patterns that keep this much run dense: skipping nothing only costs
 _CACHED_PATTERNS = 16  # patterns a patch keeps: a few resolutions times a few variants
 
 
@@ -260,7 +261,7 @@ class PatchedTransformer:
             return None, None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
         grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
-        if pattern.kept >= 1.0:
+        if pattern.kept >= DENSE_FROM:
             return None, None, "pattern keeps everything"
         blocks = pattern.on(q.device)
         return pattern, blocks, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
