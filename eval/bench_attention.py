@@ -6,6 +6,7 @@ are paired: dense and all methods take turns, and the speedup is the median of t
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -203,8 +204,8 @@ def _dense_times(case: Case, qkv: Tensors) -> dict[str, float]:
         if name == "MATH" and times and scores > MATH_LIMIT:
             continue
         try:
-            calls = {name: lambda name=name: _dense(name, *qkv)}
-            times[name] = median(interleaved(calls, 3, qkv[0].device)[name])
+            call = functools.partial(_dense, name, *qkv)
+            times[name] = median(interleaved({name: call}, 3, qkv[0].device)[name])
         except RuntimeError:  # torch has no such kernel for this device, dtype or head size
             continue
     return times

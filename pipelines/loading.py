@@ -7,14 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from diffpatch.errors import DiffpatchError, choices
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+Pipeline = Any  # a diffusers pipeline, whose annotations hide its own methods from type checkers
 
 DEMOS = ("demo", "demo-long")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +40,7 @@ class Source:
 
     name: str
     kind: str
-    pipeline: type[DiffusionPipeline]
+    pipeline: type[Any]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def load_pipeline(
     offload: str = "none",
     vae_tiling: bool = False,
     compile: bool = False,
-) -> DiffusionPipeline:
+) -> Pipeline:
     """Load a pipeline, ready to be called.
 
     Args:
@@ -131,7 +130,7 @@ def load_pipeline(
     return pipe
 
 
-def with_image_input(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def with_image_input(pipe: Pipeline) -> Pipeline:
     """The pipeline itself if it takes an image, else its image-to-image form on the same weights.
 
     Raises:
@@ -148,7 +147,7 @@ def with_image_input(pipe: DiffusionPipeline) -> DiffusionPipeline:
         raise ModelError(f"{name} takes no image; choose an image-to-video model") from error
 
 
-def denoisers(pipe: DiffusionPipeline) -> list[Any]:
+def denoisers(pipe: Pipeline) -> list[Any]:
     """The networks that a pipeline calls at every step."""
     parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
     return [part for part in parts if part is not None]
@@ -173,7 +172,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
+def _load(source: Source, dtype: torch.dtype) -> Pipeline:
     try:
         if source.kind == "demo":
             from diffpatch.pipelines.demo.model import load_demo
@@ -192,7 +191,7 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
         ) from error
 
 
-def _place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:
+def _place(pipe: Pipeline, device: torch.device, offload: str) -> None:
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -239,7 +238,7 @@ def _hub_index(model: str) -> str:
         raise ModelError(f"no pipeline {model} on the hub or in its cache{_HUB_ADVICE}") from error
 
 
-def _pipeline_class(name: str, model: str) -> type[DiffusionPipeline]:
+def _pipeline_class(name: str, model: str) -> type[Any]:
     import diffusers
 
     found = getattr(diffusers, name, None)

@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from diffpatch.pipelines.loading import call_arguments, denoisers
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from diffpatch.pipelines.loading import Pipeline, call_arguments, denoisers
 
 OnStep = Callable[[int, float], None]
 
@@ -46,7 +43,7 @@ class Sample:
 
 
 def sample(
-    pipe: DiffusionPipeline, call: dict[str, Any], seed: int, on_step: OnStep | None = None
+    pipe: Pipeline, call: dict[str, Any], seed: int, on_step: OnStep | None = None
 ) -> Sample:
     """Call a pipeline and time it; the device is synchronised before every reading of the clock.
 
@@ -77,7 +74,7 @@ def sample(
     return Sample(frames, total, clock.seconds, peak)
 
 
-def warm_up(pipe: DiffusionPipeline, call: dict[str, Any], seed: int) -> None:
+def warm_up(pipe: Pipeline, call: dict[str, Any], seed: int) -> None:
     """A short call (two steps) whose result is dropped: allocations, compilers, first decode."""
     short = {"num_inference_steps": 2} if "num_inference_steps" in call_arguments(pipe) else {}
     sample(pipe, call | short, seed)

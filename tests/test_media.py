@@ -80,7 +80,8 @@ def test_side_by_side_holds_both_clips_and_labels() -> None:
     corners = [(media.GAP, bar), (2 * media.GAP + width, bar)]
     for source, (left, top) in zip((dense, fast), corners, strict=True):
         picture = joined[2].crop((left, top, left + width, top + height))
-        assert np.array_equal(picture.resize((50, 36), Image.Resampling.NEAREST), source[2])
+        small = np.asarray(picture.resize((50, 36), Image.Resampling.NEAREST))
+        assert np.array_equal(small, np.asarray(source[2]))
     assert np.asarray(joined[0].crop((0, 0, joined[0].width, bar))).max() > 200  # there is text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,7 @@ def run_render(args: argparse.Namespace) -> int:
 
 def run_kernels(args: argparse.Namespace) -> int:
     """Hand over to the kernel benchmark; returns the exit code."""
-    from diffpatch.eval import bench_kernels
-
+    bench_kernels = importlib.import_module("diffpatch.eval.bench_kernels")
     return int(bench_kernels.main(args.rest) or 0)
 
 

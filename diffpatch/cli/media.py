@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -52,7 +53,7 @@ def save(images: Sequence[Image.Image], path: Path, fps: float) -> None:
     elif path.suffix == ".mp4":
         _save_mp4(images, path, fps)
     elif path.suffix:
-        options = {".gif": {"optimize": True}, ".webp": {"quality": 90, "method": 4}}
+        options: dict[str, dict[str, Any]] = {".webp": {"quality": 90, "method": 4}}
         images[0].save(
             path,
             save_all=True,
@@ -124,11 +125,12 @@ def _font(text: str, width: int, bar: int) -> ImageFont.FreeTypeFont | ImageFont
 
 
 def _save_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    from diffusers.utils import export_to_video
+    from diffusers.utils.export_utils import export_to_video
 
     # Pictures, as export_to_video inverts uint8 arrays; even sizes, as it rescales others.
     even = [_even(image) for image in images]
-    export_to_video(even, str(path), fps=fps, quality=8, macro_block_size=2)
+    rate: Any = fps  # annotated as int there; fractions work
+    export_to_video(even, str(path), fps=rate, quality=8, macro_block_size=2)
 
 
 def _even(image: Image.Image) -> Image.Image:
