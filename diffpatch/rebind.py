@@ -248,7 +248,7 @@ def _rebound_class(cls: Any) -> Any:
         return call(self, *args, **kwargs)
 
     # Attention modules drop keyword arguments that the signature of __call__ does not name.
-    __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    __call__.__wrapped__ = original  # type: ignore[attr-defined]
     members = {"__call__": __call__, "__reduce_ex__": _reduce, "_diffpatch_original": cls}
     return type("DiffPatch" + cls.__name__, (cls,), members)
 
