@@ -73,6 +73,6 @@ def attend(
     # A row that sees nothing keeps its scores, so that its gradient is zero and not NaN.
     scores = (qh @ kh.mT * scale).masked_fill(~mask & seen[..., None], -torch.inf)
     lse = scores.logsumexp(-1)
-    out = ((scores - lse[..., None]).exp() @ vh).masked_fill(~seen[..., None], 0.0)
+    out = (scores.softmax(-1) @ vh).masked_fill(~seen[..., None], 0.0)
     lse = lse.masked_fill(~seen, -torch.inf)
     return out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2)

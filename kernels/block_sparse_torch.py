@@ -172,8 +172,7 @@ def _sdpa(
         return flash(q, k, v, attn_mask=bias, scale=scale)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     scores = scores if bias is None else scores + bias
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
 def _take(x: torch.Tensor, keys: torch.Tensor | slice) -> torch.Tensor:

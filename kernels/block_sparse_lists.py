@@ -1,0 +1,117 @@
+"""A block index cut into the sub-blocks of keys that the Triton kernel visits one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from diffpatch.kernels.blocks import BlockIndex
+
+WORD = 32  # bits in a mask word
+
+
+@dataclass(frozen=True, eq=False)
+class SubBlocks:
+    """What each row of a block index visits, in units of BLOCK_N keys, on the device of the index.
+
+    Attributes:
+        parts: programs for each query tile, of BLOCK_M rows each.
+        schedule: int32 (P * N,), the query tiles of each pattern in the order of launch: the few
+            with far longer lists than the others (text) first, so that they do not finish last.
+        row_ptr: int32 (P * N + 1,), where each row's sub-blocks begin.
+        full_end: int32 (P * N,), where those without a mask end.
+        places: int32 (n + 1,), the first place (in tile order) of each sub-block, and one spare.
+        mask_ids: int32 (n + 1,), the row of `bits` of each masked sub-block, 0 for the others.
+        bits: int32 (K, parts * BLOCK_M, BLOCK_N / 32), bit n % 32 of word n // 32 is True where a
+            query of the tile sees key n of the sub-block. At least one row.
+    """
+
+    parts: int
+    schedule: torch.Tensor
+    row_ptr: torch.Tensor
+    full_end: torch.Tensor
+    places: torch.Tensor
+    mask_ids: torch.Tensor
+    bits: torch.Tensor
+
+
+def sub_blocks(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
+    """The lists for programs of `block_m` queries and steps of `block_n` keys; made once."""
+    build = partial(_make, block_m=block_m, block_n=block_n)
+    return blocks.derived(("sub-blocks", block_m, block_n), build)
+
+
+def identity_order(blocks: BlockIndex) -> bool:
+    """Whether tile order is sequence order."""
+
+    def compare(index: BlockIndex) -> bool:
+        return bool((index.order == torch.arange(index.num_tokens, device=index.device)).all())
+
+    return blocks.derived("identity order", compare)
+
+
+def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
+    host = blocks.to("cpu")
+    tiles, per_tile = host.num_tiles, -(-host.max_tile // block_n)
+    parts = -(-host.max_tile // block_m)
+    starts, sizes = host.starts.long(), host.starts.long().diff()
+    masks = _cut(host.masks, parts * block_m, per_tile, block_n)
+
+    # Every entry of `cols`, once for each of its sub-blocks.
+    row = torch.arange(host.full_end.shape[0]).repeat_interleave(host.row_ptr.long().diff())
+    row = row.repeat_interleave(per_tile)
+    col = host.cols.long().repeat_interleave(per_tile)
+    kind = host.mask_ids.long().repeat_interleave(per_tile)
+    sub = torch.arange(per_tile).repeat(host.cols.shape[0])
+    keys = (sizes[col] - sub * block_n).clamp(0, block_n)
+
+    # Full tiles that end within a sub-block are masked by where they end; partial tiles by their
+    # own masks, unless a sub-block turns out full or empty.
+    ends = torch.arange(block_n) < torch.arange(block_n)[:, None]
+    ends = ends[:, None, :].expand(block_n, parts * block_m, block_n)
+    pairs = masks.sum((1, 2))
+    own = kind * per_tile + sub
+    seen = torch.where(kind < 0, keys * sizes[row % tiles], pairs.new_zeros(()))
+    if pairs.shape[0]:
+        seen = torch.where(kind < 0, seen, pairs[own.clamp(min=0)])
+    full = seen == sizes[row % tiles] * block_n
+    mask = torch.where(kind < 0, masks.shape[0] + keys, own).masked_fill(full, -1)
+
+    visited = (seen > 0).nonzero().flatten()
+    place = starts[col] + sub * block_n
+    order = ((row * 2 + ~full) * host.num_tokens + place)[visited].argsort()
+    row, full, place, mask = (x[visited][order] for x in (row, full, place, mask))
+    used, mask_ids = mask[~full].unique(return_inverse=True)
+    ids = torch.zeros_like(mask)
+    ids[~full] = mask_ids
+    table = torch.cat([masks, ends])[used] if len(used) else ends[:1]
+
+    rows = host.full_end.shape[0]
+    row_ptr = torch.zeros(rows + 1, dtype=torch.int64)
+    row_ptr[1:] = row.bincount(minlength=rows).cumsum(0)
+    full_end = row_ptr[:-1] + row[full].bincount(minlength=rows)
+    lengths = row_ptr.diff().view(-1, tiles)
+    light = (lengths <= 2 * lengths.float().mean(1, keepdim=True)).int()
+    schedule = light.argsort(dim=1, stable=True).flatten()
+    spare = torch.zeros(1, dtype=torch.int64)
+    lists = (schedule, row_ptr, full_end, torch.cat([place, spare]), torch.cat([ids, spare]))
+    device = blocks.device
+    return SubBlocks(parts, *(x.int().to(device) for x in lists), _pack(table).to(device))
+
+
+def _cut(masks: torch.Tensor, rows: int, per_tile: int, block_n: int) -> torch.Tensor:
+    """Masks (M, T, T) -> (M * per_tile, rows, block_n), padded with False."""
+    edge = masks.shape[-1]
+    grown = masks.new_zeros(masks.shape[0], rows, per_tile * block_n)
+    grown[:, :edge, :edge] = masks
+    cut = grown.view(-1, rows, per_tile, block_n).transpose(1, 2)
+    return cut.reshape(-1, rows, block_n)
+
+
+def _pack(masks: torch.Tensor) -> torch.Tensor:
+    """Booleans (K, rows, n) -> int32 words (K, rows, n / 32), bit 0 first."""
+    bits = masks.view(*masks.shape[:2], -1, WORD).long() << torch.arange(WORD)
+    words = bits.sum(-1)
+    return (words - ((words >> (WORD - 1)) << WORD)).int()
