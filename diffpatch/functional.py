@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from diffpatch.grid import TokenGrid
-from diffpatch.kernels.block_sparse import block_sparse_attention
-from diffpatch.methods.base import Method, make_method
+from diffpatch.methods.base import Call, Method, make_method
 from diffpatch.pattern import BlockPattern
 
 
@@ -29,6 +28,7 @@ def attention(
     layer: int = 0,
     step: int = 0,
     backend: str = "auto",
+    state: dict[str, Any] | None = None,
     **params: Any,
 ) -> torch.Tensor:
     """Self-attention over a token grid by one of the methods.
@@ -43,6 +43,8 @@ def attention(
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.
         backend: "auto", "triton", "torch" or "reference".
+        state: a dictionary of yours for each layer and guidance branch, for methods that carry
+            something from step to step; start each run with empty ones.
         **params: parameters of the method.
 
     Returns:
@@ -52,7 +54,7 @@ def attention(
         DiffpatchError: the method or a parameter cannot work.
         ValueError: a tensor does not fit the grid.
     """
-    pattern = _pattern(make_method(method, **params), grid, layer, step)
-    out = block_sparse_attention(q, k, v, pattern.on(q.device), scale=scale, backend=backend)
-    assert isinstance(out, torch.Tensor)
-    return out
+    method = make_method(method, **params)
+    pattern = _pattern(method, grid, layer, step)
+    call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
+    return method.attend(q, k, v, call).out

@@ -127,7 +127,9 @@ def report(target: Any) -> Report:
     if not owners:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
     layers = sum(len(o.modules) for o in owners)
-    return Report.of(str(owners[0].patch.method), layers, owners[0].patch.record)
+    return Report.of(
+        str(owners[0].patch.method), layers, owners[0].patch.record, owners[0].patch.state_bytes()
+    )
 
 
 def reset(target: Any) -> None:

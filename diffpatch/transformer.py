@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffpatch import masks, rebind
 from diffpatch.errors import UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
-from diffpatch.methods.base import Method
+from diffpatch.methods.base import Call, Method
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import FamilyInfo
 from diffpatch.pipelines.grids import REST, Grid
@@ -43,6 +43,8 @@ class Patch:
         self.backend = backend
         self.tracker = Tracker()
         self.record = Record()
+        # What the method keeps, by (transformer, layer, guidance branch).
+        self.state: defaultdict[tuple[str, int, int], dict[str, Any]] = defaultdict(dict)
         self.transformers: list[PatchedTransformer] = []
         self._run = -1
         self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
@@ -79,6 +81,12 @@ class Patch:
     def reset(self) -> None:
         """Forget all state of the run."""
         self.record = Record()
+        self.state.clear()
+
+    def state_bytes(self) -> int:
+        """Memory that the method holds across steps."""
+        held = (value for one in self.state.values() for value in one.values())
+        return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
 
     def bound(self, num_layers: int) -> BoundSchedule:
         """The schedule of the current run."""
@@ -215,23 +223,21 @@ class PatchedTransformer:
         reason = patch.bound(len(self.modules)).reason(step, layer)
         if reason is None:
             seen = masks.read_mask(q, mask, self.family.square_masks)
-            pattern, blocks, reason = self._blocks(q, mask, grid, layer, step)
+            pattern, reason = self._pattern(q, mask, grid, layer, step)
             reason = seen.reason or reason
         if reason is not None:
             self._record_dense(q, reason, layer)
             processor = self.modules[layer][1].processor
             return rebind.dense(processor, q, k, v, mask, scale)
-        assert pattern is not None and blocks is not None
+        assert pattern is not None
         size = v.shape[-1]
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
-        used = block_sparse.choose_backend(q, k, v, blocks, patch.backend)
-        patch.record.add(self.name, layer, step, _pairs(q), pattern.kept, used)
-        out = block_sparse.block_sparse_attention(
-            q, k, v, blocks, scale=scale, key_mask=seen.keys, backend=used
-        )
-        assert isinstance(out, torch.Tensor)
-        return out[..., :size]
+        state = patch.state[self.name, layer, patch.tracker.branch]
+        call = Call(pattern, scale, seen.keys, patch.backend, step, patch.tracker.total, state)
+        done = patch.method.attend(q, k, v, call)
+        patch.record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
+        return done.out[..., :size]
 
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
         """Count a call that diffusers answered itself. See `rebind.Owner`."""
@@ -243,28 +249,28 @@ class PatchedTransformer:
         self.patch.record.reasons[reason] += 1
         self.patch.record.add(self.name, layer, step, _pairs(q), 1.0, "dense")
 
-    def _blocks(
+    def _pattern(
         self, q: torch.Tensor, mask: torch.Tensor | None, shape: Grid, layer: int, step: int
-    ) -> tuple[BlockPattern | None, Any, str | None]:
+    ) -> tuple[BlockPattern | None, str | None]:
         """The pattern for this call, or why the call must be dense."""
         frames, height, width, before, after = shape
         if shape == _NO_GRID:
-            return None, None, self._why
+            return None, self._why
         if before == REST and mask is not None:
-            return None, None, "prompts of different lengths in one batch"
+            return None, "prompts of different lengths in one batch"
         rest = q.shape[1] - frames * height * width
         if before == REST:
             before = rest - after
         elif after == REST:
             after = rest - before
         if min(before, after) < 0 or before + after != rest or min(shape[:3]) < 1:
-            return None, None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
+            return None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
         grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
         if pattern.kept >= DENSE_FROM:
-            return None, None, "pattern keeps everything"
+            return None, "pattern keeps everything"
         blocks = pattern.on(q.device)
-        return pattern, blocks, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
+        return pattern, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
 
 
 def _pairs(q: torch.Tensor) -> float:

@@ -7,9 +7,65 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
+
 from diffpatch.errors import BadParameter, UnknownMethod, choices
 from diffpatch.grid import TokenGrid
+from diffpatch.kernels import block_sparse
 from diffpatch.pattern import BlockPattern
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, as a method sees it.
+
+    Attributes:
+        pattern: the method's pattern for the grid, layer and step of the call.
+        scale: the factor on q·k; None means 1 / sqrt(D).
+        key_mask: bool (B, S), True where a key may be attended to; None allows all.
+        backend: what the user asked for, "auto" where nothing.
+        step: denoising step of the run, counted in model evaluations.
+        total: model evaluations in the run; None where nothing tells.
+        state: what the method keeps for this layer and guidance branch; it dies with the run.
+    """
+
+    pattern: BlockPattern
+    scale: float | None = None
+    key_mask: torch.Tensor | None = None
+    backend: str = "auto"
+    step: int = 0
+    total: int | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Attention over a pattern, the call's own by default.
+
+        Returns:
+            The output (B, S, H, D), its log-sum-exp fp32 (B, S, H), and the backend used.
+        """
+        blocks = (pattern or self.pattern).on(q.device)
+        used = block_sparse.choose_backend(q, k, v, blocks, self.backend)
+        out, lse = block_sparse.block_sparse_attention(
+            q, k, v, blocks, scale=self.scale, key_mask=self.key_mask, return_lse=True, backend=used
+        )
+        return out, lse, used
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The result of a call.
+
+    Attributes:
+        out: (B, S, H, D).
+        kept: query-key pairs computed, as a fraction of all.
+        backend: what computed it.
+    """
+
+    out: torch.Tensor
+    kept: float
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -18,7 +74,7 @@ class Method:
 
     A static method overrides `pattern`; one whose pattern changes with the layer or the denoising
     step also overrides `variant`, which says what of the two the pattern really depends on, so that
-    patterns can be cached.
+    patterns can be cached. A method that does more than skip overrides `attend`.
     """
 
     name: ClassVar[str]
@@ -36,6 +92,15 @@ class Method:
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """The pattern on a grid, for one of the values that `variant` returns."""
         raise TypeError(f"{type(self).__name__} does not define a pattern")
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+        """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
+        blocks = call.pattern.on(q.device)
+        used = block_sparse.choose_backend(q, k, v, blocks, call.backend)
+        out = block_sparse.block_sparse_attention(
+            q, k, v, blocks, scale=call.scale, key_mask=call.key_mask, backend=used
+        )
+        return Attended(out, call.pattern.kept, used)
 
     def check(self, condition: bool, parameter: str, expected: str) -> None:
         """Raise BadParameter naming the parameter, its value and what was expected."""
