@@ -1,0 +1,71 @@
+"""Every command in the README runs, or at least parses; its code marked `# runs` does run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from diffpatch.cli import build_parser, main
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+QUICK = ("methods", "families")
+COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command in a bash block, split into words; lines that end in a backslash are joined."""
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    split = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [words for words in split if words]
+
+
+def programs() -> list[str]:
+    """The python blocks that say they run."""
+    return [code for code in blocks("python") if "# runs" in code]
+
+
+def test_the_readme_has_only_commands_that_are_checked_here() -> None:
+    if README.exists():
+        assert commands()
+    assert [words for words in commands() if words[0] not in COMMANDS] == []
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    if words[:3] == ["python", "-m", "diffpatch"]:
+        words = words[2:]
+    if words[0] == "diffpatch":
+        monkeypatch.chdir(tmp_path)
+        for option, value in zip(words, words[1:], strict=False):
+            if option in ("--image", "--prompt-file"):
+                Path(value).touch()  # the parser only wants it to be there
+        build_parser().parse_args(words[1:])
+        if words[1] in QUICK:
+            assert main(words[1:]) == 0
+            assert capsys.readouterr().out
+    if words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file()
+
+
+@pytest.mark.parametrize("code", programs())
+def test_programs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
