@@ -1,0 +1,284 @@
+"""The matrix: what each family's tiny pipeline must look like from outside, written down by hand.
+
+Nothing here uses diffpatch's own table. Where a visual token stands follows from the family's own
+packing of latents (`Case.touch`), and the rest from its transformer's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from diffpatch import TokenGrid
+from tests import tiny_images as images
+from tests import tiny_videos as videos
+from tests.tiny import Tiny
+
+Arguments = dict[str, Any]
+# (arguments of a forward, frame, row, column) -> the same with that one patch changed
+Touch = Callable[[Arguments, int, int, int], Arguments]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model.
+
+    Attributes:
+        build: makes it.
+        transformer: its class in diffusers.
+        layers: the paths of exactly those attention modules that are to be patched.
+        grid: (num_frames, height, width).
+        touch: changes one patch in the arguments of the transformer.
+        before: always-visible tokens in front; None: all that are not visual.
+        after: how many stand behind, over all calls.
+    """
+
+    build: Callable[[], Tiny]
+    transformer: str
+    layers: tuple[str, ...]
+    grid: tuple[int, int, int]
+    touch: Touch
+    before: int | None = 0
+    after: frozenset[int] = frozenset({0})
+
+    def tokens(self, length: int) -> TokenGrid:
+        """The grid of a call over that many tokens."""
+        frames, height, width = self.grid
+        rest = length - frames * height * width
+        before = rest if self.before is None else self.before
+        assert rest - before in self.after, f"{rest - before} tokens behind, not {self.after}"
+        return TokenGrid(frames, height, width, before, rest - before)
+
+    def missing(self) -> str | None:
+        """Why the installed diffusers cannot run this case."""
+        if hasattr(diffusers, self.transformer):
+            return None
+        return f"diffusers {diffusers.__version__} has no {self.transformer}"
+
+
+def latents(axes: str, t: int = 1, p: int = 2) -> Touch:
+    """For transformers that cut `hidden_states` into patches of t×p×p themselves."""
+
+    def touch(args: Arguments, frame: int, row: int, column: int) -> Arguments:
+        places = {"F": frame * t, "H": row * p, "W": column * p}
+        index = tuple(places.get(axis, slice(None)) for axis in axes)
+        changed = args["hidden_states"].clone()
+        changed[index] += 1
+        return args | {"hidden_states": changed}
+
+    return touch
+
+
+def packed(pipe: str, grid: tuple[int, int, int], before: int = 0) -> Touch:
+    """For transformers that get tokens: the pipeline's own packing tells which one it is."""
+
+    def touch(args: Arguments, frame: int, row: int, column: int) -> Arguments:
+        pack = getattr(diffusers, pipe)._pack_latents
+        frames, height, width = grid
+        if pipe == "LTXPipeline":
+            video = torch.zeros(1, 1, frames, height, width)
+            video[:, :, frame, row, column] = 1
+            tokens = pack(video, 1, 1)
+        elif pipe == "Flux2Pipeline":
+            picture = torch.zeros(1, 1, height, width)
+            picture[:, :, row, column] = 1
+            tokens = pack(picture)
+        else:
+            picture = torch.zeros(1, 1, 2 * height, 2 * width)
+            picture[:, :, 2 * row, 2 * column] = 1
+            tokens = pack(picture, 1, 1, 2 * height, 2 * width)
+        changed = args["hidden_states"].clone()
+        changed[:, before + int(tokens[0].sum(-1).argmax())] += 1
+        return args | {"hidden_states": changed}
+
+    return touch
+
+
+def listed(args: Arguments, frame: int, row: int, column: int) -> Arguments:
+    """For Z-Image, whose latents are a list."""
+    changed = [x.clone() for x in args["x"]]
+    for x in changed:
+        x[:, frame, 2 * row, 2 * column] += 1
+    return args | {"x": changed}
+
+
+def _paths(*names: str, each: int = 2) -> tuple[str, ...]:
+    return tuple(n.format(i) for n in names for i in range(each))
+
+
+VIDEO = (3, 4, 6)
+IMAGE = (1, 4, 6)
+CROSS = _paths("transformer_blocks.{}.attn1")
+JOINT = _paths("transformer_blocks.{}.attn")
+WAN = _paths("blocks.{}.attn1")
+TWO_KINDS = _paths("transformer_blocks.{}.attn", "single_transformer_blocks.{}.attn", each=1)
+TEXT = frozenset({8})
+
+_packed_image = packed("FluxPipeline", IMAGE)
+_bcfhw, _bchw = latents("BCFHW"), latents("BCHW")
+
+CASES: dict[str, Case] = {
+    "wan": Case(videos.wan, "WanTransformer3DModel", WAN, VIDEO, _bcfhw),
+    "wan-vace": Case(
+        videos.wan_vace,
+        "WanVACETransformer3DModel",
+        (*WAN, "vace_blocks.0.attn1"),
+        (4, 4, 6),
+        _bcfhw,
+    ),
+    "wan-animate": Case(videos.wan_animate, "WanAnimateTransformer3DModel", WAN, VIDEO, _bcfhw),
+    "skyreels": Case(videos.skyreels, "SkyReelsV2Transformer3DModel", WAN, VIDEO, _bcfhw),
+    "hunyuan": Case(
+        videos.hunyuan, "HunyuanVideoTransformer3DModel", TWO_KINDS, VIDEO, _bcfhw, after=TEXT
+    ),
+    "hunyuan15": Case(
+        videos.hunyuan15,
+        "HunyuanVideo15Transformer3DModel",
+        JOINT,
+        VIDEO,
+        latents("BCFHW", p=1),
+        after=frozenset({4 + 8 + 8}),
+    ),
+    "cogvideox": Case(
+        videos.cogvideox, "CogVideoXTransformer3DModel", CROSS, VIDEO, latents("BFCHW"), before=8
+    ),
+    "cogvideox15": Case(
+        videos.cogvideox15,
+        "CogVideoXTransformer3DModel",
+        CROSS,
+        (2, 4, 6),
+        latents("BFCHW", t=2),
+        before=8,
+    ),
+    "mochi": Case(
+        videos.mochi,
+        "MochiTransformer3DModel",
+        CROSS,
+        VIDEO,
+        _bcfhw,
+        after=frozenset({5, 3}),
+    ),
+    "ltx": Case(
+        videos.ltx, "LTXVideoTransformer3DModel", CROSS, VIDEO, packed("LTXPipeline", VIDEO)
+    ),
+    "ltx-condition": Case(
+        videos.ltx_condition,
+        "LTXVideoTransformer3DModel",
+        CROSS,
+        (3, 4, 8),
+        packed("LTXPipeline", (3, 4, 8), before=32),
+        before=32,
+    ),
+    "ltx2": Case(
+        videos.ltx2,
+        "LTX2VideoTransformer3DModel",
+        CROSS,
+        VIDEO,
+        packed("LTXPipeline", VIDEO),
+        after=frozenset({24}),
+    ),
+    "cosmos": Case(videos.cosmos, "CosmosTransformer3DModel", CROSS, VIDEO, _bcfhw),
+    "cosmos25": Case(videos.cosmos25, "CosmosTransformer3DModel", CROSS, VIDEO, _bcfhw),
+    "kandinsky": Case(
+        videos.kandinsky,
+        "Kandinsky5Transformer3DModel",
+        _paths("visual_transformer_blocks.{}.self_attention"),
+        VIDEO,
+        latents("BFHWC"),
+    ),
+    "allegro": Case(videos.allegro, "AllegroTransformer3DModel", CROSS, VIDEO, _bcfhw),
+    "latte": Case(
+        videos.latte,
+        "LatteTransformer3DModel",
+        _paths("transformer_blocks.{}.attn1", each=1),
+        IMAGE,
+        _bcfhw,
+    ),
+    "flux": Case(images.flux, "FluxTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8),
+    "flux-kontext": Case(
+        images.flux_kontext,
+        "FluxTransformer2DModel",
+        TWO_KINDS,
+        IMAGE,
+        _packed_image,
+        before=8,
+        after=frozenset({24}),
+    ),
+    "flux2": Case(
+        images.flux2,
+        "Flux2Transformer2DModel",
+        TWO_KINDS,
+        IMAGE,
+        packed("Flux2Pipeline", IMAGE),
+        before=8,
+    ),
+    "flux2-references": Case(
+        images.flux2_references,
+        "Flux2Transformer2DModel",
+        TWO_KINDS,
+        IMAGE,
+        packed("Flux2Pipeline", IMAGE),
+        before=8,
+        after=frozenset({12}),
+    ),
+    "chroma": Case(
+        images.chroma, "ChromaTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8
+    ),
+    "sd3": Case(
+        images.sd3,
+        "SD3Transformer2DModel",
+        (*JOINT, "transformer_blocks.0.attn2"),
+        IMAGE,
+        _bchw,
+        after=frozenset({8, 0}),
+    ),
+    "pixart": Case(images.pixart, "PixArtTransformer2DModel", CROSS, IMAGE, _bchw),
+    "qwen": Case(images.qwen, "QwenImageTransformer2DModel", JOINT, IMAGE, _packed_image, before=8),
+    "qwen-edit": Case(
+        images.qwen_edit,
+        "QwenImageTransformer2DModel",
+        JOINT,
+        IMAGE,
+        _packed_image,
+        before=8,
+        after=frozenset({15}),
+    ),
+    "z-image": Case(
+        images.z_image,
+        "ZImageTransformer2DModel",
+        _paths("layers.{}.attention"),
+        IMAGE,
+        listed,
+        after=frozenset({8 + 64}),
+    ),
+    "hidream": Case(
+        images.hidream,
+        "HiDreamImageTransformer2DModel",
+        ("double_stream_blocks.0.block.attn1", "single_stream_blocks.0.block.attn1"),
+        IMAGE,
+        _bchw,
+        after=frozenset({40 + 24}),
+    ),
+    "lumina2": Case(
+        images.lumina2,
+        "Lumina2Transformer2DModel",
+        _paths("layers.{}.attn"),
+        IMAGE,
+        _bchw,
+        before=None,
+    ),
+    "auraflow": Case(
+        images.auraflow,
+        "AuraFlowTransformer2DModel",
+        _paths("joint_transformer_blocks.{}.attn", "single_transformer_blocks.{}.attn", each=1),
+        IMAGE,
+        _bchw,
+        before=16,
+    ),
+    "hunyuan-dit": Case(images.hunyuan_dit, "HunyuanDiT2DModel", WAN, IMAGE, _bchw),
+    "dit": Case(images.dit, "DiTTransformer2DModel", CROSS, (1, 4, 4), _bchw),
+}
