@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_commands(
         words = words[2:]
     if words[0] == "diffpatch":
         monkeypatch.chdir(tmp_path)
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in itertools.pairwise(words):
             if option in ("--image", "--prompt-file"):
                 Path(value).touch()  # the parser only wants it to be there
         build_parser().parse_args(words[1:])
