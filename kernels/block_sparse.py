@@ -109,9 +109,9 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
         return "triton is not installed"
     if q.device.type == "cpu":
         return "triton needs a GPU and q is on the cpu"
-    from diffpatch.kernels import block_sparse_triton
+    from diffpatch.kernels.block_sparse_triton import unsupported_reason as reason
 
-    return block_sparse_triton.unsupported_reason(q, blocks)
+    return reason(q, blocks)
 
 
 def choose_backend(
@@ -135,9 +135,9 @@ def choose_backend(
 
 def _attend_with(backend: str) -> Attend:
     if backend == "triton":
-        from diffpatch.kernels import block_sparse_triton
+        from diffpatch.kernels.block_sparse_triton import attend
 
-        return block_sparse_triton.attend
+        return attend
     return {"torch": block_sparse_torch.attend, "reference": block_sparse_reference.attend}[backend]
 
 

@@ -96,9 +96,15 @@ def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
     light = (lengths <= 2 * lengths.float().mean(1, keepdim=True)).int()
     schedule = light.argsort(dim=1, stable=True).flatten()
     spare = torch.zeros(1, dtype=torch.int64)
-    lists = (schedule, row_ptr, full_end, torch.cat([place, spare]), torch.cat([ids, spare]))
-    device = blocks.device
-    return SubBlocks(parts, *(x.int().to(device) for x in lists), _pack(table).to(device))
+    return SubBlocks(
+        parts=parts,
+        schedule=schedule.int().to(blocks.device),
+        row_ptr=row_ptr.int().to(blocks.device),
+        full_end=full_end.int().to(blocks.device),
+        places=torch.cat([place, spare]).int().to(blocks.device),
+        mask_ids=torch.cat([ids, spare]).int().to(blocks.device),
+        bits=_pack(table).to(blocks.device),
+    )
 
 
 def _cut(masks: torch.Tensor, rows: int, per_tile: int, block_n: int) -> torch.Tensor:

@@ -5,6 +5,9 @@ of its row: first those that every query sees, without any mask arithmetic, then
 a bit mask. Keys and values are put in tile order once a call; queries and outputs stay in place.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel takes and returns are Triton's values and has no Python types)
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -32,23 +35,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (bytes an element, padded head size) -> configuration, for GPUs whose blocks may use 160 KiB of
-# shared memory or more, and what differs on others. Chosen so that nothing spills; fp32 has no tensor
-# cores at full precision and needs a small block to stay in registers.
+# (bytes an element, padded head size) -> configuration, chosen so that nothing spills. fp32 has no
+# tensor cores at full precision and needs a small block to stay in registers.
 CONFIGS = {
-    (2, 64): Config(128, 64, 8, 3),
+    (2, 64): Config(128, 64, 4, 3),
     (2, 128): Config(128, 64, 8, 3),
     (2, 256): Config(64, 64, 8, 2),
     (4, 64): Config(64, 32, 8, 2),
     (4, 128): Config(16, 32, 8, 2),
     (4, 256): Config(32, 32, 16, 2),
 }
+# Other GPUs hold the operands of tensor cores in registers; some have 99 KiB of shared memory.
 CONFIGS_SMALL = CONFIGS | {
+    (2, 64): Config(128, 64, 8, 3),
     (2, 128): Config(128, 32, 8, 3),
     (2, 256): Config(64, 32, 8, 2),
     (4, 256): Config(32, 32, 16, 1),
 }
-LARGE_SHARED_MEMORY = (80, 90, 100, 103)  # compute capabilities
+ASYNC_TENSOR_CORE = (90, 100, 103)  # compute capabilities whose tensor cores read shared memory
 
 
 def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> Config:
@@ -60,7 +64,7 @@ def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> Config
         tile: the largest tile of the block index, in tokens.
         arch: the compute capability, 90 for 9.0.
     """
-    table = CONFIGS if arch in LARGE_SHARED_MEMORY else CONFIGS_SMALL
+    table = CONFIGS if arch in ASYNC_TENSOR_CORE else CONFIGS_SMALL
     config = table[dtype.itemsize, padded(size)]
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)

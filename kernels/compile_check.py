@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 # Shared memory a block may use, in bytes, and the tensor-core instruction in PTX.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
-ASYNC_TENSOR_CORE = (90, 100)  # reads shared memory itself; others hold one stage in registers
 MAIN_ARCHS = (80, 90)  # no byte may spill here
 SPILL_LIMIT = 32  # bytes, elsewhere
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -99,7 +98,8 @@ def check(case: Case) -> Result:
         problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[case.arch]} allowed")
     if case.dtype != "fp32" and not tensor_cores:
         problems.append(f"no {TENSOR_CORE[case.arch]}")
-    depth = config.num_stages - (case.arch not in ASYNC_TENSOR_CORE)
+    # Tensor cores that do not read shared memory hold one stage in registers.
+    depth = config.num_stages - (case.arch not in block_sparse.ASYNC_TENSOR_CORE)
     if case.dtype != "fp32" and buffers < depth:
         problems.append(f"{buffers} buffers of keys, {depth} expected")
     return Result(case, config, registers, stack, shared, tensor_cores, buffers, tuple(problems))
@@ -166,8 +166,8 @@ def _buffers(ttgir: str, block_n: int, size: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: prints a line for each case, returns 1 if one has a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT),
-                        choices=list(SHARED_LIMIT), help="compute capabilities, 90 for 9.0")  # fmt: skip
+    archs = list(SHARED_LIMIT)
+    parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--json", type=Path, help="write the table to this file")
     options = parser.parse_args(argv)
@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = check(case)
         results.append(result)
         log.info(
-            "%s sm_%d %s d%d tile %d%s: %d registers, %d stack, %d shared, %d tensor-core, %d buffers %s",
+            "%s sm_%d %s d%d tile %d%s: %d registers, %d B stack, %d B shared, %d tensor-core "
+            "instructions, %d buffers %s",
             "FAIL" if result.problems else "ok  ",
             case.arch, case.dtype, case.size, case.tile, " key mask" if case.key_mask else "",
             result.registers, result.stack, result.shared, result.tensor_cores, result.buffers,

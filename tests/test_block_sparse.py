@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,15 @@ def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         for name in ("KEY_COST", "CALL_COST"):
             monkeypatch.setattr(block_sparse_plan, name, 0.0)
         monkeypatch.setattr(block_sparse_plan, "MASK_COST", 10.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small calls, where two threads cost more than they bring on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def attend(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

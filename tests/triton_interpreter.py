@@ -33,14 +33,43 @@ def interpreted() -> Iterator[None]:
         return functions[id(kernel)]
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        with _bounds(self.arg_names, args, options):
+        with _bounds(args, options), _language_patched_once():
             return function(self).run(*args, grid=grid, warmup=warmup, **options)
 
     with (
-        mock.patch.object(jit.JITFunction, "__call__", lambda self, *a, **k: function(self)(*a, **k)),
+        mock.patch.object(
+            jit.JITFunction, "__call__", lambda self, *a, **k: function(self)(*a, **k)
+        ),
         mock.patch.object(jit.JITFunction, "run", run),
         mock.patch.multiple(Builder, **_repaired()),
     ):
+        yield
+
+
+@contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Patch `triton.language` once a launch, and undo all of it at its end.
+
+    The stock interpreter patches again in every call of a device function and leaves those patches
+    behind, so that nothing compiles afterwards.
+    """
+    patch = interpreter._patch_lang
+    outermost: list[Any] = []
+    done: set[int] = set()
+
+    def patch_once(kernel: Any) -> Any:
+        modules = {id(x) for x in kernel.__globals__.values() if x is tl or x is tl.core}
+        if modules <= done:
+            return interpreter._LangPatchScope()
+        done.update(modules)
+        scope = patch(kernel)
+        if not outermost:
+            outermost.append(scope)
+            return scope
+        outermost[0]._changes += scope._changes  # undone in reverse, with the launch's own
+        return interpreter._LangPatchScope()
+
+    with mock.patch.object(interpreter, "_patch_lang", patch_once):
         yield
 
 
@@ -102,13 +131,13 @@ def _narrowed(handle: Any) -> Any:
 
 
 @contextmanager
-def _bounds(names: list[str], args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+def _bounds(args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
     """Refuse loads and stores outside of the tensor arguments of a launch."""
     load, store = Builder.create_masked_load, Builder.create_masked_store
     tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor) and x.numel()]
     spans = sorted(_span(x) for x in tensors)
     first = np.array([begin for begin, _ in spans], np.uint64)
-    # Views of one storage overlap: an address is inside if any span that begins before it reaches it.
+    # Views of one storage overlap: an address is inside if any span that began before reaches it.
     last = np.maximum.accumulate(np.array([end for _, end in spans], np.uint64))
 
     def check(self: Any, what: str, pointers: Any, mask: Any) -> None:
@@ -118,7 +147,9 @@ def _bounds(names: list[str], args: tuple[Any, ...], options: dict[str, Any]) ->
         owner = np.searchsorted(first, at, side="right") - 1
         outside = (owner < 0) | (at + np.uint64(size) > last[np.maximum(owner, 0)])
         if outside.any():
-            raise IndexError(f"{outside.sum()} of {at.size} addresses of a {what} are out of bounds")
+            raise IndexError(
+                f"{outside.sum()} of {at.size} addresses of a {what} are out of bounds"
+            )
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         check(self, "load", pointers, mask)

@@ -1,0 +1,223 @@
+"""The Triton kernel: interpreted against the definition, and compiled for absent GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from diffpatch.kernels import (
+    block_sparse,
+    block_sparse_reference,
+    block_sparse_triton,
+    compile_check,
+)
+from diffpatch.kernels.block_sparse_lists import SubBlocks, sub_blocks
+from diffpatch.kernels.block_sparse_reference import dense_mask
+from diffpatch.kernels.blocks import BlockIndex
+from tests.random_blocks import random_blocks, random_qkv, with_outliers
+from tests.triton_interpreter import interpreted
+
+SIZES = [64, 64, 40, 64, 17]
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attend(
+    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel, interpreted, with outputs that are NaN unless it writes them."""
+
+    empty = torch.empty
+
+    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
+        return empty(*shape, **options).fill_(torch.nan)
+
+    scale = inputs[0].shape[-1] ** -0.5
+    with interpreted(), mock.patch.object(torch, "empty", poisoned):
+        return block_sparse_triton.attend(*inputs, blocks, scale, key_mask, True)
+
+
+def exact(
+    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in fp64."""
+    q, k, v = (x.double() for x in inputs)
+    out, lse = block_sparse_reference.attend(q, k, v, blocks, q.shape[-1] ** -0.5, key_mask, True)
+    assert lse is not None
+    return out, lse
+
+
+def assert_exact_enough(
+    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
+) -> None:
+    out, lse = attend(inputs, blocks, key_mask)
+    expected, expected_lse = exact(inputs, blocks, key_mask)
+    assert out.dtype == inputs[0].dtype
+    blind = expected_lse.isinf()
+    assert torch.equal(lse.isinf(), blind)
+    assert not out[blind].any()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[out.dtype]
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
+    torch.testing.assert_close(lse[~blind].double(), expected_lse[~blind], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_head_size_and_dtype(size: int, dtype: torch.dtype) -> None:
+    blocks = random_blocks(SIZES, kept=0.5, partial=0.5, seed=1)
+    assert_exact_enough(random_qkv(1, sum(SIZES), 1, size, dtype), blocks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "edge"),
+    [
+        ([128, 128, 72, 30], 128),  # short tiles, a short sub-block
+        ([100, 100, 60], 100),  # no tile fills its sub-blocks
+        ([150, 200], 200),  # more than a program holds
+        ([1, 3, 2], 3),
+        ([77], 128),
+    ],
+)
+def test_tiles_of_any_size(sizes: list[int], edge: int) -> None:
+    blocks = random_blocks(sizes, kept=0.8, partial=0.5, edge=edge, seed=2)
+    assert_exact_enough(random_qkv(1, sum(sizes), 1, 32, torch.bfloat16), blocks)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.15, 1.0])
+@pytest.mark.parametrize("partial", [0.0, 1.0])
+def test_empty_rows_and_full_ones(kept: float, partial: float) -> None:
+    blocks = random_blocks(SIZES, kept=kept, partial=partial, seed=3)
+    assert_exact_enough(random_qkv(1, sum(SIZES), 1, 32, torch.bfloat16), blocks)
+
+
+def test_batches_patterns_of_heads_and_grouped_queries() -> None:
+    blocks = random_blocks(SIZES, kept=0.4, heads=[1, 0, 0, 2], seed=4)
+    assert_exact_enough(random_qkv(2, sum(SIZES), 4, 32, torch.bfloat16, key_heads=2), blocks)
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.5])
+def test_key_masks(partial: float) -> None:
+    blocks = random_blocks(SIZES, kept=0.6, partial=partial, seed=5)
+    key_mask = torch.rand(2, sum(SIZES), generator=torch.Generator().manual_seed(0)) < 0.3
+    key_mask[1] = False
+    assert_exact_enough(random_qkv(2, sum(SIZES), 1, 32, torch.bfloat16), blocks, key_mask)
+
+
+def test_strides_do_not_matter() -> None:
+    blocks = random_blocks(SIZES, kept=0.6, seed=6)
+    blocks = BlockIndex(**{**vars_of(blocks), "order": torch.arange(sum(SIZES))})
+    q, k, v = random_qkv(2, sum(SIZES), 2, 32, torch.bfloat16)
+    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    by_channel = [x.mT.contiguous().mT for x in (q, k, v)]
+    expected, _ = attend((q, k, v), blocks)
+    for query, key, value in (by_head, by_channel, torch.cat([q, k, v], -1).split(32, -1)):
+        assert torch.equal(attend((query, key, value), blocks)[0], expected)
+
+
+def vars_of(blocks: BlockIndex) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(blocks).items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_that_of_dense_attention_with_outlier_channels(dtype: torch.dtype) -> None:
+    blocks = random_blocks([64, 64, 64], kept=0.8, partial=0.3, seed=8)
+    q, k, v = random_qkv(1, 192, 1, 64, dtype)
+    inputs = with_outliers(q), with_outliers(k), v
+    expected, _ = exact(inputs, blocks)
+    mask = dense_mask(blocks)[0]
+    seen = mask.any(-1)
+    qh, kh, vh = (x.transpose(1, 2) for x in inputs)
+    dense = F.scaled_dot_product_attention(qh[:, :, seen], kh, vh, attn_mask=mask[seen])
+    bound = (dense.transpose(1, 2).double() - expected[:, seen]).norm()
+    assert (attend(inputs, blocks)[0].double() - expected).norm() <= 1.5 * bound
+
+
+def visited(blocks: BlockIndex, lists: SubBlocks, block_m: int, block_n: int) -> torch.Tensor:
+    """The pairs that the lists make the kernel attend to, (P, S, S) in tile order."""
+    tiles, tokens = blocks.num_tiles, blocks.num_tokens
+    starts = blocks.starts.tolist()
+    pairs = torch.zeros(blocks.num_patterns, tokens, tokens, dtype=torch.int64)
+    for row in range(blocks.num_patterns * tiles):
+        first, size = starts[row % tiles], starts[row % tiles + 1] - starts[row % tiles]
+        for entry in range(int(lists.row_ptr[row]), int(lists.row_ptr[row + 1])):
+            place = int(lists.places[entry])
+            seen = torch.ones(lists.parts * block_m, block_n, dtype=torch.bool)
+            if entry >= lists.full_end[row]:
+                words = lists.bits[int(lists.mask_ids[entry])]
+                seen = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
+            width = min(block_n, tokens - place)
+            assert not seen[:, width:].any()
+            pairs[row // tiles, first : first + size, place : place + width] += seen[:size, :width]
+    assert pairs.max() <= 1
+    return pairs.bool()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 100), min_size=1, max_size=5),
+    kept=st.sampled_from([0.0, 0.3, 1.0]),
+    partial=st.sampled_from([0.0, 0.5, 1.0]),
+    block=st.sampled_from([(128, 64), (64, 64), (16, 32)]),
+    seed=st.integers(0, 1000),
+)
+def test_the_lists_visit_every_kept_pair_once(
+    sizes: list[int], kept: float, partial: float, block: tuple[int, int], seed: int
+) -> None:
+    blocks = random_blocks(sizes, kept=kept, partial=partial, heads=[0, 1], edge=100, seed=seed)
+    expected = dense_mask(blocks)[:, blocks.order][:, :, blocks.order]
+    lists = sub_blocks(blocks, *block)
+    assert torch.equal(visited(blocks, lists, *block), expected)
+    tiles = blocks.num_tiles
+    for pattern in lists.schedule.view(2, -1):
+        assert sorted(pattern.tolist()) == list(range(tiles))
+
+
+def test_long_rows_are_launched_first() -> None:
+    blocks = random_blocks([8] * 12, kept=0.1, partial=0.0, seed=1)
+    lengths = sub_blocks(blocks, 16, 32).row_ptr.diff()
+    schedule = sub_blocks(blocks, 16, 32).schedule.long()
+    heavy = lengths[schedule] > 2 * lengths.float().mean()
+    assert heavy.any() and heavy.int().diff().max() <= 0
+
+
+def test_triton_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = random_blocks(SIZES)
+    q, k, v = random_qkv(1, sum(SIZES), 1, 32, torch.float64)
+    assert "float64" in str(block_sparse_triton.unsupported_reason(q, blocks))
+    wide = torch.zeros(1, sum(SIZES), 1, 512)
+    assert "512" in str(block_sparse_triton.unsupported_reason(wide, blocks))
+    monkeypatch.setattr(block_sparse, "unsupported_reason", lambda *_: None)
+    with pytest.raises(RuntimeError, match="no backward"):
+        block_sparse.block_sparse_attention(q.requires_grad_(), k, v, blocks, backend="triton")
+    out = block_sparse.block_sparse_attention(q, k, v, blocks)  # auto falls back
+    assert out.requires_grad
+
+
+@triton.jit
+def _read(X: Any, OUT: Any, N: tl.constexpr) -> None:
+    i = tl.arange(0, N)
+    tl.store(OUT + i, tl.load(X + i))
+
+
+def test_the_interpreter_sees_reads_out_of_bounds() -> None:
+    x, out = torch.zeros(7), torch.zeros(8)
+    with interpreted(), pytest.raises(InterpreterError, match="1 of 8 addresses of a load"):
+        _read[(1,)](x, out, N=8)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_compiles_for_hopper_without_spilling(size: int) -> None:
+    result = compile_check.check(compile_check.Case(90, "bf16", size, tile=128, key_mask=False))
+    assert result.problems == ()
+    assert result.stack == 0 and result.tensor_cores > 0
