@@ -17,9 +17,11 @@ from diffpatch.errors import (
 from diffpatch.functional import attention
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import (
+    Linear,
     Method,
     Neighborhood,
     Radial,
+    Temporal,
     Window,
     make_method,
     methods,
@@ -36,11 +38,13 @@ __all__ = [
     "BadParameter",
     "BlockPattern",
     "DiffpatchError",
+    "Linear",
     "Method",
     "Neighborhood",
     "NotPatched",
     "Radial",
     "Report",
+    "Temporal",
     "TokenGrid",
     "UnknownFamily",
     "UnknownMethod",

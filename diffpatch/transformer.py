@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffpatch import masks, rebind
-from diffpatch.errors import UnknownFamily
+from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
 from diffpatch.methods.base import Call, Method
@@ -82,6 +82,17 @@ class Patch:
         """Forget all state of the run."""
         self.record = Record()
         self.state.clear()
+
+    def check_state(self) -> None:
+        """Refuse politely before the state of a run outgrows what the method may hold."""
+        limit = self.method.state_limit()
+        if limit < float("inf") and (held := self.state_bytes()) > limit:
+            self.reset()
+            raise BadParameter(
+                f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
+                f" {limit / 2**30:.2f} GiB; raise budget_gib, keep more layers dense, or use"
+                " another method"
+            )
 
     def state_bytes(self) -> int:
         """Memory that the method holds across steps."""
@@ -236,6 +247,7 @@ class PatchedTransformer:
         state = patch.state[self.name, layer, patch.tracker.branch]
         call = Call(pattern, scale, seen.keys, patch.backend, step, patch.tracker.total, state)
         done = patch.method.attend(q, k, v, call)
+        patch.check_state()
         patch.record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
         return done.out[..., :size]
 

@@ -1,15 +1,19 @@
 """The methods, one file each, and their registry."""
 
 from diffpatch.methods.base import Method, MethodInfo, make_method, methods, register
+from diffpatch.methods.linear import Linear
 from diffpatch.methods.neighborhood import Neighborhood
 from diffpatch.methods.radial import Radial
+from diffpatch.methods.temporal import Temporal
 from diffpatch.methods.window import Window
 
 __all__ = [
+    "Linear",
     "Method",
     "MethodInfo",
     "Neighborhood",
     "Radial",
+    "Temporal",
     "Window",
     "make_method",
     "methods",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -94,7 +94,15 @@ def partition(borders: Sequence[int]) -> torch.Tensor:
     return part[:, None] == part[None, :]
 
 
-def divisor_near(value: int, target: float) -> int:
-    """The divisor of `value` whose ratio to `target` is closest to 1."""
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / target)))
+def tile_windows(count: int, size: int) -> torch.Tensor:
+    """Windows of `size` of the `count` tiles of an axis, shifted inwards, shared by pairs of tiles.
+
+    Returns:
+        bool (count, count), [query tile, key tile].
+    """
+    out = torch.zeros(count, count, dtype=torch.bool)
+    pair = 2 if size > 1 else 1
+    for first, last in itertools.pairwise((*range(0, count, pair), count)):
+        start = min(max(round((first + last - size) / 2), 0), count - size)
+        out[first:last, start : start + size] = True
+    return out

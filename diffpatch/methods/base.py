@@ -102,6 +102,10 @@ class Method:
         )
         return Attended(out, call.pattern.kept, used)
 
+    def state_limit(self) -> float:
+        """Bytes that the method may keep across the steps of a run, over all layers."""
+        return float("inf")
+
     def check(self, condition: bool, parameter: str, expected: str) -> None:
         """Raise BadParameter naming the parameter, its value and what was expected."""
         if not condition:
@@ -156,13 +160,33 @@ def methods() -> dict[str, MethodInfo]:
     return out
 
 
+def _combine(names: str, params: dict[str, Any]) -> Method:
+    inner, _, outer = names.partition("+")
+    wrapper = _REGISTRY.get(outer)
+    if wrapper is None or "over" not in {f.name for f in dataclasses.fields(wrapper)}:
+        able = [
+            n for n, c in _REGISTRY.items() if "over" in {f.name for f in dataclasses.fields(c)}
+        ]
+        raise UnknownMethod(
+            f"{names!r} does not combine: write a method, '+' and one of {', '.join(able)}"
+        )
+    own = {f.name for f in dataclasses.fields(wrapper)}
+    over = make_method(inner, **{k: v for k, v in params.items() if k not in own})
+    return wrapper(over=over, **{k: v for k, v in params.items() if k in own})  # type: ignore[call-arg]
+
+
 def make_method(method: str | Method, **params: Any) -> Method:
     """A method object from its name and parameters; an object passes through unless changed.
+
+    ``"radial+temporal"`` is the second method over the first; each parameter goes to the one of the
+    two that has it.
 
     Raises:
         UnknownMethod: no method has that name.
         BadParameter: the method has no such parameter, or its value cannot work.
     """
+    if isinstance(method, str) and "+" in method:
+        return _combine(method, params)
     if isinstance(method, Method):
         cls: type[Method] = type(method)
     else:

@@ -11,6 +11,7 @@ import math
 import torch
 
 from diffpatch.grid import TokenGrid
+from diffpatch.methods import axis
 from diffpatch.tiles import Cuts, Tiling, choose_tile, even_cuts
 
 BLOCK = 128  # the published kernel's block, also the smallest half-window
@@ -141,8 +142,8 @@ class _Windows:
         self.time_size, row_size, column_size = (
             torch.tensor(c).diff().double() for c in tiling.cuts
         )
-        self.row_keep = [_axis_windows(self.rows, n) for n in range(1, self.rows + 1)]
-        self.column_keep = [_axis_windows(self.columns, n) for n in range(1, self.columns + 1)]
+        self.row_keep = [axis.tile_windows(self.rows, n) for n in range(1, self.rows + 1)]
+        self.column_keep = [axis.tile_windows(self.columns, n) for n in range(1, self.columns + 1)]
         row_kept = [_weighted(k, row_size) for k in self.row_keep]
         column_kept = [_weighted(k, column_size) for k in self.column_keep]
         # Candidate windows by area, of moderate aspect; area[i] is the kept fraction of a slab
@@ -186,16 +187,6 @@ class _Windows:
             if chosen[i, j] >= 0:
                 out[i, :, :, j] = plane[chosen[i, j]]
         return out
-
-
-def _axis_windows(count: int, size: int) -> torch.Tensor:
-    """bool (count, count): windows of `size` tiles, shifted inwards, shared by pairs of tiles."""
-    out = torch.zeros(count, count, dtype=torch.bool)
-    pair = 2 if size > 1 else 1
-    for first, last in itertools.pairwise((*range(0, count, pair), count)):
-        start = min(max(round((first + last - size) / 2), 0), count - size)
-        out[first:last, start : start + size] = True
-    return out
 
 
 def _weighted(keep: torch.Tensor, size: torch.Tensor) -> float:
