@@ -90,6 +90,8 @@ def packed_video(model: Any, args: Arguments) -> Grid | str:
         return args["num_frames"], args["height"], args["width"], 0, REST
     if args.get("video_coords") is None:
         return "neither num_frames nor video_coords tell the grid"
+    if torch.compiler.is_compiling():
+        return "video_coords cannot be read inside a compiled graph: compile the blocks instead"
     grid = _once(args["video_coords"], _grid_of_coordinates)
     return grid or "video_coords are not whole frames of one size"
 

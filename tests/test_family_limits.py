@@ -1,0 +1,198 @@
+"""What families cannot do is refused by name, or runs dense and says why. Never wrong silently."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import diffpatch
+from diffpatch import Neighborhood, TokenGrid, UnknownFamily, Window, make_method
+from diffpatch.pipelines import grids
+from diffpatch.pipelines.families import FamilyInfo
+from diffpatch.schedule import Schedule
+from tests import tiny_images, tiny_videos
+from tests.test_families import LOCAL
+from tests.tiny import Tiny
+from tests.tiny_families import CASES
+from tests.tiny_parts import Bare, make, noise
+
+ROWS = diffpatch.families()
+
+
+def runs_dense(model: Tiny, reason: str, **changes: Any) -> None:
+    """Every call of a patched run is dense for that reason, and the result is the unpatched one."""
+    plain = model.run(**changes)
+    with diffpatch.patched(model.pipe, LOCAL, dense_steps=0):
+        out, report = model.run(**changes), diffpatch.report(model.pipe)
+    assert torch.equal(out, plain)
+    assert report.calls == report.dense_calls > 0
+    assert [why for why in report.reasons if not re.search(reason, why)] == []
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.transformer)
+def test_rows_are_complete(row: FamilyInfo) -> None:
+    assert row.kind in ("video", "image") and row.text in ("none", "before", "after")
+    assert [r.transformer for r in ROWS].count(row.transformer) == 1
+    assert bool(row.refused) != bool(row.modules)
+    re.compile(row.modules)
+    for name, preset in row.presets.items():
+        method = make_method(name, **preset.params)
+        assert row.kind in method.kinds and preset.source
+        Schedule(preset.dense_steps or 0, 0, preset.dense_layers or 0)
+
+
+def test_every_row_is_in_the_matrix() -> None:
+    tested = {case.transformer for case in CASES.values()}
+    assert tested == {row.transformer for row in ROWS if not row.refused}
+
+
+def test_published_windows_keep_what_was_published() -> None:
+    row = next(r for r in ROWS if r.name == "HunyuanVideo")
+    pattern = Neighborhood(**row.presets["neighborhood"].params).pattern(TokenGrid(30, 48, 80))
+    assert pattern.kept == pytest.approx(18 * 24 * 24 / (30 * 48 * 80), rel=0.01)
+
+
+def test_linear_attention_is_refused_by_name() -> None:
+    model = make(
+        "SanaTransformer2DModel",
+        num_layers=1,
+        num_attention_heads=1,
+        attention_head_dim=8,
+        num_cross_attention_heads=1,
+        cross_attention_head_dim=8,
+        cross_attention_dim=8,
+        caption_channels=8,
+    )
+    with pytest.raises(UnknownFamily, match=r"\(Sana\) cannot be patched: .* already linear"):
+        diffpatch.patch(model, "window")
+    assert not hasattr(model, "_diffpatch")
+
+
+def test_prompts_of_different_lengths_in_lumina() -> None:
+    lengths = torch.tensor([[5], [3]])
+    mask = (torch.arange(8) < lengths).long()
+    inputs = {
+        "hidden_states": noise(2, 4, 8, 12),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "encoder_hidden_states": noise(2, 8, 32),
+        "encoder_attention_mask": mask,
+    }
+    model = tiny_images.lumina2().pipe.transformer
+    runs_dense(Bare(model, inputs), "prompts of different lengths")
+
+
+def test_cached_references_of_flux2() -> None:
+    from diffusers.models.transformers import transformer_flux2 as module
+
+    model = tiny_images.flux2_references()
+    for block in model.pipe.transformer_blocks:
+        block.attn.set_processor(module.Flux2KVAttnProcessor())
+    for block in model.pipe.single_transformer_blocks:
+        block.attn.set_processor(module.Flux2KVParallelSelfAttnProcessor())
+    # More reference tokens than the image has: their own attention could pass for the image's.
+    ids = model.call["img_ids"].flip(1)
+    changes = {"kv_cache_mode": "extract", "num_ref_tokens": 12, "img_ids": ids}
+    runs_dense(model, "cached reference images", **changes)
+
+
+def test_block_causal_masks_of_skyreels() -> None:
+    model = tiny_videos.skyreels()
+    model.pipe.transformer.register_to_config(num_frame_per_block=3)
+    runs_dense(model, r"the model's own mask \(1, 1, 72, 72\)")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_checkpoints_that_are_sparse_by_themselves() -> None:
+    nabla = {f"attention_{name}": 3 for name in ("wT", "wW", "wH")}
+    model = tiny_videos.kandinsky(
+        attention_type="nabla", attention_P=0.9, attention_add_sta=True, **nabla
+    )
+    for block in model.pipe.transformer.visual_transformer_blocks:
+        block.self_attention.processor._attention_backend = "flex"
+    runs_dense(model, "the model's own BlockMask", height=128, width=256)
+
+
+def test_a_grid_that_does_not_fit_the_sequence() -> None:
+    model = tiny_videos.ltx2()
+    with diffpatch.patched(model.pipe, LOCAL):
+        diffpatch.patch(model.pipe, LOCAL, grid=TokenGrid(3, 4, 6), modules=r".*\.attn1")
+        model.run()
+        reasons = diffpatch.report(model.pipe).reasons
+    assert list(reasons) == ["a sequence of 96 tokens does not hold the grid (3, 4, 6, 0, 0)"]
+
+
+@pytest.mark.parametrize(
+    ("read", "arguments"),
+    [
+        (grids.image_list, {"x": [[noise(4, 1, 8, 8)]]}),
+        (grids.image_list, {"x": [noise(4, 1, 8, 8), noise(4, 1, 8, 4)]}),
+        (grids.image_shapes, {"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}),
+        (grids.packed_video, {"hidden_states": noise(1, 8, 4)}),
+        (grids.packed_video, {"video_coords": noise(1, 3, 8)}),
+        (grids.latents("BCHW"), {"hidden_states": noise(1, 8, 4)}),
+        (grids.unknown, {}),
+    ],
+)
+def test_grids_that_cannot_be_read_say_why(read: grids.GridFunction, arguments: Any) -> None:
+    assert isinstance(read(None, arguments), str)
+
+
+def test_image_ids_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = [], torch.Tensor.amax
+
+    def count(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        reads.append(self.shape)
+        return read(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "amax", count)
+    model = tiny_images.flux()
+    diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
+    model.run(num_inference_steps=3)
+    assert [shape for shape in reads if shape[-1] == 3] == [(24, 3)]
+
+
+def test_image_ids_that_change_in_place_are_read_again() -> None:
+    ids = torch.cartesian_prod(*map(torch.arange, (1, 4, 6)))
+    arguments = {"img_ids": ids, "encoder_hidden_states": noise(1, 8, 4)}
+    assert grids.image_ids(None, arguments) == (1, 4, 6, 8, 0)
+    ids.copy_(torch.cartesian_prod(*map(torch.arange, (1, 6, 4))))
+    assert grids.image_ids(None, arguments) == (1, 6, 4, 8, 0)
+    with torch.inference_mode():
+        arguments["img_ids"] = ids * 1
+        assert grids.image_ids(None, arguments) == (1, 6, 4, 8, 0)
+
+
+def test_samples_that_are_called_one_by_one_are_one_forward() -> None:
+    model = tiny_videos.mochi()
+    diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
+    model.run()
+    tracker = model.pipe.transformer._diffpatch.patch.tracker
+    assert (tracker.step, tracker.branch) == (1, 0)
+    assert diffpatch.report(model.pipe).calls == 2 * 2 * 2  # steps, layers, samples
+
+
+COMPILED = ("wan-vace", "mochi", "kandinsky", "flux2-references", "chroma", "qwen", "z-image")
+
+
+@pytest.mark.parametrize("name", [*COMPILED, "ltx-condition"])
+def test_compiled_forwards_are_the_same(name: str) -> None:
+    case = CASES[name]
+    if reason := case.missing():
+        pytest.skip(reason)
+    model = case.build()
+    with diffpatch.patched(model.pipe, Window(window=(1, 2, 3)), dense_steps=0):
+        expected = model.run()
+        kept = diffpatch.report(model.pipe).kept
+    torch._dynamo.reset()
+    target = model.pipe if isinstance(model, Bare) else model.pipe.transformer
+    target.compile(fullgraph=True, backend="eager")
+    with diffpatch.patched(model.pipe, Window(window=(1, 2, 3)), dense_steps=0):
+        out, report = model.run(), diffpatch.report(model.pipe)
+    if name == "ltx-condition":
+        assert report.dense_calls == report.calls
+        return
+    assert report.kept == kept
+    assert torch.allclose(out, expected, atol=1e-5)
