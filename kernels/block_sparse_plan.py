@@ -22,6 +22,7 @@ KEY_COST = 200.0  # per key: gathering it, and the kernel's own preparation of i
 CALL_COST = 50_000.0  # per call
 MAX_ROWS = 2048  # query rows of a group; more gains nothing and makes unions larger
 MAX_MASK = 1 << 24  # entries of a group's mask
+MAX_SEEN = 1 << 26  # (tile, key) pairs up to which keys of a tile are told apart
 MAX_STACKED_KEYS = 2048  # keys of a call that stacks several groups
 
 NOTHING, EVERYTHING = -2, -1  # what stands in a table of mask ids beside rows of `masks`
@@ -33,8 +34,8 @@ class TileMask:
 
     Attributes:
         ids: int64 (query tiles, key tiles): rows of `masks`, or NOTHING or EVERYTHING.
-        rows: int64, which of the query tiles' T-token places hold a token; None: all of them.
-        keys: the same for the key tiles.
+        rows: int64, which of the query tiles' T rows are the group's; None: all of them.
+        keys: int64, the same for the columns of the key tiles.
         blind: bool (query rows,), the rows that see no key at all; None: there are none.
     """
 
@@ -125,21 +126,24 @@ def _make_plans(blocks: BlockIndex) -> tuple[Plan, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Query tiles that attend together, to the union of their key tiles."""
+    """Query tiles that attend together, to the places (of tile order) that any of them sees."""
 
     tiles: np.ndarray
-    keys: np.ndarray
+    places: np.ndarray
     rows: int
-    num_keys: int
     masked: bool
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        return self.rows, self.num_keys, self.masked
+        return self.rows, len(self.places), self.masked
 
 
 class _Planner:
-    """Groups the query tiles of one pattern."""
+    """Groups the query tiles of one pattern.
+
+    Keys are told apart by *classes*: the keys of a tile that every query tile sees in the same way.
+    So a group leaves out those keys of a partial tile that none of its queries sees.
+    """
 
     def __init__(self, blocks: BlockIndex, pattern: int, table: torch.Tensor) -> None:
         tiles = blocks.num_tiles
@@ -153,7 +157,27 @@ class _Planner:
         query_tile = np.repeat(np.arange(tiles), np.diff(row_ptr))
         self.ids = np.full((tiles, tiles), NOTHING, dtype=np.int64)
         self.ids[query_tile, blocks.cols[entries].numpy()] = blocks.mask_ids[entries].numpy()
-        self.masks: dict[tuple[bytes, bytes, bytes], TileMask] = {}
+        self.masks: dict[tuple[bytes, ...], TileMask] = {}
+        self._classify(table.sum(1).float().cpu().numpy())
+
+    def _classify(self, seen_by: np.ndarray) -> None:
+        """Find the classes, given how many queries see each key of a mask (M + 2, T)."""
+        if self.sizes.shape[0] * self.order.shape[0] > MAX_SEEN:
+            seen_by[:-2] = 0.5  # tell no keys of a tile apart: some are seen, not by all
+        tile_of: list[int] = []
+        column_of: list[int] = []
+        class_of: list[np.ndarray] = []
+        for tile, size in enumerate(self.sizes):
+            seen = seen_by[np.unique(self.ids[:, tile]), :size]
+            _, first, inverse = np.unique(seen, axis=1, return_index=True, return_inverse=True)
+            class_of.append(inverse.reshape(-1) + len(tile_of))
+            tile_of += [tile] * len(first)
+            column_of += first.tolist()
+        self.class_of_place = np.concatenate(class_of)
+        self.class_sizes = np.bincount(self.class_of_place).astype(np.float32)
+        count = seen_by[self.ids[:, tile_of], column_of]
+        self.sees = count > 0  # (tile, class): does any of its queries?
+        self.sees_all = count >= self.sizes[:, None]  # do all?
 
     def plan(self, heads: torch.Tensor | None) -> Plan:
         """The whole plan, for the given heads."""
@@ -164,17 +188,18 @@ class _Planner:
         if len(self.order) + _gathered(in_tile_order) < _gathered(calls):
             keys, calls = torch.from_numpy(self.order).to(self.table.device), in_tile_order
         tiles = np.concatenate([group.tiles for group in groups])
-        rows = torch.from_numpy(self._tokens(tiles, self.order)).to(self.table.device)
+        held = np.concatenate([np.arange(self.starts[t], self.starts[t + 1]) for t in tiles])
+        rows = torch.from_numpy(self.order[held]).to(self.table.device)
         places = torch.argsort(rows)
         if torch.equal(rows, places) and bool((rows.diff() == 1).all()):
             return Plan(heads, None, None, keys, calls, self.table)
         return Plan(heads, rows, places, keys, calls, self.table)
 
     def _same_keys(self) -> list[np.ndarray]:
-        """Query tiles put together where their full key lists are equal, by their first tile."""
-        exact = np.all(self.ids < 0, axis=1)
+        """Query tiles put together where all their queries see the same keys, by first tile."""
+        exact = np.all(self.sees == self.sees_all, axis=1)
         buckets: dict[bytes | int, list[int]] = {}
-        for tile, row in enumerate(self.ids):
+        for tile, row in enumerate(self.sees):
             buckets.setdefault(row.tobytes() if exact[tile] else tile, []).append(tile)
         units = []
         for tiles in buckets.values():
@@ -204,15 +229,14 @@ class _Planner:
 
     def _run_costs(self, units: list[np.ndarray]) -> list[np.ndarray]:
         """What attending runs of units together costs: [length - 1][first unit]."""
-        sees = np.stack([(self.ids[unit] != NOTHING).any(0) for unit in units])
-        sees_all = np.stack([(self.ids[unit] == EVERYTHING).all(0) for unit in units])
+        sees = np.stack([self.sees[unit].any(0) for unit in units])
+        sees_all = np.stack([self.sees_all[unit].all(0) for unit in units])
         unit_rows = np.array([self.sizes[unit].sum() for unit in units])
-        sizes = self.sizes.astype(np.float32)
         union, common, rows = sees, sees_all, unit_rows
         costs: list[np.ndarray] = []
         while True:
-            keys = union.astype(np.float32) @ sizes
-            masked = common.astype(np.float32) @ sizes < keys
+            keys = union.astype(np.float32) @ self.class_sizes
+            masked = common.astype(np.float32) @ self.class_sizes < keys
             cost = keys * (rows * np.where(masked, MASK_COST, 1.0) + KEY_COST) + CALL_COST
             if costs:
                 cost[(rows > MAX_ROWS) | (masked & (rows * keys > MAX_MASK))] = np.inf
@@ -224,11 +248,10 @@ class _Planner:
             rows = rows[:-1] + unit_rows[length:]
 
     def _group(self, tiles: np.ndarray) -> _Group:
-        ids = self.ids[tiles]
-        keys = (ids != NOTHING).any(0).nonzero()[0]
-        masked = bool((ids[:, keys] != EVERYTHING).any())
-        rows, num_keys = int(self.sizes[tiles].sum()), int(self.sizes[keys].sum())
-        return _Group(tiles, keys, rows, num_keys, masked)
+        sees = self.sees[tiles].any(0)
+        masked = not bool(self.sees_all[tiles][:, sees].all())
+        places = sees[self.class_of_place].nonzero()[0]
+        return _Group(tiles, places, int(self.sizes[tiles].sum()), masked)
 
     def _calls(self, groups: list[_Group], key_order: np.ndarray) -> tuple[Call, ...]:
         calls = []
@@ -241,41 +264,36 @@ class _Planner:
 
     def _call(self, groups: list[_Group], key_order: np.ndarray) -> Call:
         first = groups[0]
-        tokens = np.concatenate([self._tokens(group.keys, key_order) for group in groups])
+        num_keys = len(first.places)
+        tokens = key_order[np.concatenate([group.places for group in groups])]
         keys: torch.Tensor | slice = torch.from_numpy(tokens).to(self.table.device)
         if len(groups) == 1:
-            if not first.masked and first.num_keys == len(self.order):
-                keys = slice(0, first.num_keys)  # without a mask their order does not matter
+            if not first.masked and num_keys == len(self.order):
+                keys = slice(0, num_keys)  # without a mask their order does not matter
             elif (np.diff(tokens) == 1).all():
-                keys = slice(int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else slice(0, 0)
-        mask = self._mask(first.tiles, first.keys) if first.masked else None
-        return Call(len(groups), first.rows, first.num_keys, keys, mask)
+                keys = slice(int(tokens[0]), int(tokens[-1]) + 1) if num_keys else slice(0, 0)
+        mask = self._mask(first) if first.masked else None
+        return Call(len(groups), first.rows, num_keys, keys, mask)
 
-    def _mask(self, tiles: np.ndarray, keys: np.ndarray) -> TileMask:
-        ids = self.ids[np.ix_(tiles, keys)]
-        key = (ids.tobytes(), self.sizes[tiles].tobytes(), self.sizes[keys].tobytes())
+    def _mask(self, group: _Group) -> TileMask:
+        edge = self.table.shape[-1]
+        tile = np.searchsorted(self.starts, group.places, side="right") - 1
+        tiles, nth = np.unique(tile, return_inverse=True)
+        columns = nth * edge + group.places - self.starts[tile]
+        rows = (np.arange(edge) < self.sizes[group.tiles][:, None]).reshape(-1).nonzero()[0]
+        ids = self.ids[np.ix_(group.tiles, tiles)]
+        key = tuple(x.tobytes() for x in (ids, rows, columns))
         if key not in self.masks:
-            rows, columns = self._occupied(tiles), self._occupied(keys)
-            blind = ~self.row_sees[torch.from_numpy(ids)].any(1).flatten()
-            blind = blind if rows is None else blind[rows]
+            blind = ~self.row_sees[torch.from_numpy(ids)].any(1).flatten()[torch.from_numpy(rows)]
             device = self.table.device
+            all_rows, all_columns = len(rows) == len(ids) * edge, len(columns) == len(tiles) * edge
             self.masks[key] = TileMask(
-                torch.from_numpy(ids).to(device),
-                None if rows is None else rows.to(device),
-                None if columns is None else columns.to(device),
-                blind.to(device) if blind.any() else None,
+                ids=torch.from_numpy(ids).to(device),
+                rows=None if all_rows else torch.from_numpy(rows).to(device),
+                keys=None if all_columns else torch.from_numpy(columns).to(device),
+                blind=blind.to(device) if blind.any() else None,
             )
         return self.masks[key]
-
-    def _occupied(self, tiles: np.ndarray) -> torch.Tensor | None:
-        edge = self.table.shape[-1]
-        held = np.arange(edge) < self.sizes[tiles][:, None]
-        return None if held.all() else torch.from_numpy(held.reshape(-1).nonzero()[0])
-
-    def _tokens(self, tiles: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """What `order` holds at the places of these tiles."""
-        pieces = [order[self.starts[t] : self.starts[t + 1]] for t in tiles]
-        return np.concatenate(pieces) if pieces else order[:0]
 
 
 def _gathered(calls: tuple[Call, ...]) -> int:

@@ -189,6 +189,20 @@ def test_tiles_with_equal_keys_are_attended_without_a_mask() -> None:
     assert sum(call.stack * call.rows * call.num_keys for call in plan.calls) == 32 * 8 * 128**2
 
 
+def test_keys_that_a_group_does_not_see_are_left_out() -> None:
+    mask = torch.zeros(1, 128, 128, dtype=torch.bool)
+    mask[:, :, 40:70] = True
+    blocks = dataclasses.replace(
+        windows(tiles=8, edge=128, width=2, shared=8),
+        full_end=torch.arange(8, dtype=torch.int32) * 2,
+        mask_ids=torch.zeros(16, dtype=torch.int32),
+        masks=mask,
+    )
+    blocks.validate()
+    (plan,) = plans(blocks)
+    assert [(call.rows, call.num_keys, call.mask) for call in plan.calls] == [(1024, 60, None)]
+
+
 def test_a_sliding_window_is_attended_in_few_calls_over_few_more_keys() -> None:
     blocks = windows(tiles=64, edge=128, width=16, shared=1)
     (plan,) = plans(blocks)
