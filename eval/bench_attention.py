@@ -1,6 +1,6 @@
 """One attention call: methods against the fastest dense attention that torch offers here.
 
-Every result is checked against a masked fp64 softmax on some rows before its speed counts. Times
+Every result is checked before its speed counts: against a masked fp64 softmax on some rows. Times
 are paired: dense and all methods take turns, and the speedup is the median of the rounds' ratios.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -59,7 +59,7 @@ class Case:
 
 def bench_attention(
     case: Case,
-    methods: Sequence[diffpatch.Method],
+    methods: Mapping[str, diffpatch.Method],
     *,
     repeats: int = 5,
     backend: str = "auto",
@@ -74,24 +74,22 @@ def bench_attention(
     dense_times = _dense_times(case, qkv)
     fastest = min(dense_times, key=lambda name: dense_times[name])
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: _dense(fastest, *qkv)}
-    entries = []
-    for number, method in enumerate(methods):
+    entries: list[dict[str, Any]] = []
+    for name, method in methods.items():
         start = time.perf_counter()
         pattern = method.pattern(case.grid, method.variant(0, 0))
         plan_seconds = time.perf_counter() - start
-        call = _method_call(qkv, case.grid, method, backend)
-        error = check(call(), qkv, pattern, TOLERANCE[case.dtype], method.name)
-        calls[str(number)] = call
+        calls[name] = _method_call(qkv, case.grid, method, backend)
         entries.append({
-            "method": method.name,
-            "parameters": asdict(method),
+            "name": name,
+            "method": str(method),
             "kept": pattern.kept,
-            "error": error,
+            "error": check(name, method, case, qkv, pattern, backend),
             "plan_seconds": plan_seconds,
         })  # fmt: skip
     times = interleaved(calls, repeats, device)
-    for number, entry in enumerate(entries):
-        own = times[str(number)]
+    for entry in entries:
+        own = times[entry["name"]]
         ratios = [d / m for d, m in zip(times["dense"], own, strict=True)]
         entry |= {"seconds": spread(own), "speedup": spread(ratios)}
     shape = {"grid": str(case.grid), "tokens": case.grid.num_tokens, "dtype": str(case.dtype)}
@@ -105,13 +103,45 @@ def bench_attention(
 
 
 def check(
-    out: torch.Tensor,
+    name: str,
+    method: diffpatch.Method,
+    case: Case,
     qkv: Tensors,
     pattern: diffpatch.BlockPattern,
-    tolerance: float,
-    name: str,
+    backend: str,
 ) -> float:
-    """The relative L1 error on some rows; raises WrongResult where it is above the tolerance."""
+    """The relative L1 error of a method, by the test that fits it.
+
+    Raises:
+        WrongResult: the error is above what the dtype explains.
+        DiffpatchError: the method cannot be measured in a single call.
+    """
+    q, k, v = qkv
+    state: dict[str, Any] = {}
+    if type(method).attend is diffpatch.Method.attend:
+        out = diffpatch.attention(q, k, v, case.grid, method, backend=backend)
+        error = error_on_rows(out, qkv, pattern)
+    else:
+        # No pattern says what it should give; but attention only ever averages values, so that
+        # values of one must give one.
+        ones = torch.ones_like(v)
+        out = diffpatch.attention(q, k, ones, case.grid, method, backend=backend, state=state)
+        error = relative_l1(out, torch.ones_like(out))
+    if state:
+        raise diffpatch.DiffpatchError(
+            f"{name} costs more in some steps than in others, which one call cannot show; "
+            "use `diffpatch bench render`"
+        )
+    if not error <= TOLERANCE[case.dtype]:  # also true for NaN
+        raise WrongResult(
+            f"{name} is wrong: relative error {error:.2g}, expected at most "
+            f"{TOLERANCE[case.dtype]:.0e}; no speed is reported"
+        )
+    return error
+
+
+def error_on_rows(out: torch.Tensor, qkv: Tensors, pattern: diffpatch.BlockPattern) -> float:
+    """The relative L1 distance to a masked fp64 softmax, on some query rows of the first batch."""
     q, k, v = (tensor[:1].double().cpu().transpose(1, 2) for tensor in qkv)  # (1, H, S, D)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(q.shape[2], generator=generator)[:CHECKED_ROWS]
@@ -119,13 +149,7 @@ def check(
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     expected = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask)
-    error = relative_l1(out[:1].cpu()[:, rows].transpose(1, 2), expected)
-    if not error <= tolerance:  # also true for NaN
-        raise WrongResult(
-            f"{name} is wrong: relative error {error:.2g} on {len(rows)} rows, at most "
-            f"{tolerance:.0e} expected; no speed is reported"
-        )
-    return error
+    return relative_l1(out[:1].cpu()[:, rows].transpose(1, 2), expected)
 
 
 def visible(pattern: diffpatch.BlockPattern, rows: torch.Tensor, heads: int) -> torch.Tensor:

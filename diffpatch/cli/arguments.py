@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import choices
+from diffpatch.kernels.block_sparse import BACKENDS
+from diffpatch.pipelines.loading import DTYPES, OFFLOADS
 
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
 
@@ -16,18 +18,28 @@ MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with one-line errors, which reads --dense_steps as --dense-steps."""
 
+    passes_on = False  # whether `rest` gets all words as they are, for another parser
+
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; unknown options are reported here, where the known ones are at hand."""
-        parsed, unknown = super().parse_known_args([_dashes(arg) for arg in args or []], namespace)
+        words = [] if self.passes_on else [_dashes(arg) for arg in args or []]
+        parsed, unknown = super().parse_known_args(words, namespace)
+        if self.passes_on:
+            parsed.rest = list(args or [])
         for word in unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             hint = choices(word.partition("=")[0], known) if word.startswith("-") else ""
             self.error(f"unknown argument {word!r}" + (f": {hint}" if hint else ""))
         return parsed, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As in argparse, with the closest right value for a wrong one."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r}: {choices(value, action.choices)}")
 
     def error(self, message: str) -> NoReturn:
         """Fail with one line; `--help` has the rest."""
@@ -39,17 +51,6 @@ def _dashes(arg: str) -> str:
         return arg
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def one_of(known: Sequence[str]) -> Callable[[str], str]:
-    """A type of values from a list; a wrong one is answered with the closest right one."""
-
-    def parse(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r}: {choices(text, known)}")
-        return text
-
-    return parse
 
 
 def number(kind: type[int] | type[float], at_least: float) -> Callable[[str], Any]:
@@ -128,7 +129,14 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last denoising steps that stay dense: a count or a fraction",
     )
-    group.add_argument("--backend", default="auto", help="what computes attention (auto)")
+    add_backend_option(group)
+
+
+def add_backend_option(group: Any) -> None:
+    """--backend."""
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what computes attention (auto)"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -137,16 +145,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-m", "--model", "--model-id", default="demo", help=MODEL_HELP)
     group.add_argument(
         "--dtype",
-        type=one_of(("auto", "fp32", "bf16", "fp16")),
+        choices=("auto", *DTYPES),
         default="auto",
-        help="of the weights: auto (fp32 on the CPU, else bf16), fp32, bf16 or fp16",
+        help="of the weights (auto: fp32 on the CPU, else bf16)",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (the accelerator, if there is one)")
     group.add_argument(
         "--offload",
-        type=one_of(("none", "model", "sequential", "group")),
+        choices=OFFLOADS,
         default="none",
-        help="keep waiting weights in main memory: none, model, sequential or group",
+        help="keep weights that wait in main memory: whole models, or single layers",
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles to save memory")
     group.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")

@@ -12,9 +12,8 @@ from typing import Any
 import diffpatch
 from diffpatch.cli import arguments, generation, output, progress
 from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.cli.parameters import settings
+from diffpatch.cli.parameters import field_names, method_parameters
 from diffpatch.cli.summary import table
-from diffpatch.errors import choices
 from diffpatch.pipelines import loading
 
 EXAMPLES = """\
@@ -33,34 +32,48 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure speed",
-        description="Measure speed against the fastest dense attention on this machine. Wrong "
-        "results are an error, never a speedup.",
+        description="Measure speed against the fastest dense attention on this machine.\n"
+        "Wrong results are an error, never a speedup.",
         epilog=EXAMPLES,
     )
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _add_attention(kinds)
     _add_render(kinds)
     kernels = kinds.add_parser("kernels", help="the kernels alone", add_help=False)
-    kernels.add_argument("rest", nargs=argparse.REMAINDER)
+    kernels.passes_on = True
     kernels.set_defaults(run=run_kernels)
 
 
 def _add_attention(kinds: Any) -> None:
-    parser = kinds.add_parser("attention", help="one attention call on random tensors")
-    parser.add_argument("--grid", type=grid, default="33x16x16", help="frames×height×width")
-    parser.add_argument("--text", type=arguments.number(int, 0), default=0, help="text tokens")
-    parser.add_argument("--heads", type=arguments.number(int, 1), default=3)
-    parser.add_argument("--head-dim", type=arguments.number(int, 1), default=64)
-    parser.add_argument("--batch", type=arguments.number(int, 1), default=1)
-    parser.add_argument("--dtype", type=arguments.one_of(tuple(loading.DTYPES)), default="fp32")
+    parser = kinds.add_parser(
+        "attention",
+        help="one attention call on random tensors",
+        description="Time one attention call of each method and of the fastest dense attention,\n"
+        "in turns, after checking the results against a masked softmax.",
+        epilog=EXAMPLES,
+    )
+    count = arguments.number(int, 1)
+    parser.add_argument(
+        "--grid", type=grid, default="33x16x16", help="frames×height×width in tokens (33x16x16)"
+    )
+    parser.add_argument("--text", type=arguments.number(int, 0), default=0, help="text tokens (0)")
+    parser.add_argument("--heads", type=count, default=3, help="attention heads (3)")
+    parser.add_argument("--head-dim", type=count, default=64, help="their size (64)")
+    parser.add_argument("--batch", type=count, default=1, help="sequences (1)")
+    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32", help="(fp32)")
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
-    parser.add_argument("--backend", default="auto", help="what computes attention (auto)")
+    arguments.add_backend_option(parser)
     _add_common(parser, repeats=5)
     parser.set_defaults(run=run_attention)
 
 
 def _add_render(kinds: Any) -> None:
-    parser = kinds.add_parser("render", help="a whole pipeline call, dense and with each method")
+    parser = kinds.add_parser(
+        "render",
+        help="a whole pipeline call, dense and with each method",
+        description="Time whole pipeline calls, dense and with each method in turns.",
+        epilog=EXAMPLES,
+    )
     parser.add_argument("-p", "--prompt", default=PROMPT, help="what to render")
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
@@ -76,7 +89,9 @@ def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
             "--set", action="append", default=[], metavar="KEY=VALUE",
             help="a parameter, for every method that has it",
         )  # fmt: skip
-    parser.add_argument("--repeats", type=arguments.number(int, 1), default=repeats)
+    parser.add_argument(
+        "--repeats", type=arguments.number(int, 1), default=repeats, help=f"rounds ({repeats})"
+    )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
     )
@@ -101,11 +116,10 @@ def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The methods asked for, each with those --set parameters that it has."""
     known, found, used = diffpatch.methods(), {}, set()
     for name in args.method or ["radial"]:
-        if name not in known:
-            raise UsageError(f"unknown method {name!r}: {choices(name, known)}")
-        fields = {field.name for field in dataclasses.fields(known[name].cls)}
+        parts = [known[part].cls for part in name.split("+") if part in known]
+        fields = {field for cls in parts for field in field_names(cls)}
         own = [text for text in args.set if text.partition("=")[0].replace("-", "_") in fields]
-        found[name] = settings(own, known[name].cls)
+        found[name] = method_parameters(name, own)
         used |= set(own)
     for text in args.set:
         if text not in used:
@@ -117,7 +131,8 @@ def run_attention(args: argparse.Namespace) -> int:
     """Measure one attention call; returns the exit code."""
     from diffpatch.eval.bench_attention import Case, WrongResult, bench_attention
 
-    made = [diffpatch.make_method(name, **values) for name, values in chosen(args).items()]
+    found = chosen(args)
+    made = {name: diffpatch.make_method(name, **values) for name, values in found.items()}
     case = Case(
         grid=dataclasses.replace(args.grid, text_after=args.text),
         heads=args.heads,
@@ -139,7 +154,7 @@ def run_attention(args: argparse.Namespace) -> int:
     for entry in result["methods"]:
         gain = entry["speedup"]["median"]
         last = [f"{1 / gain:.3f}", f"{gain:.2f}×", f"{entry['kept']:.1%}", f"{entry['error']:.0e}"]
-        rows.append([entry["method"], *_times(entry["seconds"]), *last])
+        rows.append([entry["name"], *_times(entry["seconds"]), *last])
     _finish(args, result, rows)
     return 0
 
@@ -150,8 +165,6 @@ def run_render(args: argparse.Namespace) -> int:
 
     methods = chosen(args)
     shared = {n: getattr(args, n) for n in _SHARED}
-    for name, values in methods.items():
-        diffpatch.make_method(name, **values)
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffpatch
 from diffpatch import patched
 from diffpatch.cli import generation, media, output
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.parameters import settings
-from diffpatch.errors import choices
+from diffpatch.cli.parameters import method_parameters
 from diffpatch.pipelines import loading
 
 
@@ -52,9 +50,10 @@ class Job:
     def files(self, folder: Path) -> dict[str, Path]:
         """What is written for one prompt."""
         video = self.source.is_video
-        names = {v.name: media.file_name(v.name, self.format, video) for v in self.variants}
+        stems = {v.name: v.name.replace("+", "_") for v in self.variants}
+        names = {name: media.file_name(stem, self.format, video) for name, stem in stems.items()}
         if len(self.variants) > 1:
-            pair = f"{self.variants[-1].name}_vs_dense"
+            pair = f"{stems[self.variants[-1].name]}_vs_dense"
             names["side_by_side"] = media.file_name(pair, self.format, video)
             if video:
                 names["contact_sheet"] = f"{pair}.png"
@@ -69,13 +68,7 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
         if args.set:
             raise UsageError("--set changes a method and dense has none; choose another --method")
         return [dense]
-    known = diffpatch.methods()
-    if args.method not in known:
-        raise UsageError(
-            f"unknown method {args.method!r}: {choices(args.method, [*known, 'dense'])}"
-        )
-    parameters = settings(args.set, known[args.method].cls)
-    diffpatch.make_method(args.method, **parameters)  # raises if a value cannot work
+    parameters = method_parameters(args.method, args.set)
     options = {
         "dense_steps": args.dense_steps,
         "dense_layers": args.dense_layers,

@@ -32,8 +32,8 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def to_json(data: Any) -> str:
-    """JSON as every command writes it."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    """JSON as every command writes it; a method in a method becomes its text."""
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,28 +9,52 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+import diffpatch
+from diffpatch import Method
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import choices
 
 
-def settings(texts: Sequence[str], cls: type[Any]) -> dict[str, Any]:
-    """`key=value` pairs as parameters of a method, typed by the fields of its dataclass."""
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+def method_parameters(name: str, texts: Sequence[str]) -> dict[str, Any]:
+    """The `key=value` pairs of a method, or of a combination such as radial+temporal, checked.
+
+    Raises:
+        UsageError: no such method or parameter, or a value of another type.
+        DiffpatchError: a value that the method refuses.
+    """
+    known = diffpatch.methods()
+    for part in name.split("+"):
+        if part not in known:
+            raise UsageError(f"unknown method {part!r}: {choices(part, known)}")
+    values = settings(texts, name, [known[part].cls for part in name.split("+")])
+    diffpatch.make_method(name, **values)
+    return values
+
+
+def settings(texts: Sequence[str], name: str, classes: Sequence[type[Method]]) -> dict[str, Any]:
+    """`key=value` pairs, typed by the fields of the first dataclass that has the key."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(classes):
+        hints |= {field: typing.get_type_hints(cls)[field] for field in field_names(cls)}
     values = {}
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--set {text!r} must be key=value; keys: {', '.join(names)}")
-        if key not in names:
-            raise UsageError(f"{cls.name} has no parameter {key!r}: {choices(key, names)}")
+            raise UsageError(f"--set {text!r} must be key=value; keys: {', '.join(hints)}")
+        if key not in hints:
+            raise UsageError(f"{name} has no parameter {key!r}: {choices(key, hints)}")
         try:
             values[key] = convert(value.strip(), hints[key])
         except ValueError:
-            kind = str(dataclasses.fields(cls)[names.index(key)].type)
+            kind = getattr(hints[key], "__name__", str(hints[key]))
             raise UsageError(f"--set {key}={value} must be of type {kind}") from None
     return values
+
+
+def field_names(cls: type[Method]) -> list[str]:
+    """The parameters of a method."""
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def convert(text: str, hint: Any) -> Any:
@@ -55,6 +79,8 @@ def convert(text: str, hint: Any) -> Any:
             return tuple(convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
     elif origin is typing.Literal and text in map(str, options):
         return next(option for option in options if str(option) == text)
+    elif isinstance(hint, type) and issubclass(hint, Method):
+        return diffpatch.make_method(text)
     elif hint in (None, type(None)) and text.lower() == "none":
         return None
     elif hint is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):

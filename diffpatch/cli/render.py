@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "render",
         help="make a video or an image, accelerated and dense side by side",
-        description="Run a pipeline with a faster attention; with --compare dense also without it, "
+        description="Run a pipeline with a faster attention; with --compare dense also without,\n"
         "from the same noise, and report times and similarity.",
         epilog=EXAMPLES,
     )
@@ -41,8 +42,8 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
     group.add_argument("--method", default="radial", help="see `diffpatch methods`, or dense")
     group.add_argument(
-        "--compare", type=arguments.one_of(("dense", "none")), default="none", metavar="dense",
-        help="also render dense, from the same noise, and measure the difference",
+        "--compare", choices=("dense", "none"), default="none",
+        help="also render dense, from the same noise, and measure the difference (none)",
     )  # fmt: skip
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
@@ -51,11 +52,13 @@ def add_parser(commands: Any) -> None:
     group.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder (out)")
     group.add_argument("--overwrite", action="store_true", help="replace earlier results")
     group.add_argument(
-        "--format", type=arguments.one_of(media.VIDEO_FORMATS),
-        help="mp4, gif, webp, apng or png (mp4, or webp without ffmpeg; png for images)",
+        "--format", choices=media.VIDEO_FORMATS,
+        help="of the files (mp4, or webp without ffmpeg; png for images)",
     )  # fmt: skip
     group.add_argument("--fps", type=arguments.number(float, 0.1), help="frames per second")
-    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    group.add_argument(
+        "--json", action="store_true", help="print the result as JSON (a list for several prompts)"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress and no summary")
     group.add_argument("--dry-run", action="store_true", help="check everything, render nothing")
     parser.set_defaults(run=run)
@@ -166,7 +169,7 @@ def _timed(
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Any:
+def _explained(name: str) -> Iterator[None]:
     """Turn what can go wrong while a pipeline runs into one line that says what to do."""
     try:
         yield
