@@ -171,15 +171,20 @@ def save_pipeline(
     """
     parts: dict[str, Any] = {
         "tokenizer": build_tokenizer(),
-        "text_encoder": text_encoder.to(torch.bfloat16),
-        "vae": vae.to(torch.bfloat16),
-        "transformer": transformer.to(torch.bfloat16),
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
     }
+    for part in (text_encoder, vae, transformer):
+        for weight in part.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     WanPipeline(**parts).save_pretrained(fresh, safe_serialization=True)
-    fresh.chmod(0o755)
+    fresh.chmod(0o755)  # temporary folders are private, and so are new safetensors files
+    for path in fresh.rglob("*.safetensors"):
+        path.chmod(0o644)
     if folder.exists():
         old = Path(tempfile.mkdtemp(dir=folder.parent))
         folder.rename(old / "old")
