@@ -12,6 +12,7 @@ through one opaque custom operator: to a compiler it is a black box, inside it p
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import itertools
@@ -207,40 +208,59 @@ def _rebind_function(function: types.FunctionType, globals_: dict[str, Any]) -> 
     return new
 
 
-@functools.cache
-def _rebound_module(original: types.ModuleType) -> types.ModuleType:
-    """A copy of a processor's module whose attention is ours."""
-    name = "diffpatch_rebound." + original.__name__
+def _replacements(original: types.ModuleType, name: str) -> dict[str, Any]:
+    """Ours for every global of a processor's module that stands for attention, however named."""
+    functional = types.ModuleType(name + "._F")
+    functional.__dict__.update({k: v for k, v in F.__dict__.items() if not k.startswith("__")})
+    functional.__dict__[_SDPA] = _scaled_dot_product_attention
+    sys.modules[functional.__name__] = functional
+    found: dict[str, Any] = {}
+    for key, value in original.__dict__.items():
+        if value is F:
+            found[key] = functional
+        elif value is attention_dispatch.dispatch_attention_fn:
+            found[key] = _dispatch_attention_fn
+        elif value is F.scaled_dot_product_attention:
+            found[key] = _scaled_dot_product_attention
+    return found
+
+
+def _calls_one(code: types.CodeType, replaced: dict[str, Any]) -> bool:
+    """Whether the code uses one of the replacements and, of functional modules, attention."""
+    steps = [step for inner in _codes(code) for step in dis.get_instructions(inner)]
+    used = [replaced[s.argval] for s in steps if s.opname == "LOAD_GLOBAL" and s.argval in replaced]
+    asks = any(step.argval == _SDPA for step in steps)
+    return any(asks or not isinstance(value, types.ModuleType) for value in used)
+
+
+def _rebound_globals(call: types.FunctionType) -> dict[str, Any] | None:
+    """The globals of a processor's code with our attention; None if it never reaches that."""
+    original = sys.modules[call.__module__]
+    name = f"diffpatch_rebound.{original.__name__}.{call.__qualname__}"
     module = types.ModuleType(name)
     private = ("__name__", "__loader__", "__spec__")
     module.__dict__.update({k: v for k, v in original.__dict__.items() if k not in private})
-    if original.__dict__.get("F") is F:
-        functional = types.ModuleType(name + "._F")
-        functional.__dict__.update({k: v for k, v in F.__dict__.items() if not k.startswith("__")})
-        functional.__dict__[_SDPA] = _scaled_dot_product_attention
-        module.__dict__["F"] = sys.modules[functional.__name__] = functional
-    if _DISPATCH in original.__dict__:
-        module.__dict__[_DISPATCH] = _dispatch_attention_fn
-        for key, value in list(original.__dict__.items()):  # helpers that call the dispatcher
-            own = isinstance(value, types.FunctionType) and value.__module__ == original.__name__
-            if own and _DISPATCH in value.__code__.co_names:
-                module.__dict__[key] = _rebind_function(value, module.__dict__)
+    replaced = _replacements(original, name)
+    module.__dict__.update(replaced)
+    for key, value in original.__dict__.items():  # helpers that call attention for the processor
+        own = isinstance(value, types.FunctionType) and value.__module__ == original.__name__
+        if own and _calls_one(value.__code__, replaced):
+            module.__dict__[key] = replaced[key] = _rebind_function(value, module.__dict__)
     sys.modules[name] = module
-    return module
+    return module.__dict__ if _calls_one(call.__code__, replaced) else None
 
 
 @functools.cache
 def _rebound_class(cls: Any) -> Any:
     """A subclass of a processor class whose attention is ours."""
     original = inspect.unwrap(cls.__call__)
-    names = {n for code in _codes(original.__code__) for n in code.co_names}
-    module = _rebound_module(sys.modules[original.__module__])
-    if not names & {_DISPATCH, _SDPA} and not names & _rebound_helpers(module):
+    globals_ = _rebound_globals(original)
+    if globals_ is None:
         raise DiffpatchError(
-            f"{cls.__name__}.__call__ calls neither {_DISPATCH} nor {_SDPA}: this version of"
-            " diffusers computes its attention in a way diffpatch does not know"
+            f"{cls.__name__}.__call__ calls neither {_DISPATCH} nor F.{_SDPA} by a global of its"
+            " module: diffpatch does not know how it computes its attention"
         )
-    call = _rebind_function(original, module.__dict__)
+    call = _rebind_function(original, globals_)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         slot = _here()
@@ -257,14 +277,6 @@ def _codes(code: types.CodeType) -> list[types.CodeType]:
     """A code object and those nested in it."""
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return [code, *itertools.chain.from_iterable(map(_codes, inner))]
-
-
-def _rebound_helpers(module: types.ModuleType) -> set[str]:
-    return {
-        key
-        for key, value in module.__dict__.items()
-        if isinstance(value, types.FunctionType) and value.__globals__ is module.__dict__
-    }
 
 
 def _reduce(self: Any, protocol: Any = 2) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -315,7 +327,8 @@ def dense(
     """
     original = inspect.unwrap(type(processor)._diffpatch_original.__call__)
     gqa = q.shape[2] != k.shape[2]
-    if _DISPATCH in sys.modules[original.__module__].__dict__:
+    known = sys.modules[original.__module__].__dict__.values()
+    if any(value is attention_dispatch.dispatch_attention_fn for value in known):
         return attention_dispatch.dispatch_attention_fn(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa,
             backend=getattr(processor, "_attention_backend", None),
