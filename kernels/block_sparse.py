@@ -119,13 +119,17 @@ def choose_backend(
 ) -> str:
     """The backend that a call with these arguments runs on: "triton", "torch" or "reference".
 
+    Args:
+        q: the queries, (B, S, H, D).
+        k: the keys; no backend limits them yet.
+        v: the values; no backend limits them yet.
+        blocks: which pairs to keep.
+        backend: one of `BACKENDS`.
+
     Raises:
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if reason is None and backend in ("auto", "triton") and needs_grad:
-        reason = "the triton backend has no backward pass"
     if backend == "auto":
         return "torch" if reason else "triton"
     if reason:
@@ -135,7 +139,7 @@ def choose_backend(
 
 def _attend_with(backend: str) -> Attend:
     if backend == "triton":
-        from diffpatch.kernels.block_sparse_triton import attend
+        from diffpatch.kernels.block_sparse_triton_backward import attend
 
         return attend
     return {"torch": block_sparse_torch.attend, "reference": block_sparse_reference.attend}[backend]

@@ -111,7 +111,7 @@ def attend(
         The output (B, S, H, D) in the dtype of q and the natural log-sum-exp, fp32 (B, S, H).
     """
     batch, tokens, heads, size = q.shape
-    config = configuration(q.dtype, size, blocks.max_tile, _arch(q.device))
+    config = configuration(q.dtype, size, blocks.max_tile, arch(q.device))
     lists = sub_blocks(blocks, config.block_m, config.block_n)
     q = q if q.stride(3) == 1 else q.contiguous()
     k, v = (_in_tile_order(x, blocks) for x in (k, v))
@@ -138,7 +138,8 @@ def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _arch(device: torch.device) -> int:
+def arch(device: torch.device) -> int:
+    """The compute capability of a GPU, 90 for 9.0; 0 for anything that is not CUDA or ROCm."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -158,6 +159,15 @@ def _load(at, inside, channel_ok, BOUNDED: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _seen(words, offsets_n, BLOCK_N: tl.constexpr):
+    """The bits of one or two mask words a row, as booleans (rows, BLOCK_N)."""
+    word = tl.load(words)[:, None]
+    if BLOCK_N == 64:
+        word = tl.where((offsets_n < 32)[None, :], word, tl.load(words + 1)[:, None])
+    return (word & (1 << (offsets_n % 32))[None, :]) != 0
+
+
+@triton.jit
 def _step(
     acc, total, top, q, keys, values, allowed, words, place, offsets_n, stride_kn, stride_vn,
     tokens, scale, channel_ok,
@@ -170,11 +180,7 @@ def _step(
     k = _load(key_at, inside, channel_ok, MASKED, EVEN)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        word = tl.load(words)[:, None]
-        if BLOCK_N == 64:
-            word = tl.where((offsets_n < 32)[None, :], word, tl.load(words + 1)[:, None])
-        seen = (word & (1 << (offsets_n % 32))[None, :]) != 0
-        scores = tl.where(seen, scores, -float("inf"))
+        scores = tl.where(_seen(words, offsets_n, BLOCK_N), scores, -float("inf"))
     if allowed is not None:
         may = tl.load(allowed + place + offsets_n, mask=inside, other=0)
         scores = tl.where((may != 0)[None, :], scores, -float("inf"))

@@ -27,7 +27,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffpatch.kernels import block_sparse_triton as block_sparse
+from diffpatch.kernels import block_sparse_triton as forward
+from diffpatch.kernels import block_sparse_triton_backward as backward
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One specialization of the block-sparse kernel."""
+    """One specialization of a kernel: "forward", or the gradient of "queries" or "keys"."""
 
     arch: int
+    kernel: str
     dtype: str
     size: int
     tile: int
@@ -64,7 +66,7 @@ class Result:
     """
 
     case: Case
-    config: block_sparse.Config
+    config: forward.Config
     registers: int
     stack: int
     shared: int
@@ -77,20 +79,22 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
     """Every case that ships for the given compute capabilities and dtypes."""
     for arch, dtype in product(archs, dtypes):
         for size in (64, 96, 128, 256):
-            yield Case(arch, dtype, size, tile=128, key_mask=False)
+            yield Case(arch, "forward", dtype, size, tile=128, key_mask=False)
         for size in (64, 128):
-            yield Case(arch, dtype, size, tile=64, key_mask=False)
-            yield Case(arch, dtype, size, tile=128, key_mask=True)
+            yield Case(arch, "forward", dtype, size, tile=64, key_mask=False)
+            yield Case(arch, "forward", dtype, size, tile=128, key_mask=True)
+        for kernel, size in product(("queries", "keys"), (64, 128, 256)):
+            yield Case(arch, kernel, dtype, size, tile=128, key_mask=False)
 
 
 def check(case: Case) -> Result:
     """Compile one case and look at what came out."""
-    config = block_sparse.configuration(DTYPES[case.dtype], case.size, case.tile, case.arch)
+    config = configuration(case)
     kernel = _compile(case, config)
     registers, stack = _resources(kernel.asm["cubin"])
     shared = kernel.metadata.shared
     tensor_cores = len(re.findall(re.escape(TENSOR_CORE[case.arch]), kernel.asm["ptx"]))
-    buffers = _buffers(kernel.asm["ttgir"], config.block_n, block_sparse.padded(case.size))
+    buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
     problems = []
     if stack > (0 if case.arch in MAIN_ARCHS else SPILL_LIMIT):
         problems.append(f"{stack} bytes of stack")
@@ -99,30 +103,35 @@ def check(case: Case) -> Result:
     if case.dtype != "fp32" and not tensor_cores:
         problems.append(f"no {TENSOR_CORE[case.arch]}")
     # Tensor cores that do not read shared memory hold one stage in registers.
-    depth = config.num_stages - (case.arch not in block_sparse.ASYNC_TENSOR_CORE)
-    if case.dtype != "fp32" and buffers < depth:
+    depth = config.num_stages - (case.arch not in forward.ASYNC_TENSOR_CORE)
+    if case.kernel == "forward" and case.dtype != "fp32" and buffers < depth:
         problems.append(f"{buffers} buffers of keys, {depth} expected")
     return Result(case, config, registers, stack, shared, tensor_cores, buffers, tuple(problems))
 
 
-def _compile(case: Case, config: block_sparse.Config) -> Any:
+def configuration(case: Case) -> forward.Config:
+    """The configuration that ships for a case."""
+    dtype = DTYPES[case.dtype]
+    if case.kernel == "forward":
+        return forward.configuration(dtype, case.size, case.tile, case.arch)
+    return backward.configuration(dtype, case.size, case.arch)
+
+
+def _compile(case: Case, config: forward.Config) -> Any:
     """The kernel as a launch on contiguous tensors would specialize it."""
-    kernel = block_sparse.attend_kernel
-    constants: dict[str, Any] = {
+    kernel, constants, types = _specialization(case)
+    constants |= {
         "SIZE": case.size,
-        "SIZE_PADDED": block_sparse.padded(case.size),
+        "SIZE_PADDED": forward.padded(case.size),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
-        "group": 1,
-        "parts": -(-case.tile // config.block_m),
     }
-    if constants["parts"] > 1:
-        del constants["parts"]
+    if case.tile <= config.block_m:
+        constants["parts"] = 1  # integers that are 1 are constants
     if not case.key_mask:
         constants["ALLOWED"] = None
-    types = dict.fromkeys(("Q", "K", "V", "OUT"), f"*{case.dtype}")
-    types |= {"LSE": "*fp32", "ALLOWED": "*u8", "ORDER": "*i64", "scale": "fp32"}
+    types |= {"ALLOWED": "*u8", "ORDER": "*i64", "scale": "fp32", "scale_log2": "fp32"}
     signature = {}
     for name in kernel.arg_names:
         plain = "*i32" if name.isupper() else "i32"
@@ -141,6 +150,20 @@ def _compile(case: Case, config: block_sparse.Config) -> Any:
         "enable_fp_fusion": True,
     }
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def _specialization(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The kernel of a case, its own constants, and the types of its tensors."""
+    tensor = f"*{case.dtype}"
+    if case.kernel == "forward":
+        types = dict.fromkeys(("Q", "K", "V", "OUT"), tensor) | {"LSE": "*fp32"}
+        return forward.attend_kernel, {"group": 1}, types
+    keys = case.kernel == "keys"
+    types = dict.fromkeys(("OWN", "OWN2", "OTHER", "OTHER2"), tensor)
+    types |= dict.fromkeys(("LSE", "DELTA", "GRAD2"), "*fp32")
+    types["GRAD"] = "*fp32" if keys else tensor
+    constants = {"KEYS": keys} if keys else {"KEYS": keys, "GRAD2": None}
+    return backward.gradient_kernel, constants, types
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -177,10 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = check(case)
         results.append(result)
         log.info(
-            "%s sm_%d %s d%d tile %d%s: %d registers, %d B stack, %d B shared, %d tensor-core "
+            "%s sm_%d %s %s d%d tile %d%s: %d registers, %d B stack, %d B shared, %d tensor-core "
             "instructions, %d buffers %s",
             "FAIL" if result.problems else "ok  ",
-            case.arch, case.dtype, case.size, case.tile, " key mask" if case.key_mask else "",
+            case.arch, case.kernel, case.dtype, case.size, case.tile,
+            " key mask" if case.key_mask else "",
             result.registers, result.stack, result.shared, result.tensor_cores, result.buffers,
             "; ".join(result.problems),
         )  # fmt: skip

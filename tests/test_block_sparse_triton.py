@@ -18,9 +18,9 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from diffpatch.kernels import (
-    block_sparse,
     block_sparse_reference,
     block_sparse_triton,
+    block_sparse_triton_backward,
     compile_check,
 )
 from diffpatch.kernels.block_sparse_lists import SubBlocks, sub_blocks
@@ -191,17 +191,45 @@ def test_long_rows_are_launched_first() -> None:
     assert heavy.any() and heavy.int().diff().max() <= 0
 
 
-def test_triton_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "dtype"), [(32, torch.float32), (72, torch.bfloat16)])
+def test_gradients(size: int, dtype: torch.dtype) -> None:
+    blocks = random_blocks([33, 17], kept=0.7, heads=[0, 1], seed=3)
+    generator = torch.Generator().manual_seed(0)
+    key_mask = torch.rand(2, 50, generator=generator) < 0.7 if size == 32 else None
+    toward = torch.randn(2, 50, 2, size, generator=generator)
+    inputs = random_qkv(2, 50, 2, size, dtype, key_heads=1)
+    found = [x.clone().requires_grad_() for x in inputs]
+    expected = [x.double().requires_grad_() for x in inputs]
+    with interpreted():
+        results = block_sparse_triton_backward.attend(*found, blocks, 0.2, key_mask, True)
+        gradients = torch.autograd.grad(_loss(*results, toward), found)
+    exact_results = block_sparse_reference.attend(*expected, blocks, 0.2, key_mask, True)
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+    exact_gradients = torch.autograd.grad(_loss(*exact_results, toward), expected)
+    for gradient, other in zip(gradients, exact_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient.double() - other).norm() <= tolerance * other.norm()
+
+
+def _loss(out: torch.Tensor, lse: torch.Tensor | None, toward: torch.Tensor) -> torch.Tensor:
+    assert lse is not None
+    lse = lse.masked_fill(lse.isinf(), 0.0)
+    return (out.double() * toward).sum() + (lse.double() * toward[..., 0]).sum()
+
+
+def test_transposed_lists_hold_the_transposed_pairs() -> None:
+    blocks = random_blocks(SIZES, kept=0.5, heads=[0, 1], seed=9)
+    back = block_sparse_triton_backward.transposed(blocks)
+    back.validate()
+    assert torch.equal(dense_mask(back), dense_mask(blocks).mT)
+
+
+def test_triton_refuses_what_it_cannot_do() -> None:
     blocks = random_blocks(SIZES)
-    q, k, v = random_qkv(1, sum(SIZES), 1, 32, torch.float64)
-    assert "float64" in str(block_sparse_triton.unsupported_reason(q, blocks))
-    wide = torch.zeros(1, sum(SIZES), 1, 512)
+    wide, narrow = torch.zeros(1, sum(SIZES), 1, 512), torch.zeros(1, sum(SIZES), 1, 64)
     assert "512" in str(block_sparse_triton.unsupported_reason(wide, blocks))
-    monkeypatch.setattr(block_sparse, "unsupported_reason", lambda *_: None)
-    with pytest.raises(RuntimeError, match="no backward"):
-        block_sparse.block_sparse_attention(q.requires_grad_(), k, v, blocks, backend="triton")
-    out = block_sparse.block_sparse_attention(q, k, v, blocks)  # auto falls back
-    assert out.requires_grad
+    assert "float64" in str(block_sparse_triton.unsupported_reason(narrow.double(), blocks))
+    assert block_sparse_triton.unsupported_reason(narrow, blocks) is None
 
 
 @triton.jit
@@ -216,8 +244,8 @@ def test_the_interpreter_sees_reads_out_of_bounds() -> None:
         _read[(1,)](x, out, N=8)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_compiles_for_hopper_without_spilling(size: int) -> None:
-    result = compile_check.check(compile_check.Case(90, "bf16", size, tile=128, key_mask=False))
+@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+def test_compiles_for_hopper_without_spilling(kernel: str) -> None:
+    result = compile_check.check(compile_check.Case(90, kernel, "bf16", 128, 128, key_mask=False))
     assert result.problems == ()
     assert result.stack == 0 and result.tensor_cores > 0

@@ -1,0 +1,275 @@
+"""The block-sparse kernels alone, at the shapes of known models, against dense attention.
+
+    diffpatch bench kernels --device cuda --shapes hunyuan wan-720p --dtype bf16 --json
+
+Each backend's output is checked first; a wrong one is an error and has no speed. Then everything
+takes turns: all dense SDPA backends that run here, ours, and on GPUs compiled FlexAttention with
+the same blocks. Speedups are medians of the rounds' ratios to the fastest dense backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import diffpatch
+from diffpatch.eval.bench_attention import (
+    DENSE,
+    TOLERANCE,
+    Case,
+    WrongResult,
+    error_on_rows,
+    interleaved,
+    spread,
+)
+from diffpatch.eval.environment import environment
+from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
+from diffpatch.kernels.blocks import BlockIndex
+
+FLEX_TILE = 128  # FlexAttention's blocks are all of this size, and so must our tiles be
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An attention call of a known model, and a window to attend in."""
+
+    grid: diffpatch.TokenGrid
+    heads: int
+    head_dim: int
+    method: diffpatch.Neighborhood
+
+
+def _shape(
+    grid: tuple[int, int, int],
+    heads: int,
+    head_dim: int,
+    window: tuple[float, float, float],
+    stride: str | tuple[int, int, int] = "auto",
+    text: int = 0,
+) -> Shape:
+    token_grid = diffpatch.TokenGrid(*grid, text_after=text)
+    return Shape(token_grid, heads, head_dim, diffpatch.Neighborhood(window=window, stride=stride))
+
+
+SHAPES = {
+    "hunyuan": _shape((30, 48, 80), 24, 128, (18, 24, 24), (6, 8, 8), text=256),
+    "wan-720p": _shape((21, 45, 80), 40, 128, (11, 23, 24)),
+    "wan-480p": _shape((21, 30, 52), 12, 128, (11, 16, 24)),
+    "flux-1k": _shape((1, 64, 64), 24, 128, (1, 32, 32), text=512),
+    "flux-4k": _shape((1, 256, 256), 24, 128, (1, 80, 80), text=512),
+    # For CPUs: 8192 tokens; windows shared by boxes of 512 queries, and one that slides by tokens.
+    "small-25%": _shape((16, 16, 32), 4, 64, (0.5, 0.5, 1.0)),
+    "small-10%": _shape((16, 16, 32), 4, 64, (0.5, 0.5, 0.4)),
+    "small-25%-d128": _shape((16, 16, 32), 4, 128, (0.5, 0.5, 1.0)),
+    "small-10%-d128": _shape((16, 16, 32), 4, 128, (0.5, 0.5, 0.4)),
+    "small-sliding": _shape((16, 16, 32), 4, 64, (9, 9, 25), (1, 1, 1)),
+}
+SMALL = tuple(name for name in SHAPES if name.startswith("small"))
+
+
+def bench_kernels(
+    device: str | torch.device,
+    shapes: Sequence[str],
+    *,
+    dtypes: Sequence[str] = ("bf16",),
+    repeats: int = 5,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure the kernels; the result is ready for JSON.
+
+    Args:
+        device: where to run.
+        shapes: names from `SHAPES`.
+        dtypes: names from `DTYPES`.
+        repeats: rounds, in each of which everything runs once.
+        say: told what is being measured.
+
+    Raises:
+        WrongResult: a backend's output is wrong, so that no speed is reported.
+    """
+    rows = []
+    for name in shapes:
+        pattern = SHAPES[name].method.pattern(SHAPES[name].grid)
+        for dtype in dtypes:
+            say(f"{name}, {dtype}: {100 * pattern.kept:.0f} % kept")
+            row = _measure(SHAPES[name], pattern, DTYPES[dtype], str(device), repeats)
+            rows.append({"shape": name, "dtype": dtype, **row})
+    return {"repeats": repeats, "environment": environment(device), "rows": rows}
+
+
+def _measure(
+    shape: Shape,
+    pattern: diffpatch.BlockPattern,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+) -> dict[str, Any]:
+    case = Case(shape.grid, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    qkv = case.tensors()
+    blocks = pattern.on(qkv[0].device)
+    sparse = sparse_calls(qkv, blocks)
+    errors = {name: error_on_rows(call(), qkv, pattern) for name, call in sparse.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE[dtype]:  # also true for NaN
+            raise WrongResult(f"{name} is wrong: relative error {error:.2g}, no speed is reported")
+    dense = dense_calls(qkv)
+    times = interleaved({**dense, **sparse}, repeats, qkv[0].device)
+    fastest = min(dense, key=lambda name: median(times[name]))
+    ratios = {
+        name: [d / s for d, s in zip(times[fastest], times[name], strict=True)] for name in sparse
+    }
+    return {
+        "grid": str(shape.grid),
+        "tokens": shape.grid.num_tokens,
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "kept": pattern.kept,
+        "fastest_dense": fastest,
+        "dense": {name: spread(times[name]) for name in dense},
+        "sparse": {
+            name: {
+                "seconds": spread(times[name]),
+                "speedup": spread(ratios[name]),
+                "error": errors[name],
+            }
+            for name in sparse
+        },
+    }
+
+
+def sparse_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
+    """Every block-sparse implementation that runs on these tensors."""
+    calls: dict[str, Call] = {}
+    for name in ("triton", "torch"):
+        if unsupported_reason(qkv[0], blocks, name) is None:
+            calls[name] = partial(block_sparse_attention, *qkv, blocks, backend=name)
+    if qkv[0].device.type == "cuda" and bool((blocks.starts.diff() == FLEX_TILE).all()):
+        calls["flex"] = flex_call(qkv, blocks, compiled=True)
+    return calls
+
+
+def dense_calls(qkv: Tensors) -> dict[str, Call]:
+    """Every fused SDPA backend that runs on these tensors, or the unfused one if none does.
+
+    Each with the tensors as they are, and with ones that lie head by head, which can be faster.
+    """
+    as_they_are: list[torch.Tensor] = [x.transpose(1, 2) for x in qkv]
+    by_head = [x.contiguous() for x in as_they_are]
+    calls: dict[str, Call] = {}
+    for name in DENSE:
+        if name == "MATH" and calls:
+            continue
+        try:
+            _dense(name, *as_they_are)
+        except RuntimeError:  # torch has no such kernel for this device, dtype or head size
+            continue
+        calls[name] = partial(_dense, name, *as_they_are)
+        calls[f"{name}, by head"] = partial(_dense, name, *by_head)
+    return calls
+
+
+def _dense(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def flex_call(qkv: Tensors, blocks: BlockIndex, compiled: bool) -> Call:
+    """FlexAttention with the same blocks, the permutation of the tokens included.
+
+    Args:
+        qkv: (B, S, H, D) each.
+        blocks: tiles of FLEX_TILE tokens, one pattern.
+        compiled: False runs it eagerly, which materializes the scores; for tests.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = flex_mask(blocks)
+    attend: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    place = blocks.order.argsort()
+
+    def call() -> torch.Tensor:
+        q, k, v = (x[:, blocks.order].transpose(1, 2) for x in qkv)
+        out: torch.Tensor = attend(q, k, v, block_mask=mask)
+        return out.transpose(1, 2)[:, place]
+
+    return call
+
+
+def flex_mask(blocks: BlockIndex) -> Any:
+    """The blocks as FlexAttention's BlockMask, in tile order; tiles of FLEX_TILE tokens."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tiles, edge = blocks.num_tiles, FLEX_TILE
+    ids = torch.full((tiles, tiles), -2, device=blocks.device)
+    row = torch.arange(tiles, device=blocks.device).repeat_interleave(blocks.row_ptr.diff())
+    ids[row, blocks.cols.long()] = blocks.mask_ids.long()
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = chosen.sum(1, dtype=torch.int32)[None, None]
+        return counts, chosen.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+
+    def mask_mod(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return blocks.masks[ids[q // edge, k // edge], q % edge, k % edge]
+
+    partial_tiles, full_tiles = listed(ids >= 0), listed(ids == -1)
+    return BlockMask.from_kv_blocks(*partial_tiles, *full_tiles, BLOCK_SIZE=edge, mask_mod=mask_mod)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: the table or, with ``--json``, everything on stdout."""
+    parser = argparse.ArgumentParser(
+        prog="diffpatch bench kernels", description="Measure the block-sparse kernels alone."
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, … (a GPU, if there is one)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print the full result as JSON")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = bench_kernels(
+        device,
+        options.shapes or (SMALL if device == "cpu" else tuple(SHAPES)),
+        dtypes=options.dtype,
+        repeats=options.repeats,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    text = json.dumps(result, indent=1)
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text if options.json else _table(result))
+    return 0
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'shape':16}{'dtype':6}{'tokens':>8}{'kept':>7}  {'backend':8}{'ms':>10}{'speedup':>9}"
+    ]
+    for row in result["rows"]:
+        start = f"{row['shape']:16}{row['dtype']:6}{row['tokens']:8}{row['kept']:7.3f}  "
+        dense = row["dense"][row["fastest_dense"]]["median"]
+        lines.append(f"{start}{'dense':8}{1e3 * dense:10.2f}{1.0:9.2f}")
+        for name, entry in row["sparse"].items():
+            seconds, speedup = entry["seconds"]["median"], entry["speedup"]["median"]
+            lines.append(f"{start}{name:8}{1e3 * seconds:10.2f}{speedup:9.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
