@@ -74,9 +74,14 @@ def run(args: argparse.Namespace) -> int:
         print(describe(job))
         return 0
     pipe = load(args, job)
+    call = generation.fit(job.call, pipe)
+    # The method warms up first, so that settings that cannot work fail before the dense run.
+    for variant in reversed(job.variants):
+        progress.say(f"warming up {variant.name}", args.quiet)
+        _warm_up(args, pipe, variant, call | {"prompt": job.prompts[0]})
     results = []
     for prompt, folder in zip(job.prompts, job.folders, strict=True):
-        result = render(args, job, pipe, prompt, folder)
+        result = render(args, job, pipe, call | {"prompt": prompt}, folder)
         results.append(result)
         if not (args.quiet or args.json):
             print(summary.describe(result), flush=True)
@@ -103,19 +108,14 @@ def load(args: argparse.Namespace, job: Job) -> Any:
 
 
 def render(
-    args: argparse.Namespace, job: Job, pipe: Any, prompt: str, folder: Path
+    args: argparse.Namespace, job: Job, pipe: Any, call: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Run every variant on one prompt and write its files; returns the result."""
-    call = generation.fit(job.call, pipe) | {"prompt": prompt}
-    # The method warms up first, so that settings that cannot work fail before the dense run.
-    for variant in reversed(job.variants):
-        progress.say(f"warming up {variant.name}", args.quiet)
-        _warm_up(args, pipe, variant, call)
     samples, runs = {}, {}
     for variant in job.variants:
         samples[variant.name], runs[variant.name] = _timed(args, pipe, variant, call, job.steps)
     result = {
-        "prompt": prompt,
+        "prompt": call["prompt"],
         "seed": args.seed,
         "model": job.source.name,
         "pipeline": type(pipe).__name__,
@@ -129,7 +129,7 @@ def render(
         dense, fast = (variant.name for variant in job.variants)
         result["speedup"] = summary.speedup(runs[dense]["seconds"], runs[fast]["seconds"])
         result["quality"] = summary.quality(samples[fast], samples[dense])
-    result["measured"] = summary.MEASURED
+    result["measured"] = summary.MEASURED + (summary.COMPILED if args.compile else "")
     result["environment"] = environment(pipe._execution_device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
@@ -138,12 +138,11 @@ def render(
 
 
 def _warm_up(args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[str, Any]) -> None:
-    # Two steps must show the method at work, so none of them is dense. Compiled code belongs to
-    # one patch: it is warmed up by a whole call, below.
+    # Two steps must show the method at work, so none of them is dense.
     with _explained(variant.name), variant.applied(pipe, dense_steps=0, dense_last_steps=0):
         try:
             sampling.warm_up(pipe, call, args.seed)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if isinstance(error, diffpatch.DiffpatchError):
                 raise
             # Pipelines check their arguments on entry and say what they expect.
@@ -155,7 +154,7 @@ def _timed(
 ) -> tuple[sampling.Sample, dict[str, Any]]:
     """One measured run: what it made, and its entry in the result."""
     with _explained(variant.name), variant.applied(pipe):
-        if args.compile:
+        if args.compile:  # compiled code belongs to this very patch
             sampling.sample(pipe, call, args.seed)
         kept = None if variant.is_dense else lambda: diffpatch.report(pipe).kept
         with progress.steps(variant.name, steps, kept, args.quiet) as advance:

@@ -12,9 +12,10 @@ from diffpatch.pipelines.sampling import Sample
 MEASURED = (
     "Wall-clock seconds, with the device synchronised before every reading. denoising: all steps, "
     "from the first call of the transformer to the end of the last step. total: denoising, plus "
-    "encoding the prompt and decoding the frames. Every variant was warmed up by a two-step call "
-    "that is not counted; then each ran once, one after the other, from the same noise."
+    "encoding the prompt and decoding the frames. Every variant was first warmed up by a two-step "
+    "call that is not counted; then each ran once, one after the other, from the same noise."
 )
+COMPILED = " Compilation happened in one more whole call before each, not counted either."
 QUALITY = (
     "Means over frames, of the frames in memory before encoding. PSNR in dB, at most 100; SSIM "
     "with a Gaussian window, 11×11, sigma 1.5, data range 1."
