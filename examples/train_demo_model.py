@@ -47,7 +47,8 @@ class Stage:
         keep: Frames kept of each clip.
         size: Height and width in pixels.
         long_share: Share of the clips that have 33 frames instead of 13.
-        final_rate: Learning rate at the end of the stage, relative to its start (linear).
+        first_rate: Learning rate at the start of the stage, relative to ``--rate``.
+        final_rate: The same at its end; linear in between.
     """
 
     steps: int
@@ -55,11 +56,12 @@ class Stage:
     keep: int
     size: int
     long_share: float = 0.0
+    first_rate: float = 1.0
     final_rate: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        """Reads ``steps,batch,keep,size[,long_share[,final_rate]]``."""
+        """Reads ``steps,batch,keep,size[,long_share[,first_rate,final_rate]]``."""
         steps, batch, keep, size, *rest = text.split(",")
         return cls(int(steps), int(batch), int(keep), int(size), *map(float, rest))
 
@@ -188,7 +190,8 @@ class Trainer:
     def update(self) -> tuple[float, float]:
         """Makes one step; returns the velocity loss and the hint loss."""
         stage, done = self.stage()
-        rate = min(1.0, (done + 1) / 20) * (1 + (stage.final_rate - 1) * done / stage.steps)
+        change = (stage.final_rate - stage.first_rate) * done / stage.steps
+        rate = min(1.0, (done + 1) / 20) * (stage.first_rate + change)
         for optimizer, base in zip(self.optimizers, (1.0, 0.5), strict=True):
             optimizer.param_groups[0]["lr"] = self.options.rate * base * rate
         loss, hint = self.loss()
@@ -291,10 +294,10 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint")
     add("--export", type=Path, help="only build a pipeline folder from the checkpoint")
-    add("--stages", default=DEFAULT_STAGES, help="steps,batch,keep,size[,long_share[,rate]];...")
+    add("--stages", default=DEFAULT_STAGES, help="see Stage; separated by semicolons")
     add("--seed", type=int, default=0, help="seed of weights and clips")
     add("--rate", type=float, default=3e-3, help="learning rate of Muon (AdamW uses half)")
-    add("--average", type=float, default=0.998, help="decay of the moving average")
+    add("--average", type=float, default=0.99, help="decay of the moving average")
     add("--hint-weight", type=float, default=0.2, help="weight of the second task")
     add("--save-minutes", type=float, default=4.0, help="minutes between checkpoints")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")

@@ -147,7 +147,7 @@ def test_padding_weighs_as_much_as_the_pipeline_pads() -> None:
 
 
 def test_a_resumed_run_continues_exactly(training: ModuleType, tmp_path: Path) -> None:
-    stages = [training.Stage.parse("2,2,1,64"), training.Stage.parse("4,2,2,64,0.5,0.1")]
+    stages = [training.Stage.parse("2,2,1,64"), training.Stage.parse("4,2,2,64,0.5,1,0.1")]
     first = training.Trainer(stages, options(), small_transformer)
     for _ in range(3):
         first.update()
