@@ -12,7 +12,8 @@ from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels.block_sparse import BACKENDS
 from diffpatch.methods.base import Method, make_method
-from diffpatch.pipelines.families import FamilyInfo, Preset, families, family_of
+from diffpatch.pipelines.families import FamilyInfo, families, family_of
+from diffpatch.pipelines.presets import Preset
 from diffpatch.report import Report
 from diffpatch.schedule import Amount, Schedule
 

@@ -12,18 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpatch.pipelines import grids
+from diffpatch.pipelines import grids, presets
 from diffpatch.pipelines.grids import REST, GridFunction
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A published setting of a method for a family: method parameters and dense schedule."""
-
-    params: Mapping[str, Any] = field(default_factory=dict)
-    dense_steps: int | float | None = None
-    dense_layers: int | float | None = None
-    source: str = ""
+from diffpatch.pipelines.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -64,21 +55,6 @@ _JOINT_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"  # first two streams,
 _VIDEO = grids.latents("BCFHW")
 _IMAGE = grids.latents("BCHW")
 
-# Windows are published in tokens of one grid; as fractions of it they fit every resolution.
-_WAN = {"radial": Preset({"decay": 0.2}, 0.24, 1, "Radial Attention, Wan 2.1 14B: 12 of 50 steps")}
-_HUNYUAN = {
-    "radial": Preset({"decay": 0.95}, 0.24, 0, "Radial Attention, 768p: 12 of 50 steps"),
-    "neighborhood": Preset(
-        {"window": (0.6, 0.5, 0.3)}, 0.3, 0, "GNA: 18×24×24 of 30×48×80, 15 of 50 steps dense"
-    ),
-}
-_MOCHI = {"radial": Preset({"decay": 1.0}, 2, 2, "Radial Attention, made for its LoRA")}
-_COSMOS = {
-    "neighborhood": Preset(
-        {"window": (1.0, 0.73, 0.6)}, 0.34, 0, "GNA: 16×32×48 of 16×44×80, 12 of 35 steps dense"
-    )
-}
-
 _LINEAR = "its self-attention is already linear in the tokens: there is nothing to leave out"
 
 _VIDEO_FAMILIES = (
@@ -88,7 +64,7 @@ _VIDEO_FAMILIES = (
         "video",
         _BLOCKS,
         _VIDEO,
-        presets=_WAN,
+        presets=presets.WAN,
         note="T2V, I2V, TI2V; both experts of 2.2",
     ),
     FamilyInfo(
@@ -114,7 +90,7 @@ _VIDEO_FAMILIES = (
         _JOINT_SINGLE,
         grids.latents("BCFHW", after=grids.text),
         text="after",
-        presets=_HUNYUAN,
+        presets=presets.HUNYUAN,
         note="T2V and I2V; padded prompts are masked",
     ),
     FamilyInfo(
@@ -142,7 +118,7 @@ _VIDEO_FAMILIES = (
         _CROSS,
         grids.latents("BCFHW", after=REST),
         text="after",
-        presets=_MOCHI,
+        presets=presets.MOCHI,
         note="prompts of different lengths are separate calls",
     ),
     FamilyInfo(
@@ -167,7 +143,7 @@ _VIDEO_FAMILIES = (
         "video",
         _CROSS,
         _VIDEO,
-        presets=_COSMOS,
+        presets=presets.COSMOS,
     ),
     FamilyInfo(
         "SkyReels-V2",
@@ -307,6 +283,86 @@ _IMAGE_FAMILIES = (
     ),
 )
 
+# Younger or rarer models that follow the pattern of one above.
+_MORE_FAMILIES = (
+    FamilyInfo("ChronoEdit", "ChronoEditTransformer3DModel", "video", _BLOCKS, _VIDEO),
+    FamilyInfo(
+        "AnyFlow",
+        "AnyFlowTransformer3DModel",
+        "video",
+        _BLOCKS,
+        grids.latents("BFCHW"),
+        note="the bidirectional model",
+    ),
+    FamilyInfo(
+        "ConsisID",
+        "ConsisIDTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.latents("BFCHW", before=grids.text),
+        text="before",
+    ),
+    FamilyInfo(
+        "EasyAnimate",
+        "EasyAnimateTransformer3DModel",
+        "video",
+        _CROSS,
+        grids.latents("BCFHW", before=REST),
+        text="before",
+    ),
+    FamilyInfo(
+        "CogView 4",
+        "CogView4Transformer2DModel",
+        "image",
+        _CROSS,
+        grids.latents("BCHW", before=grids.text),
+        text="before",
+        square_masks=True,
+    ),
+    FamilyInfo(
+        "CogView 3 Plus",
+        "CogView3PlusTransformer2DModel",
+        "image",
+        _CROSS,
+        grids.latents("BCHW", before=grids.text),
+        text="before",
+    ),
+    FamilyInfo(
+        "Bria 3.2",
+        "BriaTransformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+    ),
+    FamilyInfo(
+        "LongCat-Image",
+        "LongCatImageTransformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+        note="Edit: the reference image stays always visible",
+    ),
+    FamilyInfo(
+        "Ovis-Image",
+        "OvisImageTransformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+    ),
+    FamilyInfo(
+        "HunyuanImage 2.1",
+        "HunyuanImageTransformer2DModel",
+        "image",
+        _JOINT_SINGLE,
+        grids.latents("BCHW", after=REST),
+        text="after",
+        note="the refiner, whose latents have frames, runs dense",
+    ),
+)
+
 _REFUSED = (
     FamilyInfo("Sana", "SanaTransformer2DModel", "image", refused=_LINEAR),
     FamilyInfo("Sana Video", "SanaVideoTransformer3DModel", "video", refused=_LINEAR),
@@ -316,9 +372,15 @@ _REFUSED = (
         "video",
         refused="it packs text, video and sound into one ragged sequence with causal parts",
     ),
+    FamilyInfo(
+        "FramePack",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "video",
+        refused="its sequence mixes past frames of several scales, which no single grid describes",
+    ),
 )
 
-FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + _REFUSED
+FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + _MORE_FAMILIES + _REFUSED
 
 
 def families() -> list[FamilyInfo]:

@@ -61,14 +61,17 @@ def image_ids(model: Any, args: Arguments) -> Grid | str:
     if args.get("kv_cache_mode") is not None:
         return "cached reference images stand between text and image"
 
-    def read(ids: torch.Tensor) -> tuple[int, int]:
+    def read(ids: torch.Tensor) -> list[int]:
+        # Counts, not largest values: in bfloat16 the 300th row has the number of the 299th.
         ids = ids[0] if ids.ndim == 3 else ids
-        last = (ids * (ids[:, :1] == ids[:1, :1])).amax(0)  # rows of references count as 0
-        return int(last[1]) + 1, int(last[2]) + 1
+        image, row, column = (ids[:, :3] == ids[:1, :3]).unbind(1)
+        counts = ((image & column).sum(), (image & row).sum(), image.sum())
+        return torch.stack(counts).tolist()
 
     ids = args["img_ids"]
-    height, width = _once(ids, read)
-    return 1, height, width, text(args), ids.shape[-2] - height * width
+    height, width, tokens = _once(ids, read)
+    # Where these are not height × width tokens, the sequence does not hold the grid.
+    return 1, height, width, text(args), ids.shape[-2] - tokens
 
 
 def image_shapes(model: Any, args: Arguments) -> Grid | str:
@@ -131,7 +134,7 @@ def _patch_size(config: Any) -> tuple[int, int, int]:
     size = config.patch_size
     if isinstance(size, int):
         return getattr(config, "patch_size_t", None) or 1, size, size
-    t, h, w = size
+    t, h, w = (1, *size)[-3:]
     return t, h, w
 
 

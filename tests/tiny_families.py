@@ -15,6 +15,7 @@ import torch
 
 from diffpatch import TokenGrid
 from tests import tiny_images as images
+from tests import tiny_more as more
 from tests import tiny_videos as videos
 from tests.tiny import Tiny
 
@@ -281,4 +282,31 @@ CASES: dict[str, Case] = {
     ),
     "hunyuan-dit": Case(images.hunyuan_dit, "HunyuanDiT2DModel", WAN, IMAGE, _bchw),
     "dit": Case(images.dit, "DiTTransformer2DModel", CROSS, (1, 4, 4), _bchw),
+    "chronoedit": Case(more.chronoedit, "ChronoEditTransformer3DModel", WAN, VIDEO, _bcfhw),
+    "anyflow": Case(more.anyflow, "AnyFlowTransformer3DModel", WAN, VIDEO, latents("BFCHW")),
+    "consisid": Case(
+        more.consisid, "ConsisIDTransformer3DModel", CROSS, VIDEO, latents("BFCHW"), before=8
+    ),
+    "easyanimate": Case(
+        more.easyanimate, "EasyAnimateTransformer3DModel", CROSS, VIDEO, _bcfhw, before=13
+    ),
+    "cogview4": Case(more.cogview4, "CogView4Transformer2DModel", CROSS, IMAGE, _bchw, before=8),
+    "cogview3": Case(
+        more.cogview3, "CogView3PlusTransformer2DModel", CROSS, IMAGE, _bchw, before=8
+    ),
+    "bria": Case(more.bria, "BriaTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8),
+    "longcat": Case(
+        more.longcat, "LongCatImageTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8
+    ),
+    "ovis": Case(
+        more.ovis, "OvisImageTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8
+    ),
+    "hunyuan-image": Case(
+        more.hunyuan_image,
+        "HunyuanImageTransformer2DModel",
+        TWO_KINDS,
+        IMAGE,
+        _bchw,
+        after=frozenset({12}),
+    ),
 }
