@@ -43,8 +43,8 @@ class Patch:
         self.backend = backend
         self.tracker = Tracker()
         self.record = Record()
-        # What the method keeps, by (transformer, layer, guidance branch).
-        self.state: defaultdict[tuple[str, int, int], dict[str, Any]] = defaultdict(dict)
+        # What the method keeps, by (transformer, layer, guidance branch, sample).
+        self.state: defaultdict[tuple[str, int, int, int], dict[str, Any]] = defaultdict(dict)
         self.transformers: list[PatchedTransformer] = []
         self._run = -1
         self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
@@ -141,6 +141,7 @@ class PatchedTransformer:
         self._counted = False
         self._seen: set[int] = set()  # layers called in this forward
         self._last = -1
+        self._sample = 0
         self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -214,6 +215,7 @@ class PatchedTransformer:
             self._counted = False
             self.patch.enter_run()
             self._seen.clear()
+        self._sample = self._sample + 1 if layer == self._last and layer in self._seen else 0
         self._seen.add(layer)
         self._last = layer
 
@@ -244,7 +246,7 @@ class PatchedTransformer:
         size = v.shape[-1]
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
-        state = patch.state[self.name, layer, patch.tracker.branch]
+        state = patch.state[self.name, layer, patch.tracker.branch, self._sample]
         call = Call(pattern, scale, seen.keys, patch.backend, step, patch.tracker.total, state)
         done = patch.method.attend(q, k, v, call)
         patch.check_state()

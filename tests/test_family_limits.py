@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import diffpatch
 from diffpatch import Neighborhood, TokenGrid, UnknownFamily, Window, make_method
+from diffpatch.methods.base import Attended, Call
 from diffpatch.pipelines import grids
 from diffpatch.pipelines.families import FamilyInfo
 from diffpatch.schedule import Schedule
@@ -180,6 +182,26 @@ def test_samples_that_are_called_one_by_one_are_one_forward() -> None:
     tracker = model.pipe.transformer._diffpatch.patch.tracker
     assert (tracker.step, tracker.branch) == (1, 0)
     assert diffpatch.report(model.pipe).calls == 2 * 2 * 2  # steps, layers, samples
+
+
+@dataclass(frozen=True)
+class Remember(Neighborhood):
+    """Local attention that keeps the length of the sequence it saw."""
+
+    window: Any = (1, 3, 3)
+    stride: Any = 1
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+        assert call.state.setdefault("tokens", q.shape[1]) == q.shape[1]
+        return super().attend(q, k, v, call)
+
+
+def test_samples_that_are_called_one_by_one_share_no_state() -> None:
+    model = tiny_videos.mochi()  # of 5 and 3 prompt tokens
+    diffpatch.patch(model.pipe, Remember(), dense_steps=0)
+    model.run()
+    kept = model.pipe.transformer._diffpatch.patch.state.values()
+    assert sorted(state["tokens"] for state in kept) == [75, 75, 77, 77]
 
 
 COMPILED = ("wan-vace", "mochi", "kandinsky", "flux2-references", "chroma", "qwen", "z-image")
