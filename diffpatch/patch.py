@@ -38,6 +38,14 @@ def patch(
 ) -> Target:
     """Make a pipeline or transformer attend to less, in place.
 
+    A model of your own is described where it is patched, if its attention modules have a
+    ``processor`` as in diffusers::
+
+        def grid(latents, prompt, **_):  # the arguments of its forward
+            return TokenGrid(*latents.shape[2:], text_before=prompt.shape[1])
+
+        patch(model, "window", grid=grid, modules=r"blocks\\.\\d+\\.attn")
+
     Args:
         target: a diffusers pipeline (all its known transformers are patched) or one transformer.
         method: a name from `methods()` or a method object such as ``Radial(decay=0.5)``.

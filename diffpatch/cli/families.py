@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         "families",
         help="list the supported model families",
         description="The diffusers transformers that diffpatch knows; every pipeline that holds "
-        "one can be patched.",
+        "one can be patched, unless the note says why not.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -36,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
         print(to_json(entries), end="")
         return 0
     rows = [["family", "makes", "transformer", "text tokens", "note"]]
-    rows += [[e["name"], e["kind"], e["transformer"], e["text"], e["note"]] for e in entries]
+    rows += [[e["name"], e["kind"], e["transformer"], e["text"], _remark(e)] for e in entries]
     print(table(rows, left=5))
     return 0
 
 
 def _entry(family: Any) -> dict[str, Any]:
-    names = ("name", "kind", "transformer", "text", "note")
+    names = ("name", "kind", "transformer", "text", "note", "refused")
     return {name: getattr(family, name) for name in names} | {"presets": sorted(family.presets)}
+
+
+def _remark(entry: dict[str, Any]) -> str:
+    return f"cannot be patched: {entry['refused']}" if entry["refused"] else entry["note"]
