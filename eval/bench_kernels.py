@@ -215,18 +215,20 @@ def flex_mask(blocks: BlockIndex) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     tiles, edge = blocks.num_tiles, FLEX_TILE
-    ids = torch.full((tiles, tiles), -2, device=blocks.device)
+    ends = blocks.masks.new_zeros(1, edge, edge), blocks.masks.new_ones(1, edge, edge)
+    table = torch.cat([*ends, blocks.masks])  # nothing, everything, and the masks from 2 on
+    ids = torch.zeros(tiles, tiles, dtype=torch.long, device=blocks.device)
     row = torch.arange(tiles, device=blocks.device).repeat_interleave(blocks.row_ptr.diff())
-    ids[row, blocks.cols.long()] = blocks.mask_ids.long()
+    ids[row, blocks.cols.long()] = blocks.mask_ids.long() + 2
 
     def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         counts = chosen.sum(1, dtype=torch.int32)[None, None]
         return counts, chosen.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
 
     def mask_mod(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return blocks.masks[ids[q // edge, k // edge], q % edge, k % edge]
+        return table[ids[q // edge, k // edge], q % edge, k % edge]
 
-    partial_tiles, full_tiles = listed(ids >= 0), listed(ids == -1)
+    partial_tiles, full_tiles = listed(ids >= 2), listed(ids == 1)
     return BlockMask.from_kv_blocks(*partial_tiles, *full_tiles, BLOCK_SIZE=edge, mask_mod=mask_mod)
 
 

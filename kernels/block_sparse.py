@@ -121,8 +121,8 @@ def choose_backend(
 
     Args:
         q: the queries, (B, S, H, D).
-        k: the keys; no backend limits them yet.
-        v: the values; no backend limits them yet.
+        k: the keys.
+        v: the values.
         blocks: which pairs to keep.
         backend: one of `BACKENDS`.
 
@@ -130,6 +130,11 @@ def choose_backend(
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if reason is None and needs_grad and backend in ("auto", "triton"):
+        from diffpatch.kernels import block_sparse_triton_backward as backward
+
+        reason = backward.unsupported_reason(q)
     if backend == "auto":
         return "torch" if reason else "triton"
     if reason:

@@ -127,7 +127,7 @@ def attend(
         tokens, heads, heads // k.shape[2], blocks.num_tiles, lists.parts,
         SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
 

@@ -20,15 +20,21 @@ from diffpatch.kernels import block_sparse_triton as forward
 from diffpatch.kernels.block_sparse_lists import identity_order, sub_blocks
 from diffpatch.kernels.blocks import BlockIndex
 
-# (bytes an element, padded head size) -> configuration.
+# (bytes an element, padded head size) -> configuration, on every GPU; nothing spills.
 CONFIGS = {
-    (2, 64): forward.Config(64, 64, 4, 2),
-    (2, 128): forward.Config(64, 32, 8, 2),
+    (2, 64): forward.Config(64, 32, 4, 2),
+    (2, 128): forward.Config(64, 32, 4, 2),
     (2, 256): forward.Config(32, 32, 8, 1),
-    (4, 64): forward.Config(32, 32, 8, 1),
+    (4, 64): forward.Config(16, 32, 8, 1),
     (4, 128): forward.Config(16, 32, 8, 1),
-    (4, 256): forward.Config(16, 32, 16, 1),
 }
+
+
+def unsupported_reason(q: torch.Tensor) -> str | None:
+    """Why the kernel cannot compute gradients, or None. Takes the queries (B, S, H, D)."""
+    if (q.dtype.itemsize, forward.padded(q.shape[-1])) in CONFIGS:
+        return None
+    return f"gradients in {q.dtype} of heads with {q.shape[-1]} channels do not fit in a GPU block"
 
 
 def attend(
@@ -116,8 +122,8 @@ def gradients(
     return grad_q, grad_k, grad_v
 
 
-def configuration(dtype: torch.dtype, size: int, arch: int) -> forward.Config:
-    """The configuration that ships for a dtype, a head size and a compute capability."""
+def configuration(dtype: torch.dtype, size: int) -> forward.Config:
+    """The configuration that ships for a dtype and a head size."""
     return CONFIGS[dtype.itemsize, forward.padded(size)]
 
 
@@ -133,7 +139,7 @@ def _launch(
     batch, tokens, _, size = own[0].shape
     lse, delta, allowed = statistics
     heads = lse.shape[2]
-    config = configuration(own[0].dtype, size, forward.arch(lse.device))
+    config = configuration(own[0].dtype, size)
     index = blocks.derived("transposed", transposed) if keys else blocks
     lists = sub_blocks(index, config.block_m, config.block_n)
     dtype = torch.float32 if keys else own[0].dtype
@@ -149,7 +155,7 @@ def _launch(
         tokens, heads, own[0].shape[2], other[0].shape[2], blocks.num_tiles, lists.parts,
         KEYS=keys, SIZE=size, SIZE_PADDED=forward.padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return tuple(outs)
 

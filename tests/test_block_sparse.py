@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffpatch import Neighborhood, TokenGrid
+from diffpatch.eval import bench_kernels
+from diffpatch.eval.bench_attention import WrongResult
 from diffpatch.kernels import block_sparse_plan
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
 from diffpatch.kernels.block_sparse_plan import plans
@@ -228,6 +231,23 @@ def test_the_plan_and_the_masks_are_made_once() -> None:
     block_sparse_attention(q, k, v, blocks, backend="torch")
     assert all(blocks._derived[key] is value for key, value in made.items())
     assert len(blocks._derived) == len(made)
+
+
+def test_flex_attention_is_given_the_same_pairs() -> None:
+    blocks = random_blocks([128, 128, 128], kept=0.8, partial=0.5, seed=4)
+    q, k, v = random_qkv(1, 384, 1, 16)
+    found = bench_kernels.flex_call((q, k, v), blocks, compiled=False)()
+    torch.testing.assert_close(found, block_sparse_attention(q, k, v, blocks, backend="reference"))
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = bench_kernels.Shape(TokenGrid(1, 16, 16), 1, 32, Neighborhood(window=(1, 8, 8)))
+    monkeypatch.setitem(bench_kernels.SHAPES, "tiny", shape)
+    result = bench_kernels.bench_kernels("cpu", ["tiny"], dtypes=["fp32"], repeats=1)
+    assert result["rows"][0]["sparse"]["torch"]["error"] < 1e-5
+    monkeypatch.setattr(bench_kernels, "sparse_calls", lambda qkv, _: {"wrong": lambda: qkv[0]})
+    with pytest.raises(WrongResult, match="wrong is wrong"):
+        bench_kernels.bench_kernels("cpu", ["tiny"], dtypes=["fp32"], repeats=1)
 
 
 def test_auto_runs_on_the_cpu_and_triton_says_why_it_cannot() -> None:

@@ -26,6 +26,7 @@ from diffpatch.kernels import (
 from diffpatch.kernels.block_sparse_lists import SubBlocks, sub_blocks
 from diffpatch.kernels.block_sparse_reference import dense_mask
 from diffpatch.kernels.blocks import BlockIndex
+from tests.pretend_gpu import pretend_gpu
 from tests.random_blocks import random_blocks, random_qkv, with_outliers
 from tests.triton_interpreter import interpreted
 
@@ -198,14 +199,14 @@ def test_gradients(size: int, dtype: torch.dtype) -> None:
     key_mask = torch.rand(2, 50, generator=generator) < 0.7 if size == 32 else None
     toward = torch.randn(2, 50, 2, size, generator=generator)
     inputs = random_qkv(2, 50, 2, size, dtype, key_heads=1)
-    found = [x.clone().requires_grad_() for x in inputs]
-    expected = [x.double().requires_grad_() for x in inputs]
+    q, k, v = (x.clone().requires_grad_() for x in inputs)
     with interpreted():
-        results = block_sparse_triton_backward.attend(*found, blocks, 0.2, key_mask, True)
-        gradients = torch.autograd.grad(_loss(*results, toward), found)
-    exact_results = block_sparse_reference.attend(*expected, blocks, 0.2, key_mask, True)
+        results = block_sparse_triton_backward.attend(q, k, v, blocks, 0.2, key_mask, True)
+        gradients = torch.autograd.grad(_loss(*results, toward), (q, k, v))
+    q, k, v = (x.double().requires_grad_() for x in inputs)
+    exact_results = block_sparse_reference.attend(q, k, v, blocks, 0.2, key_mask, True)
+    exact_gradients = torch.autograd.grad(_loss(*exact_results, toward), (q, k, v))
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
-    exact_gradients = torch.autograd.grad(_loss(*exact_results, toward), expected)
     for gradient, other in zip(gradients, exact_gradients, strict=True):
         assert gradient.dtype == dtype
         assert (gradient.double() - other).norm() <= tolerance * other.norm()
@@ -230,6 +231,8 @@ def test_triton_refuses_what_it_cannot_do() -> None:
     assert "512" in str(block_sparse_triton.unsupported_reason(wide, blocks))
     assert "float64" in str(block_sparse_triton.unsupported_reason(narrow.double(), blocks))
     assert block_sparse_triton.unsupported_reason(narrow, blocks) is None
+    assert block_sparse_triton_backward.unsupported_reason(narrow) is None
+    assert "256" in str(block_sparse_triton_backward.unsupported_reason(torch.zeros(1, 1, 1, 256)))
 
 
 @triton.jit
@@ -249,3 +252,17 @@ def test_compiles_for_hopper_without_spilling(kernel: str) -> None:
     result = compile_check.check(compile_check.Case(90, kernel, "bf16", 128, 128, key_mask=False))
     assert result.problems == ()
     assert result.stack == 0 and result.tensor_cores > 0
+
+
+def test_launches_as_it_would_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse_triton, "arch", lambda device: 90)
+    blocks = random_blocks([128, 100], edge=128, seed=1)
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, 228, 3, 64, torch.bfloat16))
+    with pretend_gpu(90) as gpu:
+        out, _ = block_sparse_triton_backward.attend(q, k, v, blocks, 0.125, None, True)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert [(launch["name"], launch["grid"]) for launch in gpu.launches] == [
+        ("attend_kernel", (2, 6, 1)),
+        ("gradient_kernel", (4, 6, 1)),
+        ("gradient_kernel", (4, 6, 1)),
+    ]
