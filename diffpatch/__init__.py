@@ -30,6 +30,7 @@ from diffpatch.methods import (
 from diffpatch.patch import patch, patched, report, reset, unpatch
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import families
+from diffpatch.plan import Plan, plan
 from diffpatch.report import Report
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "Method",
     "Neighborhood",
     "NotPatched",
+    "Plan",
     "Radial",
     "Report",
     "Temporal",
@@ -55,6 +57,7 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "plan",
     "register",
     "report",
     "reset",

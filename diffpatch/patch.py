@@ -11,11 +11,11 @@ import torch
 from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels.block_sparse import BACKENDS
-from diffpatch.methods.base import Method, make_method
+from diffpatch.methods.base import Method
 from diffpatch.pipelines.families import FamilyInfo, families, family_of
-from diffpatch.pipelines.presets import Preset
 from diffpatch.report import Report
-from diffpatch.schedule import Amount, Schedule
+from diffpatch.schedule import Amount
+from diffpatch.settings import settle
 
 if TYPE_CHECKING:
     from diffpatch.transformer import PatchedTransformer
@@ -69,26 +69,20 @@ def patch(
         UnknownFamily: no transformer of a known family is in the target, or one that cannot be
             patched, with the reason.
     """
-    from diffpatch.transformer import (
-        Patch,
-        PatchedTransformer,
-    )  # imports diffusers: seconds, so late
+    # Imports diffusers, which takes seconds, so only here.
+    from diffpatch.transformer import Patch, PatchedTransformer
 
     found = _transformers(target, _custom_family(grid, modules))
-    kinds = {family.kind for _, _, family in found}
-    preset = found[0][2].presets.get(method, Preset()) if isinstance(method, str) else Preset()
-    chosen = make_method(method, **{**preset.params, **params})
-    if not kinds & set(chosen.kinds):
-        raise BadParameter(
-            f"{chosen.name} works on {' and '.join(chosen.kinds)} models only and this is an"
-            f" {'/'.join(kinds)} model: use neighborhood or window"
-        )
-    if dense_steps is None:
-        scheduled = hasattr(target, "components")  # a bare transformer knows no steps
-        dense_steps = _first(preset.dense_steps, chosen.default_dense_steps) if scheduled else 0
-    if dense_layers is None:
-        dense_layers = _first(preset.dense_layers, chosen.default_dense_layers)
-    schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
+    chosen, schedule = settle(
+        method,
+        params,
+        found[0][2],
+        found[0][2].kind,
+        dense_steps=dense_steps,
+        dense_last_steps=dense_last_steps,
+        dense_layers=dense_layers,
+        stepless=not hasattr(target, "components"),
+    )
     if backend not in BACKENDS:
         raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")
     unpatch(target)
@@ -145,10 +139,6 @@ def reset(target: Any) -> None:
     """Forget all state and counts of the last run."""
     for owner in _owners(target):
         owner.patch.reset()
-
-
-def _first(published: Amount | None, default: Amount) -> Amount:
-    return default if published is None else published
 
 
 def _unwrap(model: Any) -> Any:

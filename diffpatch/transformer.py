@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Mapping
@@ -18,7 +17,7 @@ from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
 from diffpatch.methods.base import Call, Method
 from diffpatch.pattern import BlockPattern
-from diffpatch.pipelines.families import FamilyInfo
+from diffpatch.pipelines.families import FamilyInfo, attention_modules
 from diffpatch.pipelines.grids import REST, Grid
 from diffpatch.report import Record
 from diffpatch.schedule import BoundSchedule, Schedule
@@ -124,11 +123,7 @@ class PatchedTransformer:
         self.name = name
         self.family = family
         self.patch = patch
-        self.modules = [
-            (path, module)
-            for path, module in model.named_modules()
-            if re.fullmatch(family.modules, path) and hasattr(module, "processor")
-        ]
+        self.modules = attention_modules(model, family)
         if not self.modules:
             raise UnknownFamily(
                 f"no attention module of {type(model).__name__} matches {family.modules!r}:"

@@ -8,6 +8,7 @@ that the installed diffusers lacks cost nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,7 +127,7 @@ _VIDEO_FAMILIES = (
         "LTXVideoTransformer3DModel",
         "video",
         _CROSS,
-        grids.packed_video,
+        grids.placed_video,
         note="condition frames stay always visible",
     ),
     FamilyInfo(
@@ -392,3 +393,12 @@ def family_of(model: Any) -> FamilyInfo | None:
     """The family of a transformer, or None."""
     names = {cls.__name__ for cls in type(model).__mro__}
     return next((f for f in FAMILIES if f.transformer in names), None)
+
+
+def attention_modules(model: Any, family: FamilyInfo) -> list[tuple[str, Any]]:
+    """(path, module) of the self-attention over visual tokens, in the order of the model."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if re.fullmatch(family.modules, path) and hasattr(module, "processor")
+    ]

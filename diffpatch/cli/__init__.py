@@ -14,6 +14,7 @@ EXAMPLES = """\
 examples:
   diffpatch render --prompt "a large red circle moves left over a black background" \\
       --method radial --compare dense -o out/
+  diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81
   diffpatch methods
   diffpatch families
   diffpatch bench attention --grid 33x16x16 --method radial
@@ -23,7 +24,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     import diffpatch
-    from diffpatch.cli import bench, families, methods, render
+    from diffpatch.cli import bench, families, methods, plan, render
     from diffpatch.cli.arguments import Parser
 
     parser = Parser(
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffpatch {diffpatch.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (render, bench, methods, families):
+    for command in (render, plan, bench, methods, families):
         command.add_parser(commands)
     return parser
 

@@ -102,6 +102,10 @@ class Method:
         )
         return Attended(out, call.pattern.kept, used)
 
+    def kept(self, pattern: BlockPattern, age: int) -> float:
+        """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
+        return pattern.kept
+
     def state_limit(self) -> float:
         """Bytes that the method may keep across the steps of a run, over all layers."""
         return float("inf")

@@ -62,6 +62,9 @@ class Temporal(Method):
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         return self.over.pattern(grid, variant)
 
+    def kept(self, pattern: BlockPattern, age: int) -> float:
+        return pattern.kept + (age % self.refresh == 0)
+
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
 
