@@ -91,8 +91,8 @@ _COG = {"text_tokens": 226, "text_before": True, "family": "CogVideoXTransformer
 MODELS: tuple[ModelShape, ...] = (
     ModelShape("wan-1.3b", "video", 30, 12, 128, 8960, **_WAN),  # type: ignore[arg-type]
     ModelShape("wan-14b", "video", 40, 40, 128, 13824, **_WAN),  # type: ignore[arg-type]
-    ModelShape("wan-5b", "video", 30, 24, 128, 14336, **(_WAN | {"space": 16})),  # type:
-    ignore[arg-type] ModelShape(
+    ModelShape("wan-5b", "video", 30, 24, 128, 14336, **(_WAN | {"space": 16})),  # type: ignore[arg-type]
+    ModelShape(
         "hunyuan-video", "video", 60, 24, 128, 12288, 8, 4, text_tokens=256,
         family="HunyuanVideoTransformer3DModel",
     ),
@@ -154,9 +154,10 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         for name, m in block.named_modules()
         if name.startswith("ff") and hasattr(m, "out_features")
     ]
-    space: int = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor",
-    8) packed = bool({"img_ids", "img_shapes"} &
-    set(inspect.signature(transformer.forward).parameters)) return ModelShape(
+    space = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 8)
+    arguments = set(inspect.signature(transformer.forward).parameters)
+    packed = bool({"img_ids", "img_shapes"} & arguments)
+    return ModelShape(
         name=type(pipe).__name__,
         kind=family.kind,
         layers=len(modules),
