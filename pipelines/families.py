@@ -162,13 +162,7 @@ _VIDEO_FAMILIES = (
         grids.latents("BFHWC"),
         note="NABLA checkpoints are sparse by themselves and run as they are",
     ),
-    FamilyInfo(
-        "Allegro",
-        "AllegroTransformer3DModel",
-        "video",
-        _CROSS,
-        _VIDEO,
-    ),
+    FamilyInfo("Allegro", "AllegroTransformer3DModel", "video", _CROSS, _VIDEO),
     FamilyInfo(
         "Latte",
         "LatteTransformer3DModel",
@@ -206,13 +200,7 @@ _IMAGE_FAMILIES = (
         grids.latents("BCHW", after=REST),
         text="after",
     ),
-    FamilyInfo(
-        "PixArt-α / Σ",
-        "PixArtTransformer2DModel",
-        "image",
-        _CROSS,
-        _IMAGE,
-    ),
+    FamilyInfo("PixArt-α / Σ", "PixArtTransformer2DModel", "image", _CROSS, _IMAGE),
     FamilyInfo(
         "QwenImage",
         "QwenImageTransformer2DModel",
@@ -257,13 +245,7 @@ _IMAGE_FAMILIES = (
         grids.latents("BCHW", before=REST),
         text="before",
     ),
-    FamilyInfo(
-        "HunyuanDiT",
-        "HunyuanDiT2DModel",
-        "image",
-        _BLOCKS,
-        _IMAGE,
-    ),
+    FamilyInfo("HunyuanDiT", "HunyuanDiT2DModel", "image", _BLOCKS, _IMAGE),
     FamilyInfo(
         "Chroma",
         "ChromaTransformer2DModel",

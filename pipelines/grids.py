@@ -7,6 +7,7 @@ many as the sequence of a call holds beside the others; exact numbers are checke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,37 +86,50 @@ def image_shapes(model: Any, args: Arguments) -> Grid | str:
 
 
 def packed_video(model: Any, args: Arguments) -> Grid | str:
-    """Packed video tokens whose grid is passed by name (LTX), or by coordinates only.
+    """Packed video tokens whose grid is passed by name; keyframes and references stand behind."""
+    if args.get("num_frames") is None:
+        return "num_frames, height and width are not passed"
+    return args["num_frames"], args["height"], args["width"], 0, REST
 
-    Condition frames stand in front where coordinates are passed, and behind where both are (LTX 2).
+
+def placed_video(model: Any, args: Arguments) -> Grid | str:
+    """Packed video tokens whose grid is passed by name, or only by their coordinates (LTX).
+
+    Pipelines that condition on frames pass no grid or, as a placeholder, a wrong one.
     """
-    if args.get("num_frames") is not None:
-        return args["num_frames"], args["height"], args["width"], 0, REST
-    if args.get("video_coords") is None:
-        return "neither num_frames nor video_coords tell the grid"
+    frames, height, width = (args.get(name) or 0 for name in ("num_frames", "height", "width"))
+    if frames * height * width == args["hidden_states"].shape[1]:
+        return frames, height, width, 0, 0
+    coordinates = args.get("video_coords")
+    if coordinates is None:
+        return "neither num_frames, height and width nor video_coords tell the grid"
     if torch.compiler.is_compiling():
         return "video_coords cannot be read inside a compiled graph: compile the blocks instead"
-    grid = _once(args["video_coords"], _grid_of_coordinates)
-    return grid or "video_coords are not whole frames of one size"
+    return _once(coordinates, _grid_of_coordinates)
 
 
-def _grid_of_coordinates(coordinates: torch.Tensor) -> Grid | None:
-    """The grid of coordinates (B, 3, S) in which condition frames stand before the video.
+def _grid_of_coordinates(coordinates: torch.Tensor) -> Grid | str:
+    """The grid of coordinates (B, 3, S) of (time, row, column).
 
-    The video is what begins with the last frame at the earliest time.
+    The video is the longest stretch of frames in the order of time; frames around it condition it.
     """
     time, rows, columns = coordinates[0].cpu()
     height, width = len(rows.unique()), len(columns.unique())
     size = height * width
     if len(time) % size:
-        return None
-    times = time.view(-1, size)
-    frames, starts = times[:, 0], (times[:, 0] == times.min()).nonzero()
-    whole = (times == frames[:, None]).all() and (rows.view(-1, size) == rows[:size]).all()
-    begin = int(starts[-1])
-    if not whole or not (frames[begin:].diff() > 0).all():
-        return None
-    return len(frames) - begin, height, width, begin * size, 0
+        return "video_coords are not whole frames of one size"
+    times, rows, columns = (x.view(-1, size) for x in (time, rows, columns))
+    square = rows[0].view(height, width), columns[0].view(height, width)
+    in_order = (square[0].diff(dim=0) > 0).all() and (square[1].diff(dim=1) > 0).all()
+    alike = [
+        (x == y).all() for x, y in ((times, times[:, :1]), (rows, rows[0]), (columns, columns[0]))
+    ]
+    if not in_order or not all(alike):
+        return "video_coords are not whole frames of one size"
+    breaks = (times[:, 0].diff() <= 0).nonzero().flatten() + 1
+    cuts = itertools.pairwise([0, *breaks.tolist(), len(times)])
+    begin, end = max(cuts, key=lambda cut: cut[1] - cut[0])
+    return end - begin, height, width, begin * size, (len(times) - end) * size
 
 
 def image_list(model: Any, args: Arguments) -> Grid | str:

@@ -135,13 +135,25 @@ def test_a_grid_that_does_not_fit_the_sequence() -> None:
         (grids.image_list, {"x": [noise(4, 1, 8, 8), noise(4, 1, 8, 4)]}),
         (grids.image_shapes, {"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}),
         (grids.packed_video, {"hidden_states": noise(1, 8, 4)}),
-        (grids.packed_video, {"video_coords": noise(1, 3, 8)}),
+        (grids.placed_video, {"hidden_states": noise(1, 8, 4)}),
+        (grids.placed_video, {"hidden_states": noise(1, 8, 4), "video_coords": noise(1, 3, 8)}),
         (grids.latents("BCHW"), {"hidden_states": noise(1, 8, 4)}),
         (grids.unknown, {}),
     ],
 )
 def test_grids_that_cannot_be_read_say_why(read: grids.GridFunction, arguments: Any) -> None:
     assert isinstance(read(None, arguments), str)
+
+
+def test_frames_around_the_longest_stretch_condition_it() -> None:
+    times = [5, 0, 1, 2, 3, 0, 1, -1]  # a condition; the video; frames of the window before it
+    coordinates = torch.cartesian_prod(torch.arange(8), torch.arange(2), torch.arange(3)).mT[None]
+    coordinates[0, 0] = torch.tensor(times).repeat_interleave(6)
+    arguments: dict[str, Any] = {"hidden_states": noise(1, 48, 4)}
+    arguments |= {"video_coords": coordinates.float()} | dict.fromkeys(
+        ("num_frames", "height", "width"), 1
+    )  # as one pipeline does
+    assert grids.placed_video(None, arguments) == (4, 2, 3, 6, 18)
 
 
 def test_image_ids_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
