@@ -169,7 +169,7 @@ _VIDEO_FAMILIES = (
         "video",
         _CROSS,
         grids.latents("BC.HW"),
-        note="spatial layers, for methods of images; the temporal layers see few tokens, stay dense",
+        note="spatial layers, by methods for images; the temporal ones see few tokens, stay dense",
     ),
 )
 

@@ -49,9 +49,9 @@ def test_everything_else_is_a_reason(mask: torch.Tensor) -> None:
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_a_folded_bias_is_the_additive_mask(scale: float | None) -> None:
     k, v, bias = torch.randn_like(Q), torch.randn_like(Q), torch.rand(2, 7, dtype=torch.float64)
-    heads = [x.transpose(1, 2) for x in (Q, k, v)]
+    a, b, c = (x.transpose(1, 2) for x in (Q, k, v))
     mask = bias[:, None, :, None] * bias[:, None, None, :]
-    expected = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(a, b, c, mask, scale=scale).transpose(1, 2)
     *folded, new_scale = fold_bias(Q, k, v, bias, scale)
     a, b, c = (x.transpose(1, 2) for x in folded)
     out = F.scaled_dot_product_attention(a, b, c, scale=new_scale).transpose(1, 2)
