@@ -20,7 +20,7 @@ demo: $(VENV)/.ready-demo
 		--method $(METHOD) --compare dense -o out/ --overwrite
 
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready-test
 	@$(BIN)/ruff check .

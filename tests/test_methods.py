@@ -31,7 +31,8 @@ Rule = Callable[[Position, Position], bool]
 def brute_force(grid: TokenGrid, rule: Rule) -> torch.Tensor:
     """bool (S, S), text seeing and seen by everything, the rule asked for every visual pair."""
     mask = torch.ones(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
-    positions = list(itertools.product(*map(range, grid.shape)))
+    frames, rows, columns = map(range, grid.shape)
+    positions = list(itertools.product(frames, rows, columns))
     for (i, q), (j, k) in itertools.product(enumerate(positions), repeat=2):
         mask[grid.text_before + i, grid.text_before + j] = rule(q, k)
     return mask

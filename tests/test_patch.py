@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import pickle
 import threading
@@ -99,7 +100,7 @@ def test_the_output_equals_diffusers_own_attention_with_the_same_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Independent reference: SDPA masked by hand in the dispatcher of the Wan module alone."""
-    from diffusers.models.transformers import transformer_wan
+    transformer_wan: Any = importlib.import_module("diffusers.models.transformers.transformer_wan")
 
     tiny = wan()
     mask = LOCAL.pattern(TokenGrid(3, 2, 4)).dense()[0]
@@ -146,7 +147,7 @@ def test_an_exception_in_mid_run_leaves_a_clean_next_run() -> None:
 
 def test_state_does_not_cross_prompts_or_resolutions() -> None:
     tiny = wan()
-    other = {"prompt": "dog!", "height": 64}
+    other: dict[str, Any] = {"prompt": "dog!", "height": 64}
     with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=1):
         first, second = tiny.run(), tiny.run(**other)
         assert torch.equal(tiny.run(), first)
@@ -294,7 +295,6 @@ def test_attention_is_the_same_operator_as_a_function() -> None:
     q, k, v = torch.randn(3, 2, grid.num_tokens, 3, 32).unbind()
     out = diffpatch.attention(q, k, v, grid, "neighborhood", window=(3, 3, 3), stride=1)
     mask = diffpatch.Neighborhood(window=(3, 3, 3), stride=1).pattern(grid).dense()
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-    )
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=mask)
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)

@@ -102,7 +102,7 @@ def test_two_stage_solvers_count_model_evaluations() -> None:
 
 
 def test_a_tracked_scheduler_looks_and_saves_like_the_original(tmp_path: Any) -> None:
-    scheduler = diffusers.UniPCMultistepScheduler()
+    scheduler: Any = diffusers.UniPCMultistepScheduler()
     original, config = type(scheduler), dict(scheduler.config)
     undo = track(scheduler, Tracker())
     assert type(scheduler).__name__ == original.__name__ and isinstance(scheduler, original)
