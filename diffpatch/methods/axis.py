@@ -12,6 +12,8 @@ from diffpatch.errors import BadParameter
 # A size along an axis: an int in tokens, a float as a fraction of the axis, -1 for the whole axis.
 Size = int | float
 
+PAIRED = 4  # tiles of an axis from which on neighbours share windows
+
 
 def triple(value: Size | Sequence[Size]) -> tuple[Size, Size, Size]:
     """One size for all axes, or one for each of (time, height, width)."""
@@ -95,13 +97,16 @@ def partition(borders: Sequence[int]) -> torch.Tensor:
 
 
 def tile_windows(count: int, size: int) -> torch.Tensor:
-    """Windows of `size` of the `count` tiles of an axis, shifted inwards, shared by pairs of tiles.
+    """Windows of `size` of the `count` tiles of an axis, shifted inwards.
+
+    Pairs of tiles share their window, so that kernels meet more queries with the same keys; single
+    tiles do where the window is one tile, or the axis has too few tiles to give up so much of it.
 
     Returns:
         bool (count, count), [query tile, key tile].
     """
     out = torch.zeros(count, count, dtype=torch.bool)
-    pair = 2 if size > 1 else 1
+    pair = 2 if size > 1 and count >= PAIRED else 1
     for first, last in itertools.pairwise((*range(0, count, pair), count)):
         start = min(max(round((first + last - size) / 2), 0), count - size)
         out[first:last, start : start + size] = True

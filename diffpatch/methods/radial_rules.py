@@ -117,9 +117,12 @@ def tiles(grid: TokenGrid, decay: float, sink: bool) -> tuple[Tiling, torch.Tens
     share = torch.tensor([_band(d, s, decay, floor) for d in range(grid.num_frames)])[distance]
     if sink:
         share[:, 0] = 1.0
-    windows = _Windows(tiling)
     target = budget(grid, decay, sink, floor)
     low, high = 0.02, 8.0
+    # Windows that pairs of tiles share run faster, if the budget does not want smaller ones.
+    windows = _Windows(tiling, smallest=2)
+    if windows.kept(share, low) > target:
+        windows = _Windows(tiling, smallest=1)
     for _ in range(24):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if windows.kept(share, middle) < target else (low, middle)
@@ -137,7 +140,7 @@ def _time_cuts(frames: int, depth: int, sink: bool) -> Cuts:
 class _Windows:
     """Inward-shifted windows of whole tiles over (rows, columns), a size for each pair of slabs."""
 
-    def __init__(self, tiling: Tiling) -> None:
+    def __init__(self, tiling: Tiling, smallest: int) -> None:
         _, self.rows, self.columns = tiling.counts
         self.time_size, row_size, column_size = (
             torch.tensor(c).diff().double() for c in tiling.cuts
@@ -151,8 +154,14 @@ class _Windows:
         self.sizes = [
             (r, c)
             for r, c in itertools.product(range(self.rows), range(self.columns))
-            if abs(math.log((r + 1) / self.rows * self.columns / (c + 1))) <= math.log(2.01)
-            or min(self.rows, self.columns) <= 2
+            if all(
+                n < axis.PAIRED or size + 1 >= smallest
+                for n, size in ((self.rows, r), (self.columns, c))
+            )
+            and (
+                abs(math.log((r + 1) / self.rows * self.columns / (c + 1))) <= math.log(2.01)
+                or min(self.rows, self.columns) <= 2
+            )
         ]
         self.sizes.sort(key=lambda rc: row_kept[rc[0]] * column_kept[rc[1]])
         self.area = torch.tensor([row_kept[r] * column_kept[c] for r, c in self.sizes])
