@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, overload
@@ -66,7 +67,7 @@ def block_sparse_attention(
         k: (B, S, K, D) like q, where K divides H: query head h reads key head ``h * K // H``.
         v: (B, S, K, D) like k.
         blocks: which pairs to keep, on the device of q.
-        scale: the factor on q·k; None means 1 / sqrt(D).
+        scale: the factor on q·k, above 0; None means 1 / sqrt(D).
         key_mask: bool (B, S), True where a key may be attended to; None allows all.
         return_lse: whether to return the log-sum-exp of each query's scores as well.
         backend: "triton", "torch", "reference", or "auto": triton where it can, else torch.
@@ -81,6 +82,8 @@ def block_sparse_attention(
     """
     _check_tensors(q, k, v)
     _check_blocks(q, blocks, key_mask)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
     attend = _attend_with(choose_backend(q, k, v, blocks, backend))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
@@ -105,10 +108,10 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
     if backend != "triton":
         return None
-    if not find_spec("triton"):
-        return "triton is not installed"
     if q.device.type == "cpu":
         return "triton needs a GPU and q is on the cpu"
+    if "triton" not in sys.modules and not find_spec("triton"):
+        return "triton is not installed"
     from diffpatch.kernels.block_sparse_triton import unsupported_reason as reason
 
     return reason(q, blocks)

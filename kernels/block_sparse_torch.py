@@ -5,14 +5,18 @@ It skips the work on any device, autograd goes through it, and no tensor grows w
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 import torch.nn.functional as F
 
 from diffpatch.kernels.block_sparse_plan import Call, Plan, TileMask, plans
 from diffpatch.kernels.blocks import BlockIndex
 
-MAX_CACHED_MASKS = 64 << 20  # bytes of expanded masks kept with an index
+MAX_CACHED_MASKS = 192 << 20  # bytes of expanded masks kept with an index
 MAX_GATHERED = 256 << 20  # bytes of keys and values gathered at a time
+
+Result = tuple[torch.Tensor, torch.Tensor | None]  # the output and, if asked for, the log-sum-exp
 
 
 def attend(
@@ -23,7 +27,7 @@ def attend(
     scale: float,
     key_mask: torch.Tensor | None,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """Attention over the kept pairs by SDPA on gathered keys.
 
     Args:
@@ -41,7 +45,8 @@ def attend(
         The output (B, S, H, D) and the natural log-sum-exp (B, S, H), fp32 or wider, or None.
     """
     groups = q.shape[2] // k.shape[2]
-    outs, lses = [], []
+    outs: list[torch.Tensor] = []
+    lses: list[torch.Tensor | None] = []
     pieces = plans(blocks)
     for plan in pieces:
         heads = plan.heads
@@ -55,10 +60,10 @@ def attend(
         outs.append(out)
         lses.append(lse)
     if pieces[0].heads is None:
-        return outs[0], lses[0] if return_lse else None
+        return outs[0], lses[0]
     back = torch.cat([plan.heads for plan in pieces if plan.heads is not None]).argsort()
-    out = torch.cat(outs, 2).index_select(2, back)
-    return out, torch.cat(lses, 2).index_select(2, back) if return_lse else None
+    out, lse = _cat(outs, 2), _cat(lses, 2)
+    return out.index_select(2, back), None if lse is None else lse.index_select(2, back)
 
 
 class _Attention:
@@ -69,13 +74,14 @@ class _Attention:
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Result:
         """q, k, v (B, S, h, D), one key head a query head -> the output alike, and (B, S, h)."""
         q = q if self.plan.rows is None else q.index_select(1, self.plan.rows)
         if self.plan.keys is not None:
             k, v = k.index_select(1, self.plan.keys), v.index_select(1, self.plan.keys)
             key_mask = None if key_mask is None else key_mask[:, self.plan.keys]
-        outs, lses = [], []
+        outs: list[torch.Tensor] = []
+        lses: list[torch.Tensor | None] = []
         first = 0
         for call in self.plan.calls:
             rows = q[:, first : first + call.stack * call.rows]
@@ -91,7 +97,7 @@ class _Attention:
         if self.plan.places is None:
             return out, lse
         places = self.plan.places
-        return out.index_select(1, places), lse.index_select(1, places) if self.return_lse else lse
+        return out.index_select(1, places), None if lse is None else lse.index_select(1, places)
 
     def _heads_at_once(self, call: Call, k: torch.Tensor) -> int:
         """Every head, unless the gathered keys and values would be large."""
@@ -107,11 +113,12 @@ class _Attention:
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Result:
         """One call: q (B, stack * rows, h, D) -> the output alike, and (B, stack * rows, h)."""
         batch, rows, heads, _ = q.shape
         if not call.num_keys:
-            return torch.zeros_like(q), _lse_like(q).fill_(-torch.inf)
+            nothing = torch.full(q.shape[:3], -torch.inf, dtype=_wide(q.dtype), device=q.device)
+            return torch.zeros_like(q), nothing if self.return_lse else None
         q = _stack(q, call, call.rows)
         k, v = (_stack(_take(x, call.keys), call, call.num_keys) for x in (k, v))
         if key_mask is None:
@@ -121,9 +128,9 @@ class _Attention:
         out, lse = _sdpa(q, k, v, bias, self.scale, self.return_lse)
         if blind is not None:
             out = out.masked_fill(blind[..., None], 0.0)
-            lse = lse.masked_fill(blind, -torch.inf) if self.return_lse else lse
+            lse = None if lse is None else lse.masked_fill(blind, -torch.inf)
         out = out.transpose(1, 2).reshape(batch, rows, heads, -1)
-        return out, lse.transpose(1, 2).reshape(batch, rows, heads) if self.return_lse else lse
+        return out, None if lse is None else lse.transpose(1, 2).reshape(batch, rows, heads)
 
     def _bias(
         self, mask: TileMask | None, dtype: torch.dtype
@@ -161,16 +168,17 @@ def _sdpa(
     bias: torch.Tensor | None,
     scale: float,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """SDPA on (B, rows, h, D) -> (B, h, rows, D) and, if asked for, the LSE (B, h, rows)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_lse:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), q.new_empty(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and not needs_grad:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        out, lse = flash(q, k, v, attn_mask=bias, scale=scale)
+        return out, lse
+    scores = (q @ k.mT).to(_wide(q.dtype)) * scale
     scores = scores if bias is None else scores + bias
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
@@ -184,13 +192,18 @@ def _stack(x: torch.Tensor, call: Call, length: int) -> torch.Tensor:
     return x.reshape(x.shape[0] * call.stack, length, *x.shape[2:])
 
 
-def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+@overload
+def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor: ...
+@overload
+def _cat(parts: list[torch.Tensor | None], dim: int) -> torch.Tensor | None: ...
+def _cat(parts: Any, dim: int) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim)
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _lse_like(q: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the softmax is kept in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -122,9 +122,12 @@ def gradients(
     return grad_q, grad_k, grad_v
 
 
-def configuration(dtype: torch.dtype, size: int) -> forward.Config:
-    """The configuration that ships for a dtype and a head size."""
-    return CONFIGS[dtype.itemsize, forward.padded(size)]
+def configuration(dtype: torch.dtype, size: int, keys: bool, arch: int) -> forward.Config:
+    """The configuration that ships for a dtype, a head size, a side and a compute capability."""
+    config = CONFIGS[dtype.itemsize, forward.padded(size)]
+    if keys and arch in (100, 103):  # Triton 3.9 cannot pipeline two accumulators there
+        config = config._replace(num_stages=1)
+    return config
 
 
 def _launch(
@@ -139,7 +142,7 @@ def _launch(
     batch, tokens, _, size = own[0].shape
     lse, delta, allowed = statistics
     heads = lse.shape[2]
-    config = configuration(own[0].dtype, size)
+    config = configuration(own[0].dtype, size, keys, forward.arch(lse.device))
     index = blocks.derived("transposed", transposed) if keys else blocks
     lists = sub_blocks(index, config.block_m, config.block_n)
     dtype = torch.float32 if keys else own[0].dtype

@@ -94,7 +94,9 @@ def check(case: Case) -> Result:
     kernel = _compile(case, config)
     registers, stack = _resources(kernel.asm["cubin"])
     shared = kernel.metadata.shared
-    tensor_cores = len(re.findall(re.escape(TENSOR_CORE[case.arch]), kernel.asm["ptx"]))
+    # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one.
+    instruction = TENSOR_CORE[case.arch] if config.block_m >= 64 else "mma.sync"
+    tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
     problems = []
     if stack > (0 if case.arch in MAIN_ARCHS else SPILL_LIMIT):
@@ -102,7 +104,7 @@ def check(case: Case) -> Result:
     if shared > SHARED_LIMIT[case.arch]:
         problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[case.arch]} allowed")
     if case.dtype != "fp32" and not tensor_cores:
-        problems.append(f"no {TENSOR_CORE[case.arch]}")
+        problems.append(f"no {instruction}")
     # Tensor cores that do not read shared memory hold one stage in registers.
     depth = config.num_stages - (case.arch not in forward.ASYNC_TENSOR_CORE)
     if case.kernel == "forward" and case.dtype != "fp32" and buffers < depth:
@@ -115,7 +117,7 @@ def configuration(case: Case) -> forward.Config:
     dtype = DTYPES[case.dtype]
     if case.kernel == "forward":
         return forward.configuration(dtype, case.size, case.tile, case.arch)
-    return backward.configuration(dtype, case.size)
+    return backward.configuration(dtype, case.size, case.kernel == "keys", case.arch)
 
 
 def _compile(case: Case, config: forward.Config) -> Any:

@@ -274,6 +274,7 @@ def test_auto_runs_on_the_cpu_and_triton_says_why_it_cannot() -> None:
         ({"blocks": random_blocks(SIZES, heads=[0, 1, 0])}, "head_pattern names 3"),
         ({"key_mask": torch.ones(1, 351)}, "key_mask is torch.float32"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"scale": 0.0}, "scale is 0.0"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
