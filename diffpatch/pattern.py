@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from diffpatch.tiles import Tiling
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+_UNSEEN = -2  # in tables of mask ids, beside -1 for a full tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +39,21 @@ class BlockPattern:
     grid: TokenGrid
     blocks: BlockIndex
     kept: float
-    _moved: dict[torch.device, BlockIndex] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> BlockIndex:
         """The blocks on a device, copied there once."""
-        if device not in self._moved:
-            self._moved[device] = self.blocks.to(device)
-        return self._moved[device]
+        if device not in self._cache:
+            self._cache[device] = self.blocks.to(device)
+        blocks: BlockIndex = self._cache[device]
+        return blocks
+
+    def rest(self) -> BlockPattern:
+        """What the pattern leaves out, made once (see `complement`)."""
+        if "rest" not in self._cache:
+            self._cache["rest"] = complement(self)
+        rest: BlockPattern = self._cache["rest"]
+        return rest
 
     def dense(self) -> torch.Tensor:
         """bool (P, S, S): the pattern as a dense mask in sequence order. For tests and small S."""
@@ -113,6 +124,39 @@ def from_axes(
         masks.append(own)
         seen += own.shape[0]
     return _assemble(grid, tiling, keep, torch.stack(ids).int(), torch.cat(masks), head_pattern)
+
+
+def complement(pattern: BlockPattern) -> BlockPattern:
+    """Exactly the pairs that a pattern leaves out; the rows of text then see nothing."""
+    b = pattern.blocks
+    sizes = b.starts.diff().long()
+    rows = torch.repeat_interleave(torch.arange(len(b.full_end)), b.row_ptr.diff().long())
+    ids = torch.full((len(b.full_end), b.num_tiles), _UNSEEN, dtype=torch.int32)
+    ids[rows, b.cols.long()] = b.mask_ids
+    # What was full is gone, what was unseen is full, and masks turn around inside their tiles.
+    masks = b.masks.clone()
+    partial = (b.mask_ids >= 0).nonzero()[:, 0]
+    which = b.mask_ids[partial].long()
+    place = torch.arange(b.max_tile)
+    for mask, entry in zip(which.unique().tolist(), _first_of_each(which), strict=True):
+        height, width = (
+            sizes[rows[partial[entry]] % b.num_tiles],
+            sizes[b.cols[partial[entry]].long()],
+        )
+        masks[mask] = ~masks[mask] & (place < height)[:, None] & (place < width)
+    keep = (ids != -1).view(-1, b.num_tiles, b.num_tiles)
+    ids[ids == _UNSEEN] = -1
+    heads = None if b.head_pattern is None else b.head_pattern.tolist()
+    blocks, kept = _index(b.order, sizes, keep, ids.view(keep.shape), masks, heads)
+    return BlockPattern(pattern.grid, blocks, kept)
+
+
+def _first_of_each(values: torch.Tensor) -> list[int]:
+    """The first place of every distinct value, in ascending order of the values."""
+    order = values.argsort(stable=True)
+    first = torch.ones(len(values), dtype=torch.bool)
+    first[1:] = values[order].diff() != 0
+    return order[first].tolist()
 
 
 class _AxisTable:
@@ -205,6 +249,21 @@ def _assemble(
     ids = torch.full((patterns, total, total), -1, dtype=torch.int32)
     inner = slice(before, before + visual)
     kept[:, inner, inner], ids[:, inner, inner] = keep, mask_ids
+    blocks, fraction = _index(tiling.order(), tiling.sizes, kept, ids, masks, head_pattern)
+    return BlockPattern(grid, blocks, fraction)
+
+
+def _index(
+    order: torch.Tensor,
+    sizes: torch.Tensor,
+    kept: torch.Tensor,
+    ids: torch.Tensor,
+    masks: torch.Tensor,
+    head_pattern: Sequence[int] | None,
+) -> tuple[BlockIndex, float]:
+    """Write the key lists: the index, and the fraction of all pairs that it keeps."""
+    patterns, total = kept.shape[:2]
+    tokens = len(order)
     kept, ids = kept.view(-1, total), ids.view(-1, total)
     row, col = kept.nonzero(as_tuple=True)
     mask_id = ids[row, col]
@@ -213,14 +272,13 @@ def _assemble(
     lengths = kept.sum(1)
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     partial = (kept & (ids >= 0)).sum(1)
-    sizes = tiling.sizes
     area = sizes[row % total] * sizes[col]
     inside = mask_id >= 0
     area[inside] = masks.sum((1, 2))[mask_id[inside].long()]
     pairs = torch.zeros(patterns, dtype=torch.int64).index_add_(0, row // total, area)
     heads = torch.tensor(range(patterns) if head_pattern is None else head_pattern)
     blocks = BlockIndex(
-        order=tiling.order(),
+        order=order,
         starts=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int(),
         row_ptr=row_ptr.int(),
         full_end=(row_ptr[1:] - partial).int(),
@@ -229,5 +287,4 @@ def _assemble(
         masks=masks,
         head_pattern=None if head_pattern is None else heads.int(),
     )
-    fraction = int(pairs[heads].sum()) / (len(heads) * grid.num_tokens**2)
-    return BlockPattern(grid, blocks, fraction)
+    return blocks, int(pairs[heads].sum()) / (len(heads) * tokens**2)

@@ -12,7 +12,7 @@ import diffpatch
 from diffpatch import BadParameter, Linear, Temporal, TokenGrid, UnknownMethod, Window
 from diffpatch.kernels import virtual_tokens
 from diffpatch.methods.base import Call
-from diffpatch.methods.temporal import remainder
+from diffpatch.pattern import complement
 from tests.tiny import wan
 
 GRIDS = [TokenGrid(5, 7, 9), TokenGrid(4, 6, 11, text_before=5), TokenGrid(1, 13, 17, text_after=3)]
@@ -161,10 +161,21 @@ def test_temporal_follows_its_formula_and_refreshes() -> None:
     assert error(out, dense(q2, k2, v2)) < 1e-5  # refreshed
 
 
-def test_the_tail_survives_rows_that_miss_nothing() -> None:
-    out, lse = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2)
-    tail, tail_lse = remainder(out, lse, out, lse)
-    assert torch.equal(tail, torch.zeros_like(out)) and bool((tail_lse == -math.inf).all())
+@pytest.mark.parametrize(
+    "method",
+    [
+        Window(window=(2, 3, 4)),
+        diffpatch.Neighborhood(window=(3, 3, 5), stride=1),
+        diffpatch.Radial(),
+    ],
+    ids=lambda m: m.name,
+)
+def test_a_complement_is_what_is_left_out(method: diffpatch.Method) -> None:
+    for grid in (TokenGrid(5, 7, 9, text_before=4), TokenGrid(3, 6, 11, text_after=130)):
+        pattern = method.pattern(grid)
+        rest = complement(pattern)
+        assert torch.equal(rest.dense(), ~pattern.dense())
+        assert rest.kept == pytest.approx(1 - pattern.kept, abs=1e-9)
 
 
 def test_merging_nothing_with_nothing_is_nothing() -> None:
@@ -179,7 +190,7 @@ def test_temporal_state_belongs_to_layer_branch_and_run() -> None:
     with diffpatch.patched(tiny.pipe, "window+temporal", **options):
         first = tiny.run(num_inference_steps=5)
         report = diffpatch.report(tiny.pipe)
-        refreshed = [k > 1 for k in report.kept_per_step]
+        refreshed = [k == 1 for k in report.kept_per_step]
         assert refreshed == [True, False, True, False, True]
         # 2 layers × 2 branches × 24 tokens × 2 heads × (12 values + 1 log-sum-exp) × 4 bytes
         assert report.state_bytes == 2 * 2 * 24 * 2 * 13 * 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -13,10 +12,7 @@ from diffpatch.grid import TokenGrid
 from diffpatch.kernels import virtual_tokens
 from diffpatch.methods.base import Attended, Call, Method, param, register
 from diffpatch.methods.radial import Radial
-from diffpatch.pattern import BlockPattern, from_tiles
-from diffpatch.tiles import Tiling, choose_tile
-
-_FULL = 1e-3  # a remainder with less than this share of the softmax is not worth keeping
+from diffpatch.pattern import BlockPattern
 
 
 @register
@@ -24,10 +20,10 @@ _FULL = 1e-3  # a remainder with less than this share of the softmax is not wort
 class Temporal(Method):
     """Another static method plus the cached remainder of dense attention (the tail cache).
 
-    Every `refresh` steps attention is dense, and for each query what the sparse pattern misses is
-    stored: its output and its share of the softmax. On the steps between, the current sparse result
-    and the stored tail are merged as one softmax, so that the weight of the old tail follows the
-    current queries. State is kept for each layer and guidance branch and dies with the run.
+    Every `refresh` steps the rest of the attention is computed too, so that the step is dense, and
+    stored: its output and its log-sum-exp. On the steps between, the current sparse result and the
+    stored rest are merged as one softmax, so that the weight of the old rest follows the current
+    queries. State is kept for each layer and guidance branch and dies with the run.
 
     Written ``"radial+temporal"``, ``"window+temporal"`` and so on.
     """
@@ -63,7 +59,7 @@ class Temporal(Method):
         return self.over.pattern(grid, variant)
 
     def kept(self, pattern: BlockPattern, age: int) -> float:
-        return pattern.kept + (age % self.refresh == 0)
+        return 1.0 if age % self.refresh == 0 else pattern.kept
 
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
@@ -75,29 +71,7 @@ class Temporal(Method):
         if not due:
             out, _ = virtual_tokens.merge(near, near_lse, state["out"], state["lse"])
             return Attended(out, kept, used)
-        full, full_lse, _ = call.sparse(q, k, v, _everything(call.pattern.grid))
-        state["out"], state["lse"] = remainder(near, near_lse, full, full_lse)
-        state["step"] = call.step
-        return Attended(full, 1.0 + kept, used)
-
-
-@functools.lru_cache(maxsize=4)
-def _everything(grid: TokenGrid) -> BlockPattern:
-    """The pattern that keeps all, for dense attention that also gives its log-sum-exp."""
-    tiling = Tiling.even(grid, choose_tile(grid.shape))
-    return from_tiles(grid, tiling, torch.ones((tiling.num_visual,) * 2, dtype=torch.bool))
-
-
-def remainder(
-    near: torch.Tensor, near_lse: torch.Tensor, full: torch.Tensor, full_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is in the full attention and not in the near one: (output, log-sum-exp).
-
-    Rows of which (almost) nothing is missing get output 0 and log-sum-exp -inf.
-    """
-    share = (near_lse - full_lse).exp().clamp(max=1.0)  # (B, S, H), of the softmax that is near
-    missing = 1.0 - share
-    empty = missing < _FULL
-    lse = (full_lse + missing.clamp(min=_FULL).log()).masked_fill(empty, float("-inf"))
-    rest = (full - share[..., None] * near) / missing.clamp(min=_FULL)[..., None]
-    return rest.masked_fill(empty[..., None], 0.0).to(full.dtype), lse
+        far, far_lse, _ = call.sparse(q, k, v, call.pattern.rest())
+        state["out"], state["lse"], state["step"] = far, far_lse, call.step
+        full, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
+        return Attended(full, 1.0, used)
