@@ -4,6 +4,7 @@ Samples clips for captions that training never saw, lets the attribute judge rea
 compares with chance and with real clips of the same captions.
 
     python examples/judge_demo_model.py --count 200
+    python examples/judge_demo_model.py --method radial
     python examples/judge_demo_model.py --preset demo-long --count 48
 """
 
@@ -29,7 +30,6 @@ import diffpatch
 from diffpatch.eval import judge as judging
 from diffpatch.pipelines.demo import clips, model
 
-METHODS = ("none",)
 RESULTS = Path(judging.__file__).parent / "results"
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--method", choices=METHODS, default="none", help="attention method ('none' is dense)")
+    add("--method", default="none", help="attention method of diffpatch, or none for dense")
     add("--preset", choices=sorted(model.PRESETS), default="demo", help="how to sample")
     add("--count", type=int, default=200, help="number of held-out captions")
     add("--batch", type=int, default=8, help="clips sampled together")
@@ -164,6 +164,8 @@ def main() -> None:
     if torch.cuda.is_available():
         pipe.to("cuda")
     pipe.set_progress_bar_config(disable=True)
+    if options.method != "none":
+        diffpatch.patch(pipe, options.method)
     specs = choose_captions(options.count, options.seed)
     started = time.monotonic()
     video = sample(pipe, specs, preset, options.batch, options.seed)

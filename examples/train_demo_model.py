@@ -66,7 +66,15 @@ class Stage:
         return cls(int(steps), int(batch), int(keep), int(size), *map(float, rest))
 
 
-DEFAULT_STAGES = "400,96,1,64;1500,32,4,64,0.2;1200,16,4,128,0.2;400,4,13,128,0,0.02"
+DEFAULT_STAGES = (  # the run behind the shipped weights
+    "251,96,1,64;"
+    "729,32,4,64,0.2;"
+    "492,16,4,128,0.2;"
+    "160,8,7,128,0.2,1,0.3;"
+    "170,4,13,128,0.25,0.3,0.02;"
+    "130,8,7,128,0.2,0.6,0.25;"
+    "110,4,13,128,0.25,0.25,0.02"
+)
 
 
 class Trainer:
