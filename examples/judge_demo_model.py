@@ -136,8 +136,8 @@ def describe_run() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parses the command line, samples, judges, prints and saves."""
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,8 +152,12 @@ def main() -> None:
     add("--weights", type=Path, default=model.WEIGHTS, help="pipeline folder to judge")
     add("--out", type=Path, help="where the JSON goes; by default in the package's results")
     add("--sheet", type=Path, help="also save a contact sheet (PNG) here")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Samples, judges, prints and saves."""
+    options = parse_arguments()
     preset = model.PRESETS[options.preset]
     preset = dataclasses.replace(
         preset,

@@ -77,6 +77,20 @@ DEFAULT_STAGES = (  # the run behind the shipped weights
 )
 
 
+def build_optimizers(named: dict[str, nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Builds Muon for the matrices of the transformer's blocks, and AdamW for everything else."""
+    matrices = {n for n, value in named.items() if value.ndim == 2 and "blocks" in n}
+    muon = torch.optim.Muon(
+        [value for n, value in named.items() if n in matrices],
+        lr=rate,
+        weight_decay=0.01,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    others = [value for n, value in named.items() if n not in matrices]
+    return [muon, torch.optim.AdamW(others, lr=rate / 2, betas=(0.9, 0.97), weight_decay=0.0)]
+
+
 class Trainer:
     """The state of a run: weights, their moving average, optimisers and random numbers."""
 
@@ -107,13 +121,8 @@ class Trainer:
         self.hint_head = nn.Sequential(
             nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, subset.HINT_CHANNELS)
         )
-        self.parts = nn.ModuleDict(
-            {
-                "transformer": self.transformer,
-                "text_encoder": self.text_encoder,
-                "hint_head": self.hint_head,
-            }
-        )
+        names = ("transformer", "text_encoder", "hint_head")
+        self.parts = nn.ModuleDict({name: getattr(self, name) for name in names})
         self.parts.to(self.device).train()
         self.processors = []
         for block in self.transformer.blocks:
@@ -122,22 +131,7 @@ class Trainer:
             self.processors.append(attention.processor)
         named = dict(self.parts.named_parameters())
         self.average = {name: value.detach().clone() for name, value in named.items()}
-        matrices = {n for n, v in named.items() if v.ndim == 2 and "blocks" in n}
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                [v for n, v in named.items() if n in matrices],
-                lr=options.rate,
-                weight_decay=0.01,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(
-                [v for n, v in named.items() if n not in matrices],
-                lr=options.rate / 2,
-                betas=(0.9, 0.97),
-                weight_decay=0.0,
-            ),
-        ]
+        self.optimizers = build_optimizers(named, options.rate)
         if options.compile:
             self.transformer.compile_repeated_blocks(dynamic=False)
 
