@@ -16,7 +16,9 @@ import torch
 
 from diffpatch.kernels.blocks import BlockIndex
 
-SCORE_BYTES = 2**26  # scores held at a time
+# Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
+SCORE_BYTES = {"cpu": 2**20}
+SCORE_BYTES_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,8 @@ def attend_virtual(
     if spread is not None:
         spread = spread.transpose(1, 2).repeat_interleave(groups, 1)
     cap = tokens.log_count[:, None, None, :]  # (B, 1, 1, V)
-    rows = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+    held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
+    rows = max(1, held // (4 * batch * heads * k.shape[2]))
     out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=torch.float32)
     for begin in range(0, length, rows):
         piece = slice(begin, min(begin + rows, length))

@@ -35,7 +35,7 @@ class Linear(Method):
     default_dense_steps = 0.15
 
     density: float = param(0.125, "share of the tiles that each query sees exactly")
-    pool: int = param(32, "tokens that one virtual token stands for")
+    pool: int = param(64, "tokens that one virtual token stands for")
     second_order: bool = param(True, "count the spread of the keys within a run, capped")
 
     def __post_init__(self) -> None:
