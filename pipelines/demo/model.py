@@ -53,8 +53,8 @@ class DemoPreset:
 
 
 PRESETS = {
-    "demo": DemoPreset("demo", 13, 128, 128, 14, 3.5, 32),
-    "demo-long": DemoPreset("demo-long", 33, 128, 128, 14, 3.5, 32),
+    "demo": DemoPreset("demo", 13, 128, 128, 10, 2.5, 32),
+    "demo-long": DemoPreset("demo-long", 33, 128, 128, 10, 2.5, 32),
 }
 """``demo`` has 13 x 16 x 16 = 3328 tokens, ``demo-long`` 33 x 16 x 16 = 8448, same weights."""
 

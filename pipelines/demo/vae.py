@@ -157,13 +157,12 @@ def _linearise(half: Any) -> None:
     constant = 2 * LATENT_CHANNELS  # the channel that holds the constant
     gain = torch.full((WIDTH,), CONSTANT / WIDTH**0.5)
     gain[constant] = WIDTH**-0.5
-    for block in half.modules():
-        if type(block).__name__ == "WanResidualBlock":
-            block.conv2.weight.zero_()
-            block.conv2.bias.zero_()
-    for attention in half.mid_block.attentions:
-        attention.proj.weight.zero_()
-        attention.proj.bias.zero_()
+    unused = [block for block in half.modules() if type(block).__name__ == "WanResidualBlock"]
+    for module in (*unused, *half.mid_block.attentions):
+        for layer in module.children():
+            if hasattr(layer, "weight"):
+                layer.weight.zero_()
+                layer.bias.zero_()
     half.norm_out.gamma.copy_(gain.view_as(half.norm_out.gamma))
     for conv in (half.conv_in, half.conv_out):
         conv.weight.zero_()
