@@ -3,7 +3,8 @@
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
 PYTHON ?= python3
-# Without a GPU the release that this project is tested with, which has small builds for the CPU.
+# Without a GPU the release that this project is tested with. Where pip finds no build of it for the
+# CPU by itself, name PyTorch's own index in PIP_EXTRA_INDEX_URL and save gigabytes.
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 MODEL ?= demo
 METHOD ?= radial

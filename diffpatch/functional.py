@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from diffpatch.pattern import BlockPattern
 
 
 @functools.lru_cache(maxsize=16)
-def _pattern(method: Method, grid: TokenGrid, layer: int, step: int) -> BlockPattern:
-    return method.pattern(grid, method.variant(layer, step))
+def _pattern(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        return method.pattern(grid, variant)
 
 
 def attention(
@@ -55,6 +57,6 @@ def attention(
         ValueError: a tensor does not fit the grid.
     """
     method = make_method(method, **params)
-    pattern = _pattern(method, grid, layer, step)
+    pattern = _pattern(method, grid, method.variant(layer, step))
     call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
     return method.attend(q, k, v, call).out

@@ -85,12 +85,13 @@ def patch(
     )
     if backend not in BACKENDS:
         raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")
-    unpatch(target)
     shared = Patch(chosen, schedule, backend, target)
     shared.transformers = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
+    for transformer in shared.transformers:
+        schedule.layers(len(transformer.modules))
+    unpatch(target)  # only now: what cannot work leaves an earlier patch alone
     try:
         for transformer in shared.transformers:
-            schedule.layers(len(transformer.modules))
             transformer.install()
     except Exception:
         unpatch(target)
@@ -112,7 +113,10 @@ def unpatch(target: Target) -> Target:
 
 @contextlib.contextmanager
 def patched(target: Target, method: str | Method = "radial", **options: Any) -> Iterator[Target]:
-    """`patch` for the length of a with block; undone on the way out, also after an exception."""
+    """`patch` for the length of a with block; undone on the way out, also after an exception.
+
+    Afterwards the target is unpatched, whatever patch it carried before.
+    """
     patch(target, method, **options)
     try:
         yield target

@@ -38,6 +38,7 @@ class Owner(Protocol):
     """What a rebound processor reports to: one patched transformer."""
 
     handle: int
+    active: bool  # False once the patch is undone
     grid: Grid
 
     def attend(
@@ -111,8 +112,8 @@ def _(
 class _Slot:
     """Where a rebound processor leaves its identity for the attention call it is about to make."""
 
-    owner: Owner
-    layer: torch.Tensor
+    owner: Owner | None = None
+    layer: torch.Tensor | None = None
 
 
 class _LocalSlot(threading.local, _Slot):
@@ -139,11 +140,13 @@ def _route(
 ) -> torch.Tensor:
     """Send one self-attention call (B, S, H, D) to the owner of the running processor."""
     slot = _here()
-    owner = slot.owner
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and q.requires_grad:
+    owner, layer = slot.owner, slot.layer
+    assert owner is not None and layer is not None
+    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and needs_grad:
         # Eager training: outside the operator autograd sees through the torch backend.
-        return owner.attend(q, k, v, mask, scale, owner.grid, int(slot.layer))
-    return _attend(q, k, v, mask, slot.layer, scale, *owner.grid, owner.handle)
+        return owner.attend(q, k, v, mask, scale, owner.grid, int(layer))
+    return _attend(q, k, v, mask, layer, scale, *owner.grid, owner.handle)
 
 
 def _dispatch_attention_fn(
@@ -263,9 +266,14 @@ def _rebound_class(cls: Any) -> Any:
     call = _rebind_function(original, globals_)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._diffpatch_owner.active:
+            return original(self, *args, **kwargs)
         slot = _here()
         slot.owner, slot.layer = self._diffpatch_owner, self._diffpatch_layer
-        return call(self, *args, **kwargs)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            slot.owner = slot.layer = None  # keep no model alive
 
     # Attention modules drop keyword arguments that the signature of __call__ does not name.
     __call__.__wrapped__ = original  # type: ignore[attr-defined]
@@ -304,8 +312,20 @@ def rebind(processor: Any, owner: Owner, layer: int) -> Any:
     new = cls.__new__(cls)
     new.__dict__.update(processor.__dict__)
     new.__dict__["_diffpatch_owner"] = owner
-    new.__dict__["_diffpatch_layer"] = torch.tensor(layer)
+    new.__dict__["_diffpatch_layer"] = torch.tensor(layer, device="cpu")
     return new
+
+
+def unbound(processor: Any) -> Any:
+    """The processor itself, or what it was before another patch, now gone, rebound it."""
+    original = getattr(type(processor), "_diffpatch_original", None)
+    return processor if original is None else _reduce(processor)[0](*_reduce(processor)[1])
+
+
+def hand_back(processor: Any, original: Any) -> None:
+    """Give the original what was set on its stand-in meanwhile (an attention backend, a scale)."""
+    changed = {k: v for k, v in processor.__dict__.items() if not k.startswith("_diffpatch")}
+    original.__dict__.update(changed)
 
 
 def is_rebound(processor: Any, owner: Owner) -> bool:

@@ -68,12 +68,13 @@ class Schedule:
                 f"dense_steps={self.dense_steps} needs to know the denoising steps, but a bare"
                 " transformer has no scheduler: patch the pipeline, or pass dense_steps=0"
             )
-        first, last = (
-            amount * evaluations if isinstance(amount, int) else amount
-            for amount in (self.dense_steps, self.dense_last_steps)
-        )
-        first = _count("dense_steps", first, total_steps, "steps")
-        last = _count("dense_last_steps", last, total_steps, "steps")
+        # Two-stage solvers evaluate the model once in the last step and `evaluations` times in
+        # every other one.
+        steps = -(-total_steps // evaluations)
+        first = _count("dense_steps", self.dense_steps, steps, "steps")
+        last = _count("dense_last_steps", self.dense_last_steps, steps, "steps")
+        first = min(first * evaluations, total_steps)
+        last = max(last * evaluations - (evaluations - 1), 0)
         return BoundSchedule(first, total_steps - last if last else None, chosen)
 
 

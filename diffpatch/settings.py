@@ -51,6 +51,11 @@ def settle(
             f"{chosen.name} works on {' and '.join(chosen.kinds)} models only and this is an"
             f" {kind} model: use neighborhood or window"
         )
+    if stepless and chosen.needs_steps:
+        raise BadParameter(
+            f"{chosen.name} carries results from step to step, but a bare transformer knows no"
+            " steps: patch the pipeline"
+        )
     if dense_steps is None:
         dense_steps = 0 if stepless else _first(preset.dense_steps, chosen.default_dense_steps)
     if dense_layers is None:

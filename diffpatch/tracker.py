@@ -47,14 +47,25 @@ class Tracker:
         """A run begins."""
         self.run = next(self._runs)
         self._scheduler = scheduler
+        self.total = None
         self._begin()
 
     def on_step(self) -> None:
         """The scheduler consumed a model output."""
         self._stepped = True
 
-    def on_forward(self) -> None:
-        """A transformer forward begins. Where no scheduler is tracked, every forward is a run."""
+    @property
+    def running(self) -> bool:
+        """Whether a run has begun and not yet ended."""
+        over = self.total is not None and self.step + 1 >= self.total and self._stepped
+        return self._scheduler is not None and not over
+
+    def on_forward(self, announced: int | None = None) -> None:
+        """A transformer forward begins. Where no scheduler is tracked, every forward is a run.
+
+        Args:
+            announced: how many steps the pipeline says this run has, where it does.
+        """
         if self._scheduler is None:
             self.run = next(self._runs)
             self._begin()
@@ -65,7 +76,14 @@ class Tracker:
             # Only now, because image-to-image pipelines set the begin index after set_timesteps.
             begin = getattr(self._scheduler, "begin_index", None) or 0
             self.total = len(self._scheduler.timesteps) - begin
+            if announced is not None:  # some video-to-video pipelines cut their timesteps silently
+                self.total = min(self.total, announced)
             self.evaluations = getattr(self._scheduler, "order", 1)
+        if self.total is not None and self.step + 1 >= self.total:
+            # The run is over, so whoever calls has a scheduler that nobody follows.
+            self._scheduler = None
+            self.run = next(self._runs)
+            self._begin()
         self.step, self.branch, self._stepped = self.step + 1, 0, False
 
 
@@ -140,10 +158,14 @@ def _tracked_class(cls: Any) -> Any:
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    # A copy made during a run takes part in it; any other belongs to somebody else.
     cls: Any = type(self)
-    new = cls.__new__(cls)
+    tracker = self.__dict__.get(_KEY)
+    joins = tracker is not None and tracker.running
+    new = cls.__new__(cls if joins else cls._diffpatch_original)
     memo[id(self)] = new
-    new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+    items = {k: v for k, v in self.__dict__.items() if joins or k != _KEY}
+    new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in items.items()})
     return new
 
 

@@ -62,7 +62,15 @@ class Patch:
                 # Its set_timesteps may already have been called; if not, this run is empty.
                 if getattr(scheduler, "timesteps", None) is not None:
                     self.tracker.on_set_timesteps(scheduler)
+        for gone in self._schedulers:
+            if is_tracked(gone, self.tracker) and not any(gone is s for s in current):
+                untrack(gone)
         self._schedulers = current
+
+    def begin_forward(self) -> None:
+        """Note that a transformer forward begins, wherever its scheduler comes from."""
+        self.follow_schedulers()
+        self.tracker.on_forward(getattr(self._target(), "_num_timesteps", None))
 
     def unfollow_schedulers(self) -> None:
         """Give all schedulers their classes back."""
@@ -107,7 +115,8 @@ class Patch:
         """The method's pattern, from the cache where possible."""
         key = (grid, variant)
         if key not in self._patterns:
-            self._patterns[key] = self.method.pattern(grid, variant)
+            with torch.device("cpu"):  # whatever torch.set_default_device says
+                self._patterns[key] = self.method.pattern(grid, variant)
             if len(self._patterns) > _CACHED_PATTERNS:
                 self._patterns.popitem(last=False)
         self._patterns.move_to_end(key)
@@ -129,7 +138,8 @@ class PatchedTransformer:
                 f"no attention module of {type(model).__name__} matches {family.modules!r}:"
                 " this is not the model diffpatch knows under that name"
             )
-        self.originals = [module.processor for _, module in self.modules]
+        self.originals: list[Any] = []
+        self.active = False
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
         self._why = "the arguments of the forward do not tell the token grid"
@@ -149,19 +159,24 @@ class PatchedTransformer:
         """Swap the processors and start listening to forwards."""
         model = self._model()
         assert model is not None
+        self.originals = [rebind.unbound(module.processor) for _, module in self.modules]
         # All of them first: a processor that cannot be rebound must leave nothing half done.
         fresh = [rebind.rebind(p, self, i) for i, p in enumerate(self.originals)]
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
         self._hook = model.register_forward_pre_hook(_GridHook(self), with_kwargs=True)
         model._diffpatch = self
+        self.active = True
 
     def remove(self) -> None:
         """Put the original processors back; ones that somebody else has set since stay."""
+        self.active = False  # processors that somebody saved meanwhile act like the originals now
         for (_, module), original in zip(self.modules, self.originals, strict=True):
             if rebind.is_rebound(module.processor, self):
+                rebind.hand_back(module.processor, original)
                 module.processor = original
         self._hook.remove()
+        self.patch.reset()
         model = self._model()
         if model is not None:
             del model._diffpatch
@@ -170,8 +185,7 @@ class PatchedTransformer:
         """Read the grid off the arguments and count the forward. Traced under torch.compile."""
         if not torch.compiler.is_compiling():
             self._keep_processors()
-            self.patch.follow_schedulers()
-            self.patch.tracker.on_forward()
+            self.patch.begin_forward()
             self._counted = True
             self._seen.clear()
         named: Mapping[str, Any] = {
@@ -194,8 +208,8 @@ class PatchedTransformer:
                     " patching them again", self.name, path, type(module.processor).__name__,
                 )  # fmt: skip
                 self._warned = True
-            self.originals[i] = module.processor
-            module.processor = rebind.rebind(module.processor, self, i)
+            self.originals[i] = rebind.unbound(module.processor)
+            module.processor = rebind.rebind(self.originals[i], self, i)
 
     def _enter(self, layer: int) -> None:
         """Notice that a new forward begins.
@@ -206,7 +220,7 @@ class PatchedTransformer:
         again = layer in self._seen and (layer != self._last or len(self.modules) == 1)
         if again or not self._seen:
             if not self._counted:  # a compiled forward: the hook was traced, not run
-                self.patch.tracker.on_forward()
+                self.patch.begin_forward()
             self._counted = False
             self.patch.enter_run()
             self._seen.clear()
@@ -274,6 +288,8 @@ class PatchedTransformer:
             after = rest - before
         if min(before, after) < 0 or before + after != rest or min(shape[:3]) < 1:
             return None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
+        if frames == 1 and "image" not in self.patch.method.kinds:
+            return None, f"{self.patch.method.name} saves between frames and there is one"
         grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
         if pattern.kept >= DENSE_FROM:

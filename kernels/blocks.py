@@ -79,7 +79,8 @@ class BlockIndex:
         device. Two threads may both build; the first result stays.
         """
         if key not in self._derived:
-            self._derived.setdefault(key, build(self))
+            with torch.device("cpu"):  # whatever torch.set_default_device says
+                self._derived.setdefault(key, build(self))
         value: Value = self._derived[key]
         return value
 

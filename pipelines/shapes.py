@@ -168,6 +168,9 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         time=getattr(pipe, "vae_scale_factor_temporal", 0) or 1,
         patch=_patch(config, packed),
         cross_tokens=512 if hasattr(block, "attn2") else 0,
+        text_tokens=max(
+            (m.text_tokens for m in MODELS if m.family == family.transformer), default=0
+        ),
         text_before=family.text == "before",
         family=family.transformer,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffpatch
@@ -82,3 +83,14 @@ def test_inductor_runs_the_operator() -> None:
     expected = tiny.run()
     tiny.pipe.transformer.compile_repeated_blocks(fullgraph=True)
     assert torch.allclose(tiny.run(), expected, atol=1e-4)
+
+
+def test_a_compiled_transformer_follows_a_scheduler_set_later() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
+    tiny.pipe.transformer = torch.compile(tiny.pipe.transformer, backend="eager")
+    config = tiny.pipe.scheduler.config
+    tiny.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    tiny.run(num_inference_steps=4)
+    kept = diffpatch.report(tiny.pipe).kept_per_step
+    assert [k == 1.0 for k in kept] == [True, False, False, False]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import logging
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import diffpatch
 from diffpatch import BadParameter, NotPatched, TokenGrid, UnknownFamily, UnknownMethod, Window
@@ -298,3 +301,91 @@ def test_attention_is_the_same_operator_as_a_function() -> None:
     a, b, c = (t.transpose(1, 2) for t in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=mask)
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_transformer_shared_with_another_pipeline_keeps_no_state_of_it() -> None:
+    """The other pipeline has a scheduler that nobody follows: every forward is a run of its own."""
+    tiny = wan()
+    config = tiny.pipe.scheduler.config
+    other = Tiny(type(tiny.pipe)(**tiny.pipe.components), tiny.call)
+    other.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    other.pipe.set_progress_bar_config(disable=True)
+    diffpatch.patch(tiny.pipe, "window+temporal", window=(-1, 1, 2), refresh=99, dense_steps=0)
+    tiny.run(prompt="dog!")
+    first = other.run()
+    tiny.run(prompt="something else")
+    assert torch.equal(other.run(), first)
+
+
+def test_video_to_video_strength_counts_the_steps_that_are_taken() -> None:
+    tiny = wan()
+    parts = dict(tiny.pipe.components)
+    known = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    pipe = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in known})
+    pipe.set_progress_bar_config(disable=True)
+    video = [Image.new("RGB", (64, 32), (10 * i, 0, 0)) for i in range(9)]
+    call = {k: v for k, v in tiny.call.items() if k != "num_frames"}
+    with diffpatch.patched(pipe, LOCAL, dense_steps=0, dense_last_steps=1):
+        Tiny(pipe, call).run(video=video, num_inference_steps=8, strength=0.5)
+        report = diffpatch.report(pipe)
+    assert report.steps == 4
+    assert [k == 1.0 for k in report.kept_per_step] == [False, False, False, True]
+
+
+def test_processors_saved_under_a_patch_are_dense_after_it() -> None:
+    tiny = wan()
+    before = tiny.run()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    saved = dict(tiny.pipe.transformer.attn_processors)
+    diffpatch.unpatch(tiny.pipe)
+    tiny.pipe.transformer.set_attn_processor(dict(saved))
+    assert torch.equal(tiny.run(), before)
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    assert not torch.equal(tiny.run(), before)
+    diffpatch.unpatch(tiny.pipe)
+    assert torch.equal(tiny.run(), before)
+
+
+def test_nothing_keeps_an_unpatched_model_alive() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    tiny.run()
+    weight = weakref.ref(tiny.pipe.transformer.blocks[0].attn1.to_q.weight)
+    diffpatch.unpatch(tiny.pipe)
+    del tiny
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_patch_that_cannot_work_leaves_the_earlier_one() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    expected = tiny.run()
+    with pytest.raises(BadParameter):
+        diffpatch.patch(tiny.pipe, LOCAL, dense_layers=99)
+    assert torch.equal(tiny.run(), expected)
+
+
+def test_an_attention_backend_chosen_under_a_patch_stays() -> None:
+    tiny = wan(layers=1)
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    tiny.pipe.transformer.blocks[0].attn1.processor._attention_backend = "native"
+    diffpatch.unpatch(tiny.pipe)
+    assert tiny.pipe.transformer.blocks[0].attn1.processor._attention_backend == "native"
+
+
+def test_training_only_keys_and_values_gives_gradients() -> None:
+    model = wan_transformer(1, 2, 12).requires_grad_(False)
+    model.blocks[0].attn1.to_v.requires_grad_(True)
+    diffpatch.patch(model, LOCAL)
+    inputs = torch.randn(1, 16, 3, 4, 8), torch.tensor([500]), torch.randn(1, 7, 32)
+    model(*inputs, return_dict=False)[0].square().mean().backward()
+    assert model.blocks[0].attn1.to_v.weight.grad.abs().sum() > 0
+
+
+def test_one_frame_is_dense_where_a_method_saves_between_frames() -> None:
+    tiny = wan()
+    before = tiny.run(num_frames=1)
+    with diffpatch.patched(tiny.pipe, "radial", dense_steps=0, dense_layers=0):
+        assert torch.equal(tiny.run(num_frames=1), before)
+        assert "one" in next(iter(diffpatch.report(tiny.pipe).reasons))

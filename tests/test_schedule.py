@@ -39,6 +39,8 @@ def test_counts_and_fractions(schedule: Schedule, total: int, expected: list[int
 
 def test_counts_are_denoising_steps_for_two_stage_solvers() -> None:
     assert dense_steps(Schedule(dense_steps=2), 9, evaluations=2) == [0, 1, 2, 3]
+    assert dense_steps(Schedule(dense_last_steps=2), 9, evaluations=2) == [6, 7, 8]
+    assert dense_steps(Schedule(dense_steps=5), 9, evaluations=2) == list(range(9))
 
 
 def test_dense_layers_by_count_fraction_and_number() -> None:
@@ -117,5 +119,34 @@ def test_a_tracked_scheduler_looks_and_saves_like_the_original(tmp_path: Any) ->
 def test_deep_copies_made_during_a_run_report_to_the_same_tracker() -> None:
     scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
     track(scheduler, tracker)
+    scheduler.set_timesteps(2)
     loop(copy.deepcopy(scheduler), tracker, 2)
-    assert (tracker.run, tracker.step, tracker.branch) == (1, 1, 1)
+    assert (tracker.run, tracker.step, tracker.branch) == (2, 1, 1)
+
+
+def test_copies_made_between_runs_belong_to_somebody_else() -> None:
+    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    original = type(scheduler)
+    track(scheduler, tracker)
+    assert type(copy.deepcopy(scheduler)) is original
+    loop(scheduler, tracker, 2)
+    assert type(copy.deepcopy(scheduler)) is original
+
+
+def test_pipelines_that_cut_their_timesteps_silently_are_believed() -> None:
+    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    track(scheduler, tracker)
+    scheduler.set_timesteps(8)
+    tracker.on_forward(announced=4)
+    assert tracker.total == 4
+
+
+def test_forwards_after_the_end_of_a_run_are_runs_of_their_own() -> None:
+    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    track(scheduler, tracker)
+    loop(scheduler, tracker, 2)
+    runs = []
+    for _ in range(3):
+        tracker.on_forward()
+        runs.append((tracker.run, tracker.step, tracker.branch))
+    assert runs == [(2, 0, 0), (3, 0, 0), (4, 0, 0)]

@@ -17,11 +17,16 @@ PAIRED = 4  # tiles of an axis from which on neighbours share windows
 
 def triple(value: Size | Sequence[Size]) -> tuple[Size, Size, Size]:
     """One size for all axes, or one for each of (time, height, width)."""
-    if isinstance(value, int | float):
-        return value, value, value
-    if len(value) != 3:
+    sizes = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+    numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in sizes)
+    if len(sizes) != 3 or not numbers:
         raise BadParameter(f"{value!r} must be one number or three: (time, height, width)")
-    t, h, w = value
+    for size in sizes:
+        if not (size == -1 or (isinstance(size, int) and size >= 1) or 0 < size <= 1):
+            raise BadParameter(
+                f"size {size} must be a count ≥ 1, a fraction in (0, 1], or -1 for the whole axis"
+            )
+    t, h, w = sizes
     return t, h, w
 
 

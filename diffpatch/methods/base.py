@@ -81,6 +81,7 @@ class Method:
     summary: ClassVar[str]
     source: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ("video", "image")  # what it makes sense for
+    needs_steps: ClassVar[bool] = False  # whether it carries something from step to step
     # What patch() uses when the caller and the family say nothing: the policy of the source.
     default_dense_steps: ClassVar[int | float] = 0
     default_dense_layers: ClassVar[int | float] = 0
@@ -198,6 +199,7 @@ def make_method(method: str | Method, **params: Any) -> Method:
             raise UnknownMethod(f"unknown method {method!r}: {choices(method, _REGISTRY)}")
         cls = _REGISTRY[method]
     known = [f.name for f in dataclasses.fields(cls)]
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
     for name in params:
         if name not in known:
             raise BadParameter(f"{cls.name} has no parameter {name!r}: {choices(name, known)}")

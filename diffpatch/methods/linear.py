@@ -40,7 +40,7 @@ class Linear(Method):
 
     def __post_init__(self) -> None:
         self.check(0 < self.density <= 1, "density", "in (0, 1]")
-        self.check(self.pool >= 1, "pool", "at least 1")
+        self.check(isinstance(self.pool, int) and self.pool >= 1, "pool", "a count of at least 1")
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """The exact part; its `kept` counts the virtual tokens as keys."""

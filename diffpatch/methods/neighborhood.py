@@ -42,6 +42,8 @@ class Neighborhood(Method):
     causal: bool | tuple[bool, ...] = param(False, "see only earlier positions, per axis")
 
     def __post_init__(self) -> None:
+        axis.triple(self.window)
+        _ints(self.dilation, "dilation")
         self.check(
             self.stride == "auto" or not isinstance(self.stride, str), "stride", "'auto' or ints"
         )

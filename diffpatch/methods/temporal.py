@@ -31,6 +31,7 @@ class Temporal(Method):
     name = "temporal"
     summary = "a sparse method now, plus what it misses as of the last dense step"
     source = "tail cache; with frozen shares it is Re-ttention, arXiv 2505.22918"
+    needs_steps = True
     default_dense_steps = 0.15
 
     over: Method = param(Radial(), "the sparse method, as in 'radial+temporal'")
@@ -38,7 +39,8 @@ class Temporal(Method):
     budget_gib: float = param(8.0, "most memory for the stored tails of a run, in GiB")
 
     def __post_init__(self) -> None:
-        self.check(self.refresh >= 2, "refresh", "at least 2; 1 would be dense attention")
+        whole = isinstance(self.refresh, int) and self.refresh >= 2
+        self.check(whole, "refresh", "a count of at least 2; 1 would be dense attention")
         nested = isinstance(self.over, Temporal) or type(self.over).attend is not Method.attend
         if nested:
             raise BadParameter(
@@ -67,11 +69,12 @@ class Temporal(Method):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
         state, kept = call.state, call.pattern.kept
         near, near_lse, used = call.sparse(q, k, v)
-        due = "out" not in state or call.step - state["step"] >= self.refresh
+        fits = "out" in state and state["pattern"] is call.pattern and state["out"].shape == q.shape
+        due = not fits or call.step - state["step"] >= self.refresh
         if not due:
             out, _ = virtual_tokens.merge(near, near_lse, state["out"], state["lse"])
             return Attended(out, kept, used)
         far, far_lse, _ = call.sparse(q, k, v, call.pattern.rest())
-        state["out"], state["lse"], state["step"] = far, far_lse, call.step
+        state.update(out=far, lse=far_lse, step=call.step, pattern=call.pattern)
         full, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
         return Attended(full, 1.0, used)
