@@ -50,7 +50,13 @@ class Source:
     @property
     def is_video(self) -> bool:
         """Whether the pipeline makes videos rather than images."""
-        return "num_frames" in self.arguments
+        return bool({"num_frames", "video_length"} & set(self.arguments))
+
+    @property
+    def required(self) -> set[str]:
+        """The arguments of a pipeline call that have no default."""
+        parameters = inspect.signature(self.pipeline.__call__).parameters
+        return {name for name, p in parameters.items() if p.default is p.empty}
 
 
 def call_arguments(pipeline: Any) -> dict[str, Any]:

@@ -321,7 +321,7 @@ def test_video_to_video_strength_counts_the_steps_that_are_taken() -> None:
     tiny = wan()
     parts = dict(tiny.pipe.components)
     known = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-    pipe = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in known})
+    pipe: Any = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in known})
     pipe.set_progress_bar_config(disable=True)
     video = [Image.new("RGB", (64, 32), (10 * i, 0, 0)) for i in range(9)]
     call = {k: v for k, v in tiny.call.items() if k != "num_frames"}

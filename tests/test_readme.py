@@ -13,7 +13,7 @@ from diffpatch.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-QUICK = ("methods", "families")
+QUICK = ("methods", "families", "plan")
 COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python")
 
 
@@ -41,6 +41,13 @@ def test_the_readme_has_only_commands_that_are_checked_here() -> None:
     assert [words for words in commands() if words[0] not in COMMANDS] == []
 
 
+def test_the_readme_is_finished_and_its_files_are_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert not re.findall(r"^[A-Z_]{4,}$", text, flags=re.MULTILINE)
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands(
     words: list[str],
@@ -59,6 +66,8 @@ def test_commands(
             if option in ("--image", "--prompt-file"):
                 Path(value).touch()  # the parser only wants it to be there
         build_parser().parse_args(words[1:])
+        if words[1] == "render":
+            assert main([*words[1:], "--dry-run"]) == 0
         if words[1] in QUICK:
             assert main(words[1:]) == 0
             assert capsys.readouterr().out

@@ -117,7 +117,8 @@ def test_a_tracked_scheduler_looks_and_saves_like_the_original(tmp_path: Any) ->
 
 
 def test_deep_copies_made_during_a_run_report_to_the_same_tracker() -> None:
-    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    tracker = Tracker()
     track(scheduler, tracker)
     scheduler.set_timesteps(2)
     loop(copy.deepcopy(scheduler), tracker, 2)
@@ -125,7 +126,8 @@ def test_deep_copies_made_during_a_run_report_to_the_same_tracker() -> None:
 
 
 def test_copies_made_between_runs_belong_to_somebody_else() -> None:
-    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    tracker = Tracker()
     original = type(scheduler)
     track(scheduler, tracker)
     assert type(copy.deepcopy(scheduler)) is original
@@ -134,7 +136,8 @@ def test_copies_made_between_runs_belong_to_somebody_else() -> None:
 
 
 def test_pipelines_that_cut_their_timesteps_silently_are_believed() -> None:
-    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    tracker = Tracker()
     track(scheduler, tracker)
     scheduler.set_timesteps(8)
     tracker.on_forward(announced=4)
@@ -142,7 +145,8 @@ def test_pipelines_that_cut_their_timesteps_silently_are_believed() -> None:
 
 
 def test_forwards_after_the_end_of_a_run_are_runs_of_their_own() -> None:
-    scheduler, tracker = diffusers.FlowMatchEulerDiscreteScheduler(), Tracker()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    tracker = Tracker()
     track(scheduler, tracker)
     loop(scheduler, tracker, 2)
     runs = []

@@ -114,7 +114,7 @@ def _image(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """The image to start from, with a size in its proportions unless the user gave one."""
     known, name = source.arguments, source.pipeline.__name__
     if args.image is None:
-        if source.is_video and "image" in known and known["image"] is None:
+        if source.is_video and "image" in source.required:
             raise UsageError(f"{name} starts from an image; give --image FILE")
         return {}
     if source.is_video and "image" not in known:

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan or the comparison; returns the exit code."""
     if args.method is None and (args.draw or args.set):
         raise UsageError("--set and --draw are about one method: name it with --method")
+    if args.draw and not args.draw.absolute().parent.is_dir():
+        raise UsageError(f"{args.draw.parent} is no folder; choose another --draw")
     target = _target(args.model)
     if args.method is not None:
         made = _plan(args, target, args.method, method_parameters(args.method, args.set))
