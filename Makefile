@@ -6,8 +6,9 @@ PYTHON ?= python3
 # Without a GPU the release that this project is tested with. Where pip finds no build of it for the
 # CPU by itself, name PyTorch's own index in PIP_EXTRA_INDEX_URL and save gigabytes.
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
-MODEL ?= demo
+MODEL ?= demo-long
 METHOD ?= radial
+OPTIONS ?= --dense-steps 2 --dense-layers 0
 PROMPT ?= a large red circle moves left over a black background
 
 VENV := .venv
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \
-		--method $(METHOD) --compare dense -o out/ --overwrite
+		--method $(METHOD) $(OPTIONS) --compare dense -o out/ --overwrite
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
