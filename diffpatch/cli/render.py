@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   diffpatch render --prompt "a large red circle moves left over a black background" \\
       --method radial --compare dense -o out/
-  diffpatch render -m demo-long -p "a small blue star grows over a white background" \\
+  diffpatch render -m demo-long -p "a small blue ring grows over a gray background" \\
       --method neighborhood --set window=0.5 --dense-steps 0.25 -o out/
   diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --offload model -o out/
   diffpatch render -m ./my-wan-i2v --image start.png -p "the fox runs" --dtype bf16 -o out/
