@@ -11,7 +11,6 @@ import torch
 from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method
-from diffpatch.methods.temporal import Temporal
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import attention_modules, families, family_of
 from diffpatch.pipelines.shapes import ModelShape, shape_of, shape_of_pipeline
@@ -171,19 +170,11 @@ def plan(
         attention_speedup=1 / mean,
         step_speedup=1 / (1 - share + share * mean),
         partial_share=float((visits >= 0).float().mean()) if len(visits) else 0.0,
-        state_bytes=_state(chosen, shape, grid, len(bound.layers), branches),
+        state_bytes=chosen.state_size(grid.num_tokens, shape.heads, shape.head_dim)
+        * (shape.layers - len(bound.layers))
+        * branches,
         patterns=tuple(made.values()),
     )
-
-
-def _state(
-    method: Method, shape: ModelShape, grid: TokenGrid, dense_layers: int, branches: int
-) -> int:
-    """Bytes of a tail cache in a 16-bit model: outputs, and a 32-bit log-sum-exp each."""
-    if not isinstance(method, Temporal):
-        return 0
-    row = shape.heads * (2 * shape.head_dim + 4)
-    return grid.num_tokens * row * (shape.layers - dense_layers) * branches
 
 
 def _shape(target: Any) -> ModelShape:

@@ -318,8 +318,10 @@ def rebind(processor: Any, owner: Owner, layer: int) -> Any:
 
 def unbound(processor: Any) -> Any:
     """The processor itself, or what it was before another patch, now gone, rebound it."""
-    original = getattr(type(processor), "_diffpatch_original", None)
-    return processor if original is None else _reduce(processor)[0](*_reduce(processor)[1])
+    if not hasattr(type(processor), "_diffpatch_original"):
+        return processor
+    restore, arguments = _reduce(processor)
+    return restore(*arguments)
 
 
 def hand_back(processor: Any, original: Any) -> None:

@@ -46,6 +46,7 @@ class Patch:
         self.state: defaultdict[tuple[str, int, int, int], dict[str, Any]] = defaultdict(dict)
         self.transformers: list[PatchedTransformer] = []
         self._run = -1
+        self._bound: dict[int, BoundSchedule] = {}  # of this run, by number of layers
         self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
         self._target = weakref.ref(target)
         self._schedulers: list[Any] = []
@@ -83,6 +84,7 @@ class Patch:
         """Forget the last run when a new one has begun."""
         if self.tracker.run != self._run:
             self._run = self.tracker.run
+            self._bound.clear()
             self.reset()
 
     def reset(self) -> None:
@@ -108,8 +110,11 @@ class Patch:
 
     def bound(self, num_layers: int) -> BoundSchedule:
         """The schedule of the current run."""
-        tracker = self.tracker
-        return self.schedule.bind(tracker.total, num_layers, tracker.evaluations)
+        if num_layers not in self._bound:
+            tracker = self.tracker
+            bound = self.schedule.bind(tracker.total, num_layers, tracker.evaluations)
+            self._bound[num_layers] = bound
+        return self._bound[num_layers]
 
     def pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
         """The method's pattern, from the cache where possible."""

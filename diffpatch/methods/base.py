@@ -107,6 +107,10 @@ class Method:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
         return pattern.kept
 
+    def state_size(self, tokens: int, heads: int, head_dim: int) -> int:
+        """Bytes kept across steps for one layer and branch of a 16-bit model, batch 1."""
+        return 0
+
     def state_limit(self) -> float:
         """Bytes that the method may keep across the steps of a run, over all layers."""
         return float("inf")

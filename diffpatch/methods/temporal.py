@@ -63,6 +63,9 @@ class Temporal(Method):
     def kept(self, pattern: BlockPattern, age: int) -> float:
         return 1.0 if age % self.refresh == 0 else pattern.kept
 
+    def state_size(self, tokens: int, heads: int, head_dim: int) -> int:
+        return tokens * heads * (2 * head_dim + 4)  # outputs, and a 32-bit log-sum-exp each
+
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
 
