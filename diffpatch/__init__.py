@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from diffpatch.attention_error import AttentionErrors, attention_error
 from diffpatch.errors import (
     BadParameter,
     DiffpatchError,
@@ -36,6 +37,7 @@ from diffpatch.report import Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionErrors",
     "BadParameter",
     "BlockPattern",
     "DiffpatchError",
@@ -52,6 +54,7 @@ __all__ = [
     "UnknownMethod",
     "Window",
     "attention",
+    "attention_error",
     "families",
     "make_method",
     "methods",

@@ -105,7 +105,7 @@ def unpatch(target: Target) -> Target:
 
     Does nothing to a target that is not patched.
     """
-    for owner in _owners(target):
+    for owner in owners(target):
         owner.remove()
         owner.patch.unfollow_schedulers()
     return target
@@ -130,18 +130,17 @@ def report(target: Any) -> Report:
     Raises:
         NotPatched: the target carries no patch.
     """
-    owners = _owners(target)
-    if not owners:
+    found = owners(target)
+    if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
-    layers = sum(len(o.modules) for o in owners)
-    return Report.of(
-        str(owners[0].patch.method), layers, owners[0].patch.record, owners[0].patch.state_bytes()
-    )
+    layers = sum(len(o.modules) for o in found)
+    shared = found[0].patch
+    return Report.of(str(shared.method), layers, shared.record, shared.state_bytes())
 
 
 def reset(target: Any) -> None:
     """Forget all state and counts of the last run."""
-    for owner in _owners(target):
+    for owner in owners(target):
         owner.patch.reset()
 
 
@@ -155,10 +154,11 @@ def _components(target: Any) -> dict[str, Any]:
     return dict(getattr(target, "components", {}))
 
 
-def _owners(target: Any) -> list[PatchedTransformer]:
+def owners(target: Any) -> list[PatchedTransformer]:
+    """The patched transformers of a target; they share one `Patch`."""
     models = [_unwrap(m) for m in _components(target).values()]
-    owners = [getattr(m, "_diffpatch", None) for m in models if isinstance(m, torch.nn.Module)]
-    return [o for o in owners if o is not None]
+    found = [getattr(m, "_diffpatch", None) for m in models if isinstance(m, torch.nn.Module)]
+    return [owner for owner in found if owner is not None]
 
 
 def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any, FamilyInfo]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from diffpatch.schedule import BoundSchedule, Schedule
 from diffpatch.tracker import Tracker, is_scheduler, is_tracked, track, untrack
 
 logger = logging.getLogger(__name__)
+
+# What watches sparse calls: gets (transformer, layer, step, branch), the output (B, S, H, D), and a
+# function that computes the dense one.
+Observer = Callable[[tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None]
 
 _NO_GRID: Grid = (0, 0, 0, 0, 0)
 DENSE_FROM = 1.0  # patterns that keep this much run dense: skipping nothing only costs
@@ -45,6 +50,7 @@ class Patch:
         # What the method keeps, by (transformer, layer, guidance branch, sample).
         self.state: defaultdict[tuple[str, int, int, int], dict[str, Any]] = defaultdict(dict)
         self.transformers: list[PatchedTransformer] = []
+        self.observers: list[Observer] = []
         self._run = -1
         self._bound: dict[int, BoundSchedule] = {}  # of this run, by number of layers
         self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
@@ -254,9 +260,9 @@ class PatchedTransformer:
             reason = seen.reason or reason
         if reason is not None:
             self._record_dense(q, reason, layer)
-            processor = self.modules[layer][1].processor
-            return rebind.dense(processor, q, k, v, mask, scale)
+            return self._dense(layer, q, k, v, mask, scale)
         assert pattern is not None
+        dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         size = v.shape[-1]
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
@@ -265,7 +271,14 @@ class PatchedTransformer:
         done = patch.method.attend(q, k, v, call)
         patch.check_state()
         patch.record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
-        return done.out[..., :size]
+        out = done.out[..., :size]
+        for observe in patch.observers:
+            observe((self.name, layer, step, patch.tracker.branch), out, dense)
+        return out
+
+    def _dense(self, layer: int, *call: Any) -> torch.Tensor:
+        """What the unpatched processor computes from (q, k, v, mask, scale)."""
+        return rebind.dense(self.modules[layer][1].processor, *call)
 
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
         """Count a call that diffusers answered itself. See `rebind.Owner`."""
