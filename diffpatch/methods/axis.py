@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -56,6 +57,20 @@ def resolve(size: Size, length: int, what: str) -> int:
             " use -1 for the whole axis or a fraction such as 0.5"
         )
     return size
+
+
+def part(share: float) -> Size:
+    """The fraction to cut an axis by, so that a position sees that share of it on average.
+
+    Cut by a fraction f into n whole windows and a smaller one, an axis keeps n·f² + (1 − n·f)².
+
+    >>> part(0.5), part(1.0)
+    (0.5, -1)
+    """
+    n = math.ceil(1 / share - 1e-9) - 1
+    if n == 0:
+        return -1
+    return (n + math.sqrt(max(n * (share * (n + 1) - 1), 0.0))) / (n * (n + 1))
 
 
 def neighborhood(

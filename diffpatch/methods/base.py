@@ -85,6 +85,8 @@ class Method:
     # What patch() uses when the caller and the family say nothing: the policy of the source.
     default_dense_steps: ClassVar[int | float] = 0
     default_dense_layers: ClassVar[int | float] = 0
+    # What says how much is kept; a quality level leaves a method alone where one of them is given.
+    size_parameters: ClassVar[tuple[str, ...]] = ("density",)
 
     def variant(self, layer: int, step: int) -> Hashable:
         """What the pattern depends on besides the grid; equal variants share one pattern."""
@@ -114,6 +116,25 @@ class Method:
     def state_limit(self) -> float:
         """Bytes that the method may keep across the steps of a run, over all layers."""
         return float("inf")
+
+    def sized(self, amount: float, kind: str = "video") -> Method:
+        """This method set to keep about `amount` of the pairs of a sparse call, in (0, 1].
+
+        The only parameters it changes are those in `size_parameters`. Without a grid it can only be
+        near: `fit_budget` meets a budget on a grid. Methods whose knob is not called ``density``
+        override this.
+
+        Args:
+            amount: fraction of the pairs.
+            kind: "video" or "image"; images have nothing to save along time.
+
+        Raises:
+            BadParameter: the method has nothing that sets how much it keeps.
+        """
+        if "density" not in {f.name for f in dataclasses.fields(self)}:
+            raise BadParameter(f"{self.name} has no parameter that sets how much it keeps")
+        changes: dict[str, Any] = {"density": amount}
+        return dataclasses.replace(self, **changes)
 
     def check(self, condition: bool, parameter: str, expected: str) -> None:
         """Raise BadParameter naming the parameter, its value and what was expected."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
@@ -33,6 +33,7 @@ class Neighborhood(Method):
     summary = "every token sees a window around it, shifted inwards at the edges"
     source = "GNA, arXiv 2504.16922; NATTEN; sliding tiles: STA, arXiv 2502.04507"
     default_dense_steps = 0.25
+    size_parameters = ("window",)
 
     window: axis.Size | tuple[axis.Size, ...] = param(
         0.6, "keys along each axis: int, fraction, or -1 for all"
@@ -47,6 +48,11 @@ class Neighborhood(Method):
         self.check(
             self.stride == "auto" or not isinstance(self.stride, str), "stride", "'auto' or ints"
         )
+
+    def sized(self, amount: float, kind: str = "video") -> Neighborhood:
+        if kind == "image":
+            return replace(self, window=(-1, amount ** (1 / 2), amount ** (1 / 2)))
+        return replace(self, window=amount ** (1 / 3))
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         names = ("time", "height", "width")

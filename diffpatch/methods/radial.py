@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
@@ -23,6 +23,10 @@ class Radial(Method):
     rounded to 128-token blocks. ``rule="tiles"`` spends the same budget on two-dimensional windows
     of whole tiles, shifted inwards at the edges of the frame, where raster bands are cut in half
     and leave visible glitches.
+
+    `density` sets the budget itself: the windows keep the proportions that `decay` gives them and
+    all grow or shrink until they cover that share of the pairs. Below what the near frames and the
+    first one cost whole, those shrink as well.
     """
 
     name = "radial"
@@ -31,14 +35,24 @@ class Radial(Method):
     kinds = ("video",)
     default_dense_steps = 0.25
     default_dense_layers = 1
+    size_parameters = ("density", "decay")
 
     decay: float = param(0.5, "width of the windows; the published presets are 0.2 to 1")
     rule: str = param("tiles", "'tiles' (2-D windows on tiles) or 'published' (raster bands)")
     sink: bool = param(True, "every token sees the whole first frame")
+    density: float | None = param(None, "share of the pairs to keep (rule 'tiles'), or None")
 
     def __post_init__(self) -> None:
         self.check(self.decay > 0, "decay", "positive")
         self.check(self.rule in ("tiles", "published"), "rule", "'tiles' or 'published'")
+        if self.density is not None:
+            self.check(0 < self.density <= 1, "density", "in (0, 1], or None")
+            self.check(self.rule == "tiles", "density", "None with rule='published'; set decay")
+
+    def sized(self, amount: float, kind: str = "video") -> Radial:
+        if self.rule == "published":  # its only knob; the published presets are 0.2 to 1
+            return replace(self, decay=min(amount, 0.99) / (1 - min(amount, 0.99)))
+        return replace(self, density=amount)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         if grid.num_frames < 2:
@@ -49,5 +63,5 @@ class Radial(Method):
         if self.rule == "published":
             keep = radial_rules.published(grid, self.decay, self.sink)
             return from_tiles(grid, raster(grid), keep)
-        tiling, keep = radial_rules.tiles(grid, self.decay, self.sink)
+        tiling, keep = radial_rules.tiles(grid, self.decay, self.sink, self.density)
         return from_tiles(grid, tiling, keep)

@@ -94,12 +94,15 @@ def _columns(
     return count.clamp(min=0) * ((c <= b - a + 1) & (c <= 2 * w + 1))
 
 
-def tiles(grid: TokenGrid, decay: float, sink: bool) -> tuple[Tiling, torch.Tensor]:
-    """The published budget spent on 2-D windows of whole tiles, shifted inwards at the edges.
+def tiles(
+    grid: TokenGrid, decay: float, sink: bool, density: float | None = None
+) -> tuple[Tiling, torch.Tensor]:
+    """A budget spent on 2-D windows of whole tiles, shifted inwards at the edges.
 
     Queries share windows in groups of up to 2×2 tiles of a slab of frames. For slabs d frames apart
     the window covers the fraction of the frame that the published band covers at d, times one
-    factor, found by bisection, that makes the kept total meet the published one.
+    factor, found by bisection, that makes the kept total meet the budget: the share `density` of
+    the visual pairs, or where that is None what the published bands keep.
 
     Returns:
         The tiling and bool (V, V) over its visual tiles.
@@ -114,19 +117,28 @@ def tiles(grid: TokenGrid, decay: float, sink: bool) -> tuple[Tiling, torch.Tens
     slabs, rows, columns = tiling.counts
     centre = torch.tensor(time).double().unfold(0, 2, 1).mean(-1)
     distance = (centre[:, None] - centre).abs().floor().long()
-    share = torch.tensor([_band(d, s, decay, floor) for d in range(grid.num_frames)])[distance]
+    share = torch.tensor([_band(d, s, decay, floor) for d in range(grid.num_frames)]).double()
+    share = share[distance]
     if sink:
         share[:, 0] = 1.0
-    target = budget(grid, decay, sink, floor)
-    low, high = 0.02, 8.0
+    target = budget(grid, decay, sink, floor) if density is None else density
+    low, high = 0.02, 64.0
     # Windows that pairs of tiles share run faster, if the budget does not want smaller ones.
     windows = _Windows(tiling, smallest=2)
-    if windows.kept(share, low) > target:
+    if windows.kept(windows.choose(share, low)) > target:
         windows = _Windows(tiling, smallest=1)
+    if density is not None and windows.kept(windows.choose(share, low)) > target:
+        share = share.clamp(max=0.999)  # not whole any more: near frames shrink with the others
     for _ in range(24):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if windows.kept(share, middle) < target else (low, middle)
-    keep = windows.keep(share, low)
+        over = windows.kept(windows.choose(share, middle)) >= target
+        low, high = (low, middle) if over else (middle, high)
+    chosen, larger = windows.choose(share, low), windows.choose(share, high)
+    # Many slabs grow at one factor; a density that was asked for is met by growing some of them.
+    for d in range(grid.num_frames if density is not None else 0):
+        trial = torch.where(distance == d, larger, chosen)
+        chosen = trial if windows.kept(trial) <= target else chosen
+    keep = windows.keep(chosen)
     return tiling, keep.reshape(slabs * rows * columns, -1)
 
 
@@ -173,17 +185,15 @@ class _Windows:
         nearest[share == 0] = -1
         return nearest
 
-    def kept(self, share: torch.Tensor, factor: float) -> float:
+    def kept(self, chosen: torch.Tensor) -> float:
         """Kept fraction of all visual pairs."""
-        chosen = self.choose(share, factor)
         area = torch.where(chosen >= 0, self.area[chosen], 0.0)
         weight = self.time_size[:, None] * self.time_size
         return float((area * weight).sum() / weight.sum())
 
-    def keep(self, share: torch.Tensor, factor: float) -> torch.Tensor:
+    def keep(self, chosen: torch.Tensor) -> torch.Tensor:
         """bool (slabs, rows, columns, slabs, rows, columns)."""
-        chosen = self.choose(share, factor)
-        slabs = share.shape[0]
+        slabs = chosen.shape[0]
         plane = torch.stack(
             [
                 self.row_keep[r][:, None, :, None] & self.column_keep[c][None, :, None, :]

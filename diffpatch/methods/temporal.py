@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,14 @@ class Temporal(Method):
     def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
         """What the wrapped method makes sense for."""
         return self.over.kinds
+
+    @property
+    def size_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What sets how much the wrapped method keeps."""
+        return self.over.size_parameters
+
+    def sized(self, amount: float, kind: str = "video") -> Temporal:
+        return replace(self, over=self.over.sized(amount, kind))
 
     def variant(self, layer: int, step: int) -> Hashable:
         # A pattern that moved with the step would not fit the tail it is merged with.

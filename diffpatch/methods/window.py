@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
@@ -28,6 +28,7 @@ class Window(Method):
     summary = "the grid is cut into windows, shifted by half on every other layer or step"
     source = "Swin, arXiv 2103.14030; HiDiffusion, arXiv 2311.17528"
     default_dense_steps = 0.25
+    size_parameters = ("window",)
 
     window: axis.Size | tuple[axis.Size, ...] = param(
         (-1, 0.5, 0.5), "size of a window along each axis: int, fraction, or -1 for all"
@@ -37,6 +38,14 @@ class Window(Method):
     def __post_init__(self) -> None:
         self.check(self.shift in ("layer", "step", "none"), "shift", "'layer', 'step' or 'none'")
         axis.triple(self.window)
+
+    def sized(self, amount: float, kind: str = "video") -> Window:
+        # A video is cut along its width first, then also its height, then also time.
+        cut = [max(amount, 0.5), min(max(2 * amount, 0.5), 1.0), min(4 * amount, 1.0)]
+        width, height, time = cut if kind == "video" else [amount**0.5] * 2 + [1.0]
+        if time < 0.5:
+            width = height = time = amount ** (1 / 3)
+        return replace(self, window=tuple(axis.part(share) for share in (time, height, width)))
 
     def variant(self, layer: int, step: int) -> bool:
         """Whether the partition is shifted."""
