@@ -1,4 +1,4 @@
-"""How close one clip is to another: PSNR, SSIM, relative L1. Frames are (F, C, H, W) in [0, 1].
+"""How close one clip is to another: PSNR, SSIM, MS-SSIM, relative L1. Frames are (F, C, H, W).
 
 Papers differ in how they average, and the numbers differ by decibels, so the rule here is fixed: a
 score is computed for every frame, and the mean over the frames is reported. Score frames in memory,
@@ -17,6 +17,14 @@ PSNR_CAP = 100.0
 
 WINDOW, SIGMA = 11, 1.5
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of the five scales of MS-SSIM, from Wang et al. 2003."""
+
+MS_SSIM_SIDE = (WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1
+"""The shortest side that leaves a whole window at the coarsest scale: 161 pixels."""
+
+_BORDER = WINDOW // 2
+_TOLERANCE = 1e-3  # how far from [0, 1] rounding may take a decoder that clamps
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> Score:
         frames: (F, C, H, W) floats in [0, 1].
         reference: The frames to compare with, of the same shape.
     """
-    _check_pair(frames, reference)
+    check_pair(frames, reference)
     error = (frames.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return Score.of((-10 * error.log10()).clamp(max=PSNR_CAP))
 
@@ -55,10 +63,30 @@ def ssim(frames: torch.Tensor, reference: torch.Tensor) -> Score:
         frames: (F, C, H, W) floats in [0, 1], at least 6 pixels wide and high.
         reference: The frames to compare with, of the same shape.
     """
-    _check_pair(frames, reference)
-    if min(frames.shape[-2:]) <= WINDOW // 2:
+    check_pair(frames, reference)
+    if min(frames.shape[-2:]) <= _BORDER:
         raise ValueError(f"SSIM needs frames of at least 6×6 pixels, got {tuple(frames.shape)}")
-    return Score.of(torch.cat([_ssim(*pair) for pair in zip(frames, reference, strict=True)]))
+    pairs = zip(frames, reference, strict=True)
+    return Score.of(torch.stack([_similarity(*pair)[0].mean() for pair in pairs]))
+
+
+def ms_ssim(frames: torch.Tensor, reference: torch.Tensor) -> Score:
+    """Multi-scale SSIM (Wang et al. 2003): contrast at five scales, SSIM at the coarsest.
+
+    Each scale halves the frames by averaging 2×2 pixels. A negative mean similarity counts as 0,
+    as its power would be no real number.
+
+    Args:
+        frames: (F, C, H, W) floats in [0, 1], at least 161 pixels wide and high.
+        reference: The frames to compare with, of the same shape.
+    """
+    check_pair(frames, reference)
+    if min(frames.shape[-2:]) < MS_SSIM_SIDE:
+        raise ValueError(
+            f"MS-SSIM needs frames of at least {MS_SSIM_SIDE}×{MS_SSIM_SIDE} pixels, "
+            f"got {tuple(frames.shape)}"
+        )
+    return Score.of(torch.stack([_scales(*p) for p in zip(frames, reference, strict=True)]))
 
 
 def relative_l1(values: torch.Tensor, reference: torch.Tensor) -> float:
@@ -72,35 +100,62 @@ def relative_l1(values: torch.Tensor, reference: torch.Tensor) -> float:
     return difference / scale if scale else float("inf")
 
 
-def _ssim(frame: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """SSIM of one frame (C, H, W) as a tensor of one element."""
+def check_frames(frames: torch.Tensor) -> None:
+    """Refuse what is no clip (F, C, H, W) of floats in [0, 1]; bf16 and fp16 are fine.
+
+    Raises:
+        ValueError: integers, another number of axes, no frames, or values outside the range.
+    """
+    if frames.ndim != 4 or not frames.is_floating_point() or not frames.numel():
+        raise ValueError(
+            "frames must be floats (F, C, H, W) in [0, 1], "
+            f"got {tuple(frames.shape)} of {frames.dtype}; divide uint8 by 255"
+        )
+    low, high = (float(end) for end in torch.aminmax(frames))
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is not inside either
+        raise ValueError(f"frames must lie in [0, 1], got values from {low:.3g} to {high:.3g}")
+
+
+def check_pair(frames: torch.Tensor, reference: torch.Tensor) -> None:
+    """Refuse clips that cannot be compared; see :func:`check_frames`."""
+    if frames.shape != reference.shape:
+        raise ValueError(f"shapes differ: {tuple(frames.shape)} and {tuple(reference.shape)}")
+    check_frames(frames)
+    check_frames(reference)
+
+
+def _scales(frame: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """MS-SSIM of one frame (C, H, W)."""
+    product = torch.ones((), device=frame.device)
+    a, b = frame.float(), reference.float()
+    for scale, exponent in enumerate(SCALES):
+        whole, contrast = _similarity(a, b)
+        inside = contrast[:, _BORDER:-_BORDER, _BORDER:-_BORDER]  # as torchmetrics: no reflections
+        value = whole.mean() if scale == len(SCALES) - 1 else inside.mean()
+        product = product * value.clamp(min=0) ** exponent
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product
+
+
+def _similarity(frame: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """SSIM of one frame (C, H, W) at every pixel, and its contrast and structure part alone."""
     a, b = frame.float(), reference.float()
     moments = torch.stack([a, b, a * a, b * b, a * b])
     mean_a, mean_b, square_a, square_b, product = _blur(moments)
     variance = (square_a - mean_a**2).clamp(min=0) + (square_b - mean_b**2).clamp(min=0)
     covariance = product - mean_a * mean_b
-    above = (2 * mean_a * mean_b + LUMINANCE) * (2 * covariance + CONTRAST)
-    below = (mean_a**2 + mean_b**2 + LUMINANCE) * (variance + CONTRAST)
-    return (above / below).mean().reshape(1)
+    contrast = (2 * covariance + CONTRAST) / (variance + CONTRAST)
+    light = (2 * mean_a * mean_b + LUMINANCE) / (mean_a**2 + mean_b**2 + LUMINANCE)
+    return light * contrast, contrast
 
 
 def _blur(images: torch.Tensor) -> torch.Tensor:
     """The Gaussian window over (N, C, H, W), one axis after the other."""
-    offsets = torch.arange(WINDOW, device=images.device) - WINDOW // 2
+    offsets = torch.arange(WINDOW, device=images.device) - _BORDER
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     weights = weights / weights.sum()
     planes = images.flatten(0, 1).unsqueeze(1)  # (N * C, 1, H, W)
-    planes = F.pad(planes, (WINDOW // 2,) * 4, mode="reflect")
+    planes = F.pad(planes, (_BORDER,) * 4, mode="reflect")
     planes = F.conv2d(planes, weights.view(1, 1, WINDOW, 1))
     planes = F.conv2d(planes, weights.view(1, 1, 1, WINDOW))
     return planes.view(images.shape)
-
-
-def _check_pair(frames: torch.Tensor, reference: torch.Tensor) -> None:
-    if frames.shape != reference.shape:
-        raise ValueError(f"shapes differ: {tuple(frames.shape)} and {tuple(reference.shape)}")
-    if frames.ndim != 4 or not (frames.is_floating_point() and reference.is_floating_point()):
-        raise ValueError(
-            "frames must be floats (F, C, H, W) in [0, 1], "
-            f"got {tuple(frames.shape)} of {frames.dtype} and {reference.dtype}"
-        )
