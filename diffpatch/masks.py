@@ -24,6 +24,11 @@ class ModelMask:
     bias: torch.Tensor | None = None
     reason: str | None = None
 
+    def at(self, places: torch.Tensor) -> ModelMask:
+        """The same about the tokens in another order, int64 (S,)."""
+        keys, bias = (None if x is None else x[:, places] for x in (self.keys, self.bias))
+        return ModelMask(keys, bias, self.reason)
+
 
 def read_mask(q: torch.Tensor, mask: torch.Tensor | None, square: bool) -> ModelMask:
     """Take a mask apart.

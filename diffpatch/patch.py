@@ -70,8 +70,10 @@ def patch(
             patched, with the reason.
     """
     # Imports diffusers, which takes seconds, so only here.
+    from diffpatch import internals
     from diffpatch.transformer import Patch, PatchedTransformer
 
+    internals.check()
     found = _transformers(target, _custom_family(grid, modules))
     chosen, schedule = settle(
         method,
@@ -195,4 +197,4 @@ def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
         value = grid if isinstance(grid, TokenGrid) else grid(**args)
         return (*value.shape, value.text_before, value.text_after)
 
-    return FamilyInfo("custom", "custom", "video", modules, read)
+    return FamilyInfo("custom", "custom", "video", modules, read, text="unknown")

@@ -8,9 +8,9 @@ squared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from diffpatch.tiles import Tiling
 if TYPE_CHECKING:
     from PIL import Image
 
+Value = TypeVar("Value")
 
 _UNSEEN = -2  # in tables of mask ids, beside -1 for a full tile
 
@@ -41,19 +42,20 @@ class BlockPattern:
     kept: float
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What follows from this pattern and a key, made once and kept as long as the pattern."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: Value = self._cache[key]
+        return value
+
     def on(self, device: torch.device) -> BlockIndex:
         """The blocks on a device, copied there once."""
-        if device not in self._cache:
-            self._cache[device] = self.blocks.to(device)
-        blocks: BlockIndex = self._cache[device]
-        return blocks
+        return self.once(device, lambda: self.blocks.to(device))
 
     def rest(self) -> BlockPattern:
         """What the pattern leaves out, made once (see `complement`)."""
-        if "rest" not in self._cache:
-            self._cache["rest"] = complement(self)
-        rest: BlockPattern = self._cache["rest"]
-        return rest
+        return self.once("rest", lambda: complement(self))
 
     def dense(self) -> torch.Tensor:
         """bool (P, S, S): the pattern as a dense mask in sequence order. For tests and small S."""

@@ -1,8 +1,7 @@
 """The processor swap: diffusers' own processor code, with only its call to attention rebound.
 
-Everything that touches the insides of diffusers' attention is in this file: the name
-``dispatch_attention_fn`` (and ``F.scaled_dot_product_attention`` in older processors) that
-processor code looks up in its module, and the ``processor`` attribute of attention modules.
+The name of that call, ``dispatch_attention_fn`` (``F.scaled_dot_product_attention`` in older
+processors), is looked up by processor code as a global of its module.
 
 A rebound processor is a subclass of the original whose ``__call__`` runs the original's code object
 over a copy of its module in which those two names are ours. The copy is a real, registered module,
@@ -25,13 +24,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_dispatch
 
+from diffpatch import parallel
 from diffpatch.errors import DiffpatchError
+from diffpatch.internals import DISPATCH, PROCESSOR_BACKEND, SDPA, dispatcher
 from diffpatch.pipelines.grids import Grid
-
-_DISPATCH = "dispatch_attention_fn"
-_SDPA = "scaled_dot_product_attention"
 
 
 class Owner(Protocol):
@@ -50,8 +47,9 @@ class Owner(Protocol):
         scale: float | None,
         grid: Grid,
         layer: int,
+        ranks: int,
     ) -> torch.Tensor:
-        """Attention of one layer; all tensors (B, S, H, D)."""
+        """Attention of one layer; all tensors (B, S, H, D), joined from that many processes."""
         ...
 
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
@@ -84,11 +82,12 @@ def _attend(
     width: int,
     before: int,
     after: int,
+    ranks: int,
     handle: int,
 ) -> torch.Tensor:
     owner = _OWNERS[handle]
     grid = (num_frames, height, width, before, after)
-    return owner.attend(q, k, v, mask, scale, grid, int(layer)).contiguous()
+    return owner.attend(q, k, v, mask, scale, grid, int(layer), ranks).contiguous()
 
 
 @_attend.register_fake
@@ -104,6 +103,7 @@ def _(
     width: int,
     before: int,
     after: int,
+    ranks: int,
     handle: int,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -137,6 +137,7 @@ def _route(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
+    ranks: int = 1,
 ) -> torch.Tensor:
     """Send one self-attention call (B, S, H, D) to the owner of the running processor."""
     slot = _here()
@@ -145,8 +146,8 @@ def _route(
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and needs_grad:
         # Eager training: outside the operator autograd sees through the torch backend.
-        return owner.attend(q, k, v, mask, scale, owner.grid, int(layer))
-    return _attend(q, k, v, mask, layer, scale, *owner.grid, owner.handle)
+        return owner.attend(q, k, v, mask, scale, owner.grid, int(layer), ranks)
+    return _attend(q, k, v, mask, layer, scale, *owner.grid, ranks, owner.handle)
 
 
 def _dispatch_attention_fn(
@@ -164,11 +165,6 @@ def _dispatch_attention_fn(
     **kwargs: Any,  # parallel_config, from diffusers 0.36 on
 ) -> torch.Tensor:
     """Stands in for diffusers' dispatcher in rebound processors; (B, S, H, D)."""
-    if kwargs.get("parallel_config") is not None:
-        raise DiffpatchError(
-            "context parallelism is on, which diffpatch does not support yet:"
-            " unpatch(pipe) first, or disable it"
-        )
     other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
     if not other and not isinstance(attn_mask, torch.Tensor | None):
         other = True
@@ -176,10 +172,12 @@ def _dispatch_attention_fn(
             slot, what = _here(), type(attn_mask).__name__
             slot.owner.passed_by(query, f"the model's own {what}", int(slot.layer))
     if other:
-        return attention_dispatch.dispatch_attention_fn(
+        return dispatcher()(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             attention_kwargs, backend=backend, **kwargs,
         )  # fmt: skip
+    if (config := kwargs.get("parallel_config")) is not None:
+        return parallel.spread(query, key, value, attn_mask, scale, config, _route)
     return _route(query, key, value, attn_mask, scale)
 
 
@@ -215,13 +213,13 @@ def _replacements(original: types.ModuleType, name: str) -> dict[str, Any]:
     """Ours for every global of a processor's module that stands for attention, however named."""
     functional = types.ModuleType(name + "._F")
     functional.__dict__.update({k: v for k, v in F.__dict__.items() if not k.startswith("__")})
-    functional.__dict__[_SDPA] = _scaled_dot_product_attention
+    functional.__dict__[SDPA] = _scaled_dot_product_attention
     sys.modules[functional.__name__] = functional
     found: dict[str, Any] = {}
     for key, value in original.__dict__.items():
         if value is F:
             found[key] = functional
-        elif value is attention_dispatch.dispatch_attention_fn:
+        elif value is dispatcher():
             found[key] = _dispatch_attention_fn
         elif value is F.scaled_dot_product_attention:
             found[key] = _scaled_dot_product_attention
@@ -232,7 +230,7 @@ def _calls_one(code: types.CodeType, replaced: dict[str, Any]) -> bool:
     """Whether the code uses one of the replacements and, of functional modules, attention."""
     steps = [step for inner in _codes(code) for step in dis.get_instructions(inner)]
     used = [replaced[s.argval] for s in steps if s.opname == "LOAD_GLOBAL" and s.argval in replaced]
-    asks = any(step.argval == _SDPA for step in steps)
+    asks = any(step.argval == SDPA for step in steps)
     return any(asks or not isinstance(value, types.ModuleType) for value in used)
 
 
@@ -260,7 +258,7 @@ def _rebound_class(cls: Any) -> Any:
     globals_ = _rebound_globals(original)
     if globals_ is None:
         raise DiffpatchError(
-            f"{cls.__name__}.__call__ calls neither {_DISPATCH} nor F.{_SDPA} by a global of its"
+            f"{cls.__name__}.__call__ calls neither {DISPATCH} nor F.{SDPA} by a global of its"
             " module: diffpatch does not know how it computes its attention"
         )
     call = _rebind_function(original, globals_)
@@ -350,10 +348,10 @@ def dense(
     original = inspect.unwrap(type(processor)._diffpatch_original.__call__)
     gqa = q.shape[2] != k.shape[2]
     known = sys.modules[original.__module__].__dict__.values()
-    if any(value is attention_dispatch.dispatch_attention_fn for value in known):
-        return attention_dispatch.dispatch_attention_fn(
+    if any(value is dispatcher() for value in known):
+        return dispatcher()(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa,
-            backend=getattr(processor, "_attention_backend", None),
+            backend=getattr(processor, PROCESSOR_BACKEND, None),
         )  # fmt: skip
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffpatch import masks, rebind
+from diffpatch import masks, parallel, rebind
 from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
@@ -199,6 +199,7 @@ class PatchedTransformer:
             self.patch.begin_forward()
             self._counted = True
             self._seen.clear()
+        parallel.check(model, [module.processor for _, module in self.modules])
         named: Mapping[str, Any] = {
             **dict(zip(self._arguments, args, strict=False)), **kwargs
         }  # fmt: skip
@@ -248,6 +249,7 @@ class PatchedTransformer:
         scale: float | None,
         grid: Grid,
         layer: int,
+        ranks: int = 1,
     ) -> torch.Tensor:
         """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
         self._enter(layer)
@@ -256,7 +258,7 @@ class PatchedTransformer:
         reason = patch.bound(len(self.modules)).reason(step, layer)
         if reason is None:
             seen = masks.read_mask(q, mask, self.family.square_masks)
-            pattern, reason = self._pattern(q, mask, grid, layer, step)
+            pattern, reason = self._pattern(q, mask, grid, layer, step, ranks)
             reason = seen.reason or reason
         if reason is not None:
             self._record_dense(q, reason, layer)
@@ -264,6 +266,9 @@ class PatchedTransformer:
         assert pattern is not None
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         size = v.shape[-1]
+        places = parallel.order(pattern, self.family.text, ranks, q.device)
+        if places is not None:
+            q, k, v, seen = q[:, places[0]], k[:, places[0]], v[:, places[0]], seen.at(places[0])
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         state = patch.state[self.name, layer, patch.tracker.branch, self._sample]
@@ -272,6 +277,7 @@ class PatchedTransformer:
         patch.check_state()
         patch.record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
         out = done.out[..., :size]
+        out = out if places is None else out[:, places[1]]
         for observe in patch.observers:
             observe((self.name, layer, step, patch.tracker.branch), out, dense)
         return out
@@ -291,7 +297,13 @@ class PatchedTransformer:
         self.patch.record.add(self.name, layer, step, _pairs(q), 1.0, "dense")
 
     def _pattern(
-        self, q: torch.Tensor, mask: torch.Tensor | None, shape: Grid, layer: int, step: int
+        self,
+        q: torch.Tensor,
+        mask: torch.Tensor | None,
+        shape: Grid,
+        layer: int,
+        step: int,
+        ranks: int,
     ) -> tuple[BlockPattern | None, str | None]:
         """The pattern for this call, or why the call must be dense."""
         frames, height, width, before, after = shape
@@ -308,8 +320,11 @@ class PatchedTransformer:
             return None, f"a sequence of {q.shape[1]} tokens does not hold the grid {shape}"
         if frames == 1 and "image" not in self.patch.method.kinds:
             return None, f"{self.patch.method.name} saves between frames and there is one"
+        if ranks > 1 and rest and self.family.text == "unknown":
+            return None, "how the processes cut the tokens around the grid is not known"
         grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
+        pattern = parallel.of_heads(pattern, q.shape[2], *parallel.share(self._model()))
         if pattern.kept >= DENSE_FROM:
             return None, "pattern keeps everything"
         blocks = pattern.on(q.device)
