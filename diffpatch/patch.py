@@ -13,6 +13,7 @@ from diffpatch.grid import TokenGrid
 from diffpatch.kernels.block_sparse import BACKENDS
 from diffpatch.methods.base import Method
 from diffpatch.pipelines.families import FamilyInfo, families, family_of
+from diffpatch.pipelines.presets import two_experts
 from diffpatch.report import Report
 from diffpatch.schedule import Amount
 from diffpatch.settings import settle
@@ -31,6 +32,7 @@ def patch(
     dense_steps: Amount | None = None,
     dense_layers: Amount | Collection[int] | None = None,
     dense_last_steps: Amount = 0,
+    quality: str | None = None,
     backend: str = "auto",
     grid: Grid | None = None,
     modules: str | None = None,
@@ -54,6 +56,10 @@ def patch(
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
             above.
         dense_last_steps: last denoising steps that stay dense.
+        quality: "high", "balanced" or "fast": sparse calls keep about 50, 25 or 12.5 % of the
+            pairs of visual tokens, or what the family's published setting near that keeps. It only
+            chooses what `params` leave open and never the dense steps and layers; `report` and
+            `plan` print the result. None takes the published setting, else the method's defaults.
         backend: "auto", "triton", "torch" or "reference".
         grid: for models without a family: a `TokenGrid`, or a function of the forward's arguments
             (as keywords) that returns one. Needs `modules`.
@@ -84,6 +90,8 @@ def patch(
         dense_last_steps=dense_last_steps,
         dense_layers=dense_layers,
         stepless=not hasattr(target, "components"),
+        quality=quality,
+        experts=two_experts(target),
     )
     if backend not in BACKENDS:
         raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")

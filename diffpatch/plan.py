@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import attention_modules, families, family_of
+from diffpatch.pipelines.presets import two_experts
 from diffpatch.pipelines.shapes import ModelShape, shape_of, shape_of_pipeline
 from diffpatch.schedule import Amount
 from diffpatch.settings import settle
@@ -95,6 +96,7 @@ def plan(
     dense_steps: Amount | None = None,
     dense_layers: Amount | None = None,
     dense_last_steps: Amount = 0,
+    quality: str | None = None,
     text_tokens: int | None = None,
     branches: int = 2,
     **params: Any,
@@ -111,6 +113,7 @@ def plan(
         dense_steps: as in `patch`.
         dense_layers: as in `patch`.
         dense_last_steps: as in `patch`.
+        quality: as in `patch`.
         text_tokens: text tokens in the self-attention sequence; None takes the model's usual.
         branches: guidance branches, for the memory of state.
         **params: parameters of the method.
@@ -129,6 +132,8 @@ def plan(
         dense_steps=dense_steps,
         dense_last_steps=dense_last_steps,
         dense_layers=dense_layers,
+        quality=quality,
+        experts=shape.experts,
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
     try:
@@ -190,7 +195,8 @@ def _shape(target: Any) -> ModelShape:
         family = family_of(model) if isinstance(model, torch.nn.Module) else None
         if family is not None and not family.refused:
             paths = [path for path, _ in attention_modules(model, family)]
-            return shape_of_pipeline(target, model, paths, family)
+            shape = shape_of_pipeline(target, model, paths, family)
+            return replace(shape, experts=two_experts(target))
     raise UnknownFamily(
         f"{type(target).__name__} holds no transformer that diffpatch can plan for;"
         " name a built-in model shape such as 'wan-14b'"

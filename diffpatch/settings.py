@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffpatch.errors import BadParameter
+from diffpatch.errors import BadParameter, choices
 from diffpatch.methods.base import Method, make_method
 from diffpatch.pipelines.families import FamilyInfo
 from diffpatch.pipelines.presets import Preset
 from diffpatch.schedule import Amount, Schedule
+
+# What a sparse call keeps at each level: about this fraction of the pairs of visual tokens.
+QUALITIES: Mapping[str, float] = {"high": 0.5, "balanced": 0.25, "fast": 0.125}
 
 
 def settle(
@@ -22,6 +25,8 @@ def settle(
     dense_last_steps: Amount = 0,
     dense_layers: Amount | Collection[int] | None = None,
     stepless: bool = False,
+    quality: str | None = None,
+    experts: bool = False,
 ) -> tuple[Method, Schedule]:
     """The method and the schedule of a patch or a plan.
 
@@ -38,6 +43,8 @@ def settle(
         dense_layers: as given by the caller, or None.
         stepless: whether denoising steps are unknown (a bare transformer), so that none are dense
             unless the caller insists.
+        quality: a level of `QUALITIES`, or None for the published setting.
+        experts: whether the model is one of two that share the steps.
 
     Raises:
         UnknownMethod, BadParameter: the method or a parameter cannot work.
@@ -45,12 +52,15 @@ def settle(
     preset = Preset()
     if isinstance(method, str) and family is not None:
         preset = family.presets.get(method.partition("+")[0], preset)
+        preset = preset.experts if experts and preset.experts is not None else preset
     chosen = make_method(method, **{**preset.params, **params})
     if kind not in chosen.kinds:
         raise BadParameter(
             f"{chosen.name} works on {' and '.join(chosen.kinds)} models only and this is an"
             f" {kind} model: use neighborhood or window"
         )
+    if quality is not None:
+        chosen = _at_quality(method, chosen, quality, params, preset, kind)
     if stepless and chosen.needs_steps:
         raise BadParameter(
             f"{chosen.name} carries results from step to step, but a bare transformer knows no"
@@ -61,6 +71,28 @@ def settle(
     if dense_layers is None:
         dense_layers = _first(preset.dense_layers, chosen.default_dense_layers)
     return chosen, Schedule(dense_steps, dense_last_steps, dense_layers)
+
+
+def _at_quality(
+    method: str | Method,
+    chosen: Method,
+    quality: str,
+    params: Mapping[str, Any],
+    preset: Preset,
+    kind: str,
+) -> Method:
+    if quality not in QUALITIES:
+        raise BadParameter(f"unknown quality {quality!r}: {choices(quality, QUALITIES)}")
+    if not isinstance(method, str):
+        raise BadParameter(
+            f"quality={quality!r} chooses the size of a method and {chosen} has one: give the name"
+            f" {chosen.name!r}, or leave quality out"
+        )
+    if set(chosen.size_parameters) & set(params):
+        return chosen  # the caller chose the size
+    if quality in preset.levels:
+        return make_method(method, **{**preset.params, **preset.levels[quality], **params})
+    return chosen.sized(QUALITIES[quality], kind)
 
 
 def _first(published: Amount | None, default: Amount) -> Amount:

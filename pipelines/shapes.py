@@ -31,6 +31,7 @@ class ModelShape:
         time: frames per latent frame.
         patch: latents per token along (time, height, width).
         family: the transformer class, for published presets.
+        experts: whether two such transformers share the steps.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelShape:
     text_tokens: int = 0
     text_before: bool = False
     family: str = ""
+    experts: bool = False
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The token grid (frames, rows, columns) of a clip or image of that many pixels.
@@ -91,6 +93,7 @@ _COG = {"text_tokens": 226, "text_before": True, "family": "CogVideoXTransformer
 MODELS: tuple[ModelShape, ...] = (
     ModelShape("wan-1.3b", "video", 30, 12, 128, 8960, **_WAN),  # type: ignore[arg-type]
     ModelShape("wan-14b", "video", 40, 40, 128, 13824, **_WAN),  # type: ignore[arg-type]
+    ModelShape("wan2.2-a14b", "video", 40, 40, 128, 13824, **_WAN, experts=True),  # type: ignore[arg-type]
     ModelShape("wan-5b", "video", 30, 24, 128, 14336, **(_WAN | {"space": 16})),  # type: ignore[arg-type]
     ModelShape(
         "hunyuan-video", "video", 60, 24, 128, 12288, 8, 4, text_tokens=256,

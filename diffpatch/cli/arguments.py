@@ -11,6 +11,7 @@ from diffpatch.cli.errors import UsageError
 from diffpatch.errors import choices
 from diffpatch.kernels.block_sparse import BACKENDS
 from diffpatch.pipelines.loading import DTYPES, OFFLOADS
+from diffpatch.settings import QUALITIES
 
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
 
@@ -101,7 +102,7 @@ def existing_file(text: str) -> Path:
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """--set, --dense-steps, --dense-layers, --dense-last-steps, --backend."""
+    """--set, --quality, --dense-steps, --dense-layers, --dense-last-steps, --backend."""
     group = parser.add_argument_group("method")
     group.add_argument(
         "--set",
@@ -109,6 +110,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="a parameter of the method, repeatable; `diffpatch methods` lists them",
+    )
+    group.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        help="keep about 50, 25 or 12.5 %% of the pairs, where --set leaves it open",
     )
     group.add_argument(
         "--dense-steps",

@@ -199,7 +199,7 @@ def run_kernels(args: argparse.Namespace) -> int:
     return int(bench_kernels.main(args.rest) or 0)
 
 
-_SHARED = ("dense_steps", "dense_layers", "dense_last_steps", "backend")
+_SHARED = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
 
 
 def _render_row(name: str, entry: dict[str, Any]) -> list[str]:

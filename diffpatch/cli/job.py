@@ -65,8 +65,11 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
     """What to run, in order: dense first if asked for; checks the method and its parameters."""
     dense = Variant("dense", {})
     if args.method == "dense":
-        if args.set:
-            raise UsageError("--set changes a method and dense has none; choose another --method")
+        if args.set or args.quality:
+            option = "--set" if args.set else "--quality"
+            raise UsageError(
+                f"{option} changes a method and dense has none; choose another --method"
+            )
         return [dense]
     parameters = method_parameters(args.method, args.set)
     options = {
@@ -76,6 +79,7 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
         "backend": args.backend,
     }
     fast = Variant(args.method, options | parameters)
+        "quality": args.quality,
     return [dense, fast] if args.compare == "dense" else [fast]
 
 

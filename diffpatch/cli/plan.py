@@ -107,6 +107,7 @@ def _plan(
         dense_steps=args.dense_steps,
         dense_layers=args.dense_layers,
         dense_last_steps=args.dense_last_steps,
+        quality=args.quality,
         **params,
     )
 

@@ -118,14 +118,14 @@ class Method:
         return float("inf")
 
     def sized(self, amount: float, kind: str = "video") -> Method:
-        """This method set to keep about `amount` of the pairs of a sparse call, in (0, 1].
+        """This method set to keep about `amount` of the visual pairs of a sparse call.
 
         The only parameters it changes are those in `size_parameters`. Without a grid it can only be
         near: `fit_budget` meets a budget on a grid. Methods whose knob is not called ``density``
         override this.
 
         Args:
-            amount: fraction of the pairs.
+            amount: fraction of the pairs, in (0, 1].
             kind: "video" or "image"; images have nothing to save along time.
 
         Raises:
