@@ -118,6 +118,10 @@ def load_features(source: str | Path, device: torch.device | str = "cpu") -> Ext
     if str(source) in SHIPPED:
         return DemoFeatures(str(source), device)
     path = Path(source).expanduser()
+    if path.suffix == ".safetensors":
+        from diffpatch.eval.inception import Inception
+
+        return Inception.load(path, device)
     kind = _model_type(source, path)
     if kind in VIDEO_MODELS:
         return VideoFeatures(source, device)
