@@ -73,13 +73,13 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
         return [dense]
     parameters = method_parameters(args.method, args.set)
     options = {
+        "quality": args.quality,
         "dense_steps": args.dense_steps,
         "dense_layers": args.dense_layers,
         "dense_last_steps": args.dense_last_steps,
         "backend": args.backend,
     }
     fast = Variant(args.method, options | parameters)
-        "quality": args.quality,
     return [dense, fast] if args.compare == "dense" else [fast]
 
 
