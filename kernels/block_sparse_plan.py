@@ -2,13 +2,14 @@
 
 SDPA is efficient on hundreds of query rows, a tile has at most 128 or so. So query tiles are put
 together: first those that see exactly the same keys, then neighbours in tile order whose key lists
-overlap enough that attending to the union, under a mask, costs less than attending separately.
+overlap: either they attend to the union under a mask, or together to the keys that all of them see
+and each on its own to the rest, merged by log-sum-exp. Which of it is what the costs below decide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import numpy as np
@@ -17,9 +18,11 @@ import torch
 from diffpatch.kernels.blocks import BlockIndex
 
 # What SDPA costs, in units of one query-key pair of one head (measured on x86, AVX-512 and AMX):
+ROW_COSTS = ((768, 1.0), (192, 1.1), (0, 1.3))  # per pair of a call of at least so many query rows
 MASK_COST = 1.15  # an additive mask, per pair
-KEY_COST = 200.0  # per key: gathering it, and the kernel's own preparation of it
-CALL_COST = 50_000.0  # per call
+KEY_COST = 100.0  # per key: gathering it, and the kernel's own preparation of it
+CALL_COST = 25_000.0  # per call
+MERGE_COST = 150.0  # per query row, joining two results
 MAX_ROWS = 2048  # query rows of a group; more gains nothing and makes unions larger
 MAX_MASK = 1 << 24  # entries of a group's mask
 MAX_SEEN = 1 << 26  # (tile, key) pairs up to which keys of a tile are told apart
@@ -80,6 +83,24 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class Run:
+    """Some query rows, next to each other in plan order.
+
+    Attributes:
+        common: one call of all the rows to keys that `rest` leaves out, whose result is merged with
+            theirs; None: there is none.
+        rest: calls that follow each other and have all the rows together.
+    """
+
+    common: Call | None
+    rest: tuple[Call, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(call.stack * call.rows for call in self.rest)
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The calls of one pattern.
 
@@ -89,7 +110,7 @@ class Plan:
             sequence order.
         places: int64 (S,), its inverse; None as well.
         keys: int64 (S,), the sequence index of each key in key order; None: sequence order.
-        calls: in plan order.
+        runs: in plan order.
         table: bool (M + 2, T, T), what the calls' masks expand from.
     """
 
@@ -97,8 +118,13 @@ class Plan:
     rows: torch.Tensor | None
     places: torch.Tensor | None
     keys: torch.Tensor | None
-    calls: tuple[Call, ...]
+    runs: tuple[Run, ...]
     table: torch.Tensor
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """Every call of every run."""
+        return tuple(call for run in self.runs for call in (run.common, *run.rest) if call)
 
     @cached_property
     def mask_entries(self) -> int:
@@ -107,21 +133,28 @@ class Plan:
         return sum(sizes.values())
 
 
-def plans(blocks: BlockIndex) -> tuple[Plan, ...]:
-    """One plan for each pattern that a head follows; made once per index."""
-    return blocks.derived("torch plans", _make_plans)
+def plans(blocks: BlockIndex, *, merging: bool = False) -> tuple[Plan, ...]:
+    """One plan for each pattern that a head follows; made once per index.
+
+    Args:
+        blocks: the index.
+        merging: whether runs may have a common call, whose result must then be merged.
+    """
+    return blocks.derived(("torch plans", merging), partial(_make_plans, merging=merging))
 
 
-def _make_plans(blocks: BlockIndex) -> tuple[Plan, ...]:
+def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[Plan, ...]:
     host = blocks.to("cpu")
     shape = (1, blocks.max_tile, blocks.max_tile)
     ends = blocks.masks.new_zeros(shape), blocks.masks.new_ones(shape)
     table = torch.cat([blocks.masks, *ends])
     if host.head_pattern is None:
-        return (_Planner(host, 0, table).plan(None),)
+        return (_Planner(host, 0, table, merging).plan(None),)
     used = sorted(set(host.head_pattern.tolist()))
     heads = [(blocks.head_pattern == p).nonzero().flatten() for p in used]
-    return tuple(_Planner(host, p, table).plan(h) for p, h in zip(used, heads, strict=True))
+    return tuple(
+        _Planner(host, p, table, merging).plan(h) for p, h in zip(used, heads, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -145,9 +178,11 @@ class _Planner:
     So a group leaves out those keys of a partial tile that none of its queries sees.
     """
 
-    def __init__(self, blocks: BlockIndex, pattern: int, table: torch.Tensor) -> None:
+    def __init__(
+        self, blocks: BlockIndex, pattern: int, table: torch.Tensor, merging: bool
+    ) -> None:
         tiles = blocks.num_tiles
-        self.table = table
+        self.table, self.merging = table, merging
         self.row_sees = table.any(2).cpu()
         self.starts = blocks.starts.numpy()
         self.sizes = np.diff(self.starts)
@@ -174,6 +209,7 @@ class _Planner:
             tile_of += [tile] * len(first)
             column_of += first.tolist()
         self.class_of_place = np.concatenate(class_of)
+        self.first_class = np.searchsorted(tile_of, np.arange(len(self.sizes)))
         self.class_sizes = np.bincount(self.class_of_place).astype(np.float32)
         count = seen_by[self.ids[:, tile_of], column_of]
         self.sees = count > 0  # (tile, class): does any of its queries?
@@ -181,19 +217,19 @@ class _Planner:
 
     def plan(self, heads: torch.Tensor | None) -> Plan:
         """The whole plan, for the given heads."""
-        groups = [self._group(tiles) for tiles in self._cut(self._same_keys())]
-        keys, calls = None, self._calls(groups, self.order)
+        cuts = self._cut(self._same_keys())
+        keys, runs = None, self._runs(cuts, self.order)
         # In tile order more key lists are contiguous, but it takes a pass over all keys.
-        in_tile_order = self._calls(groups, np.arange(len(self.order)))
-        if len(self.order) + _gathered(in_tile_order) < _gathered(calls):
-            keys, calls = torch.from_numpy(self.order).to(self.table.device), in_tile_order
-        tiles = np.concatenate([group.tiles for group in groups])
+        in_tile_order = self._runs(cuts, np.arange(len(self.order)))
+        if len(self.order) + _gathered(in_tile_order) < _gathered(runs):
+            keys, runs = torch.from_numpy(self.order).to(self.table.device), in_tile_order
+        tiles = np.concatenate([tile for units, _ in cuts for tile in units])
         held = np.concatenate([np.arange(self.starts[t], self.starts[t + 1]) for t in tiles])
         rows = torch.from_numpy(self.order[held]).to(self.table.device)
         places = torch.argsort(rows)
         if torch.equal(rows, places) and bool((rows.diff() == 1).all()):
-            return Plan(heads, None, None, keys, calls, self.table)
-        return Plan(heads, rows, places, keys, calls, self.table)
+            return Plan(heads, None, None, keys, runs, self.table)
+        return Plan(heads, rows, places, keys, runs, self.table)
 
     def _same_keys(self) -> list[np.ndarray]:
         """Query tiles put together where all their queries see the same keys, by first tile."""
@@ -208,8 +244,12 @@ class _Planner:
             units += np.array_split(np.array(tiles), pieces)
         return sorted(units, key=lambda unit: int(unit[0]))
 
-    def _cut(self, units: list[np.ndarray]) -> list[np.ndarray]:
-        """Cut the row of units into the runs that cost least together (dynamic programming)."""
+    def _cut(self, units: list[np.ndarray]) -> list[tuple[list[np.ndarray], bool]]:
+        """Cut the row of units into the runs that cost least together (dynamic programming).
+
+        Returns:
+            The units of each run, and whether they share a common call.
+        """
         count = len(units)
         costs = self._run_costs(units)
         best = np.full(count + 1, np.inf)
@@ -217,41 +257,86 @@ class _Planner:
         length_to = np.zeros(count + 1, dtype=np.int64)
         for end in range(1, count + 1):
             for length in range(1, min(end, len(costs)) + 1):
-                total = best[end - length] + costs[length - 1][end - length]
+                total = best[end - length] + costs[length - 1].min(0)[end - length]
                 if total < best[end]:
                     best[end], length_to[end] = total, length
         runs = []
         end = count
         while end:
-            runs.append(np.concatenate(units[end - length_to[end] : end]))
-            end -= length_to[end]
+            length = length_to[end]
+            union, split = costs[length - 1][:, end - length]
+            runs.append((units[end - length : end], bool(split < union)))
+            end -= length
         return runs[::-1]
 
     def _run_costs(self, units: list[np.ndarray]) -> list[np.ndarray]:
-        """What attending runs of units together costs: [length - 1][first unit]."""
+        """What attending runs of units costs: [length - 1][as a union or split, first unit]."""
         sees = np.stack([self.sees[unit].any(0) for unit in units])
         sees_all = np.stack([self.sees_all[unit].all(0) for unit in units])
         unit_rows = np.array([self.sizes[unit].sum() for unit in units])
         union, common, rows = sees, sees_all, unit_rows
+        # Sums over runs of what each unit costs alone, and of what a key less saves it.
+        alone, per_key = (np.concatenate([[0.0], x.cumsum()]) for x in self._alone(units))
         costs: list[np.ndarray] = []
         while True:
+            length = len(costs) + 1
             keys = union.astype(np.float32) @ self.class_sizes
             masked = common.astype(np.float32) @ self.class_sizes < keys
-            cost = keys * (rows * np.where(masked, MASK_COST, 1.0) + KEY_COST) + CALL_COST
-            if costs:
-                cost[(rows > MAX_ROWS) | (masked & (rows * keys > MAX_MASK))] = np.inf
-            costs.append(np.where(keys == 0, 0.0, cost))
-            length = len(costs)
-            if length == len(units) or not np.isfinite(cost).any():
+            together = keys * (rows * _pair_cost(rows, masked) + KEY_COST) + CALL_COST
+            together = np.where(keys == 0, 0.0, together)
+            apart = np.full_like(together, np.inf)
+            if length > 1:
+                together[(rows > MAX_ROWS) | (masked & (rows * keys > MAX_MASK))] = np.inf
+            if length > 1 and self.merging:
+                shared = self._whole(common) @ self.sizes
+                apart = shared * (rows * _pair_cost(rows) + KEY_COST) + CALL_COST
+                apart += rows * MERGE_COST + alone[length:] - alone[:-length]
+                apart -= shared * (per_key[length:] - per_key[:-length])
+                apart[(rows > MAX_ROWS) | (shared == 0)] = np.inf
+            costs.append(np.stack([together, apart]))
+            if length == len(units) or not np.isfinite(costs[-1]).any():
                 return costs
             union, common = union[:-1] | sees[length:], common[:-1] & sees_all[length:]
             rows = rows[:-1] + unit_rows[length:]
 
-    def _group(self, tiles: np.ndarray) -> _Group:
+    def _alone(self, units: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """What each unit costs without others, and for each of its keys."""
+        groups = [self._group(unit) for unit in units]
+        rows = np.array([group.rows for group in groups])
+        per_key = rows * _pair_cost(rows, np.array([group.masked for group in groups])) + KEY_COST
+        return np.array([len(group.places) for group in groups]) * per_key + CALL_COST, per_key
+
+    def _whole(self, classes: np.ndarray) -> np.ndarray:
+        """The tiles of which every class is in the set: bool (..., classes) -> (..., tiles)."""
+        whole: np.ndarray = np.logical_and.reduceat(classes, self.first_class, axis=-1)
+        return whole
+
+    def _group(self, tiles: np.ndarray, without: np.ndarray | None = None) -> _Group:
+        """One group of the given tiles; `without` leaves out some places, bool (S,)."""
         sees = self.sees[tiles].any(0)
+        seen = sees[self.class_of_place]
+        if without is not None:
+            seen = seen & ~without
+            sees = np.bincount(self.class_of_place, seen, len(sees)) > 0
         masked = not bool(self.sees_all[tiles][:, sees].all())
-        places = sees[self.class_of_place].nonzero()[0]
-        return _Group(tiles, places, int(self.sizes[tiles].sum()), masked)
+        return _Group(tiles, seen.nonzero()[0], int(self.sizes[tiles].sum()), masked)
+
+    def _runs(
+        self, cuts: list[tuple[list[np.ndarray], bool]], key_order: np.ndarray
+    ) -> tuple[Run, ...]:
+        runs = []
+        for split, several in groupby(cuts, key=lambda cut: cut[1]):
+            if not split:
+                groups = [self._group(np.concatenate(units)) for units, _ in several]
+                runs.append(Run(None, self._calls(groups, key_order)))
+                continue
+            for units, _ in several:
+                tiles = np.concatenate(units)
+                shared = np.repeat(self._whole(self.sees_all[tiles].all(0)), self.sizes)
+                common = _Group(tiles, shared.nonzero()[0], int(self.sizes[tiles].sum()), False)
+                rest = self._calls([self._group(unit, shared) for unit in units], key_order)
+                runs.append(Run(self._call([common], key_order), rest))
+        return tuple(runs)
 
     def _calls(self, groups: list[_Group], key_order: np.ndarray) -> tuple[Call, ...]:
         calls = []
@@ -296,6 +381,13 @@ class _Planner:
         return self.masks[key]
 
 
-def _gathered(calls: tuple[Call, ...]) -> int:
-    """How many keys these calls must copy together."""
+def _pair_cost(rows: np.ndarray, masked: np.ndarray | bool = False) -> np.ndarray:
+    """Per pair, in calls of so many query rows."""
+    kinds = [rows >= least for least, _ in ROW_COSTS]
+    return np.select(kinds, [cost for _, cost in ROW_COSTS]) * np.where(masked, MASK_COST, 1.0)
+
+
+def _gathered(runs: tuple[Run, ...]) -> int:
+    """How many keys these runs must copy together."""
+    calls = (call for run in runs for call in (run.common, *run.rest) if call)
     return sum(call.keys.shape[0] for call in calls if isinstance(call.keys, torch.Tensor))

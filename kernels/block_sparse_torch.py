@@ -5,12 +5,13 @@ It skips the work on any device, autograd goes through it, and no tensor grows w
 
 from __future__ import annotations
 
+import math
 from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 
-from diffpatch.kernels.block_sparse_plan import Call, Plan, TileMask, plans
+from diffpatch.kernels.block_sparse_plan import Call, Plan, Run, TileMask, plans
 from diffpatch.kernels.blocks import BlockIndex
 
 MAX_CACHED_MASKS = 192 << 20  # bytes of expanded masks kept with an index
@@ -47,7 +48,11 @@ def attend(
     groups = q.shape[2] // k.shape[2]
     outs: list[torch.Tensor] = []
     lses: list[torch.Tensor | None] = []
-    pieces = plans(blocks)
+    # Only the CPU's SDPA returns its log-sum-exp, and without it there is nothing to merge by.
+    lean = q.device.type == "cpu" and not _needs_grad(q, k, v)
+    if lean:  # rows that can be copied in one piece
+        q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
+    pieces = plans(blocks, merging=lean and key_mask is None)
     for plan in pieces:
         heads = plan.heads
         query = q if heads is None else q.index_select(2, heads)
@@ -55,7 +60,7 @@ def attend(
         if groups > 1 or heads is not None:
             every = torch.arange(q.shape[2], device=q.device) if heads is None else heads
             key, value = (x.index_select(2, every // groups) for x in (k, v))
-        attention = _Attention(blocks, plan, scale, return_lse)
+        attention = _Attention(blocks, plan, scale, return_lse, lean)
         out, lse = attention(query, key, value, key_mask)
         outs.append(out)
         lses.append(lse)
@@ -67,44 +72,86 @@ def attend(
 
 
 class _Attention:
-    """Runs one plan: the calls of one pattern, for the heads that follow it."""
+    """Runs one plan: the calls of one pattern, for the heads that follow it.
 
-    def __init__(self, blocks: BlockIndex, plan: Plan, scale: float, return_lse: bool) -> None:
-        self.blocks, self.plan, self.scale, self.return_lse = blocks, plan, scale, return_lse
+    A lean one (on a CPU, without gradients) copies rows with all threads, and gathers the keys of
+    every call into the same memory: memory fresh from the system costs more than the copy.
+    """
+
+    def __init__(
+        self, blocks: BlockIndex, plan: Plan, scale: float, return_lse: bool, lean: bool
+    ) -> None:
+        self.blocks, self.plan, self.scale, self.lean = blocks, plan, scale, lean
+        self.return_lse = return_lse
+        self.buffers: dict[str, torch.Tensor] = {}
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
     ) -> Result:
         """q, k, v (B, S, h, D), one key head a query head -> the output alike, and (B, S, h)."""
-        q = q if self.plan.rows is None else q.index_select(1, self.plan.rows)
+        q = q if self.plan.rows is None else self._take(q, self.plan.rows)
         if self.plan.keys is not None:
-            k, v = k.index_select(1, self.plan.keys), v.index_select(1, self.plan.keys)
+            k, v = self._take(k, self.plan.keys), self._take(v, self.plan.keys)
             key_mask = None if key_mask is None else key_mask[:, self.plan.keys]
         outs: list[torch.Tensor] = []
         lses: list[torch.Tensor | None] = []
         first = 0
-        for call in self.plan.calls:
-            rows = q[:, first : first + call.stack * call.rows]
-            first += call.stack * call.rows
-            heads = self._heads_at_once(call, k)
-            parts = [
-                self._call(call, rows[:, :, h], k[:, :, h], v[:, :, h], key_mask)
-                for h in (slice(i, i + heads) for i in range(0, q.shape[2], heads))
-            ]
-            outs.append(_cat([out for out, _ in parts], 2))
-            lses.append(_cat([lse for _, lse in parts], 2))
+        for run in self.plan.runs:
+            out, lse = self._run(run, q[:, first : first + run.rows], k, v, key_mask)
+            first += run.rows
+            outs.append(out)
+            lses.append(lse)
         out, lse = _cat(outs, 1), _cat(lses, 1)
         if self.plan.places is None:
             return out, lse
         places = self.plan.places
-        return out.index_select(1, places), None if lse is None else lse.index_select(1, places)
+        return self._take(out, places), None if lse is None else lse.index_select(1, places)
 
-    def _heads_at_once(self, call: Call, k: torch.Tensor) -> int:
-        """Every head, unless the gathered keys and values would be large."""
-        if isinstance(call.keys, slice):
-            return k.shape[2]
-        per_head = 2 * k.shape[0] * call.stack * call.num_keys * k.shape[3] * k.element_size()
-        return max(1, min(k.shape[2], MAX_GATHERED // per_head))
+    def _run(
+        self,
+        run: Run,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+    ) -> Result:
+        """One run: q (B, rows, h, D) -> the output alike, and (B, rows, h)."""
+        with_lse = self.return_lse or run.common is not None
+        outs: list[torch.Tensor] = []
+        lses: list[torch.Tensor | None] = []
+        first = 0
+        for call in run.rest:
+            rows = q[:, first : first + call.stack * call.rows]
+            first += call.stack * call.rows
+            out, lse = self._by_heads(call, rows, k, v, key_mask, with_lse)
+            outs.append(out)
+            lses.append(lse)
+        out, lse = _cat(outs, 1), _cat(lses, 1)
+        if run.common is None or lse is None:
+            return out, lse
+        shared, shared_lse = self._by_heads(run.common, q, k, v, key_mask, True)
+        assert shared_lse is not None  # it was asked for
+        return _merge(shared, shared_lse, out, lse, self.return_lse)
+
+    def _by_heads(
+        self,
+        call: Call,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        return_lse: bool,
+    ) -> Result:
+        """One call for every head; few at a time if the gathered keys and values are large."""
+        heads = q.shape[2]
+        if not isinstance(call.keys, slice):
+            per_head = 2 * k.shape[0] * call.stack * call.num_keys * k.shape[3] * k.element_size()
+            heads = max(1, min(heads, MAX_GATHERED // max(1, per_head)))
+        parts = [
+            self._call(call, q[:, :, h], k[:, :, h], v[:, :, h], key_mask, return_lse)
+            for h in (slice(i, i + heads) for i in range(0, q.shape[2], heads))
+        ]
+        return _cat([out for out, _ in parts], 2), _cat([lse for _, lse in parts], 2)
 
     def _call(
         self,
@@ -113,24 +160,46 @@ class _Attention:
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None,
+        return_lse: bool,
     ) -> Result:
         """One call: q (B, stack * rows, h, D) -> the output alike, and (B, stack * rows, h)."""
         batch, rows, heads, _ = q.shape
         if not call.num_keys:
             nothing = torch.full(q.shape[:3], -torch.inf, dtype=_wide(q.dtype), device=q.device)
-            return torch.zeros_like(q), nothing if self.return_lse else None
+            return torch.zeros_like(q), nothing if return_lse else None
         q = _stack(q, call, call.rows)
-        k, v = (_stack(_take(x, call.keys), call, call.num_keys) for x in (k, v))
+        k = _stack(self._take(k, call.keys, "keys"), call, call.num_keys)
+        v = _stack(self._take(v, call.keys, "values"), call, call.num_keys)
         if key_mask is None:
             bias, blind = self._bias(call.mask, q.dtype)
         else:
             bias, blind = self._bias_with(call, key_mask, q.dtype)
-        out, lse = _sdpa(q, k, v, bias, self.scale, self.return_lse)
+        out, lse = _sdpa(q, k, v, bias, self.scale, return_lse)
         if blind is not None:
             out = out.masked_fill(blind[..., None], 0.0)
             lse = None if lse is None else lse.masked_fill(blind, -torch.inf)
         out = out.transpose(1, 2).reshape(batch, rows, heads, -1)
         return out, None if lse is None else lse.transpose(1, 2).reshape(batch, rows, heads)
+
+    def _take(
+        self, x: torch.Tensor, rows: torch.Tensor | slice, buffer: str | None = None
+    ) -> torch.Tensor:
+        """Rows of x (B, S, h, D), in a buffer of that name if it is used again before long."""
+        if isinstance(rows, slice):
+            return x[:, rows]
+        if not self.lean:
+            return x.index_select(1, rows)
+        shape = (x.shape[0], len(rows), *x.shape[2:])
+        size = math.prod(shape)
+        if buffer is None:
+            out = x.new_empty(shape)
+        else:
+            if buffer not in self.buffers or self.buffers[buffer].numel() < size:
+                self.buffers[buffer] = x.new_empty(size)
+            out = self.buffers[buffer][:size].view(shape)
+        for source, target in zip(x, out, strict=True):  # along the first axis torch is parallel
+            torch.index_select(source, 0, rows, out=target)
+        return out
 
     def _bias(
         self, mask: TileMask | None, dtype: torch.dtype
@@ -154,7 +223,8 @@ class _Attention:
         self, call: Call, key_mask: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_bias` when some keys of some batch entries are out of bounds."""
-        seen = _stack(_take(key_mask, call.keys), call, call.num_keys)[:, None, None]
+        keys = key_mask[:, call.keys]
+        seen = _stack(keys, call, call.num_keys)[:, None, None]
         if call.mask is not None:
             seen = seen & call.mask.expand(self.plan.table)
         blind = ~seen.any(-1)
@@ -173,8 +243,7 @@ def _sdpa(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cpu" and not needs_grad:
+    if q.device.type == "cpu" and not _needs_grad(q, k, v):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = flash(q, k, v, attn_mask=bias, scale=scale)
         return out, lse
@@ -183,8 +252,21 @@ def _sdpa(
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
-def _take(x: torch.Tensor, keys: torch.Tensor | slice) -> torch.Tensor:
-    return x[:, keys] if isinstance(keys, slice) else x.index_select(1, keys)
+def _merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    return_lse: bool,
+) -> Result:
+    """Two attentions of the same rows to different keys as one; `lse` is finite."""
+    share = (lse - other_lse).sigmoid()[..., None]
+    joint = torch.lerp(other.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
+    return joint, torch.logaddexp(lse, other_lse) if return_lse else None
+
+
+def _needs_grad(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _stack(x: torch.Tensor, call: Call, length: int) -> torch.Tensor:

@@ -25,13 +25,16 @@ from tests.random_blocks import random_blocks, random_qkv, with_outliers
 SIZES = [37, 64, 20, 64, 64, 5, 64, 33]
 
 
-@pytest.fixture(params=["merging", "one tile a call"])
+@pytest.fixture(params=["unions", "one tile a call", "common calls"])
 def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small cases would all merge into one masked call; the second form makes many calls."""
-    if request.param != "merging":
-        for name in ("KEY_COST", "CALL_COST"):
-            monkeypatch.setattr(block_sparse_plan, name, 0.0)
-        monkeypatch.setattr(block_sparse_plan, "MASK_COST", 10.0)
+    """Small cases would all unite in one masked call; the other forms make many calls."""
+    if request.param == "unions":
+        return
+    for name in ("KEY_COST", "CALL_COST"):
+        monkeypatch.setattr(block_sparse_plan, name, 0.0)
+    monkeypatch.setattr(block_sparse_plan, "MASK_COST", 10.0)
+    cost = -1e9 if request.param == "common calls" else 1e9
+    monkeypatch.setattr(block_sparse_plan, "MERGE_COST", cost)
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +215,19 @@ def test_a_sliding_window_is_attended_in_few_calls_over_few_more_keys() -> None:
     pairs = sum(call.stack * call.rows * call.num_keys for call in plan.calls)
     assert len(plan.calls) <= 16
     assert pairs <= 1.4 * 64 * 16 * 128**2
+
+
+def test_keys_that_several_tiles_see_are_attended_together_and_the_rest_apart() -> None:
+    blocks = windows(tiles=64, edge=128, width=16, shared=1)
+    (plan,) = plans(blocks, merging=True)
+    pairs = sum(call.stack * call.rows * call.num_keys for call in plan.calls)
+    assert any(run.common is not None for run in plan.runs)
+    assert pairs == 64 * 16 * 128**2 and all(call.mask is None for call in plan.calls)
+    q, k, v = random_qkv(1, blocks.num_tokens, 1, 16)
+    expected, expected_lse = attend(q, k, v, blocks, backend="reference")
+    out, lse = attend(q, k, v, blocks, backend="torch")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
 
 
 def test_no_tensor_grows_with_the_square_of_the_tokens() -> None:
