@@ -20,8 +20,8 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales of MS-SSIM, from Wang et al. 2003."""
 
-MS_SSIM_SIDE = (WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1
-"""The shortest side that leaves a whole window at the coarsest scale: 161 pixels."""
+MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALES) - 1)
+"""The shortest side that leaves a whole window at the coarsest scale: 176 pixels."""
 
 _BORDER = WINDOW // 2
 _TOLERANCE = 1e-3  # how far from [0, 1] rounding may take a decoder that clamps
@@ -77,7 +77,7 @@ def ms_ssim(frames: torch.Tensor, reference: torch.Tensor) -> Score:
     as its power would be no real number.
 
     Args:
-        frames: (F, C, H, W) floats in [0, 1], at least 161 pixels wide and high.
+        frames: (F, C, H, W) floats in [0, 1], at least 176 pixels wide and high.
         reference: The frames to compare with, of the same shape.
     """
     check_pair(frames, reference)

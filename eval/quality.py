@@ -89,7 +89,7 @@ def paired(frames: Tensor, reference: Tensor, tools: Tools | None = None) -> dic
         tools: adds lpips, if it has the weights, and clip_i.
 
     Returns:
-        psnr in dB (at most 100), ssim, ms_ssim (from 161 pixels a side), relative_l1, lpips, and
+        psnr in dB (at most 100), ssim, ms_ssim (from 176 pixels a side), relative_l1, lpips, and
         clip_i, the mean cosine of the frames' CLIP embeddings. Means over frames.
     """
     result = {
