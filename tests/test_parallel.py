@@ -1,7 +1,8 @@
-"""Context parallelism: a model over two processes equals the same model in one."""
+"""Several processes: one sequence over two of them equals one, and many prompts are shared out."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from diffpatch import Neighborhood, TokenGrid, parallel
+from diffpatch.cli import main
+from diffpatch.cli.shares import Process
 
 ROOT = Path(__file__).parents[1]
 TEXTLESS = ("wan", "temporal")
@@ -23,9 +26,15 @@ NEAR = Neighborhood(window=1, stride=1)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes write."""
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
     """What two processes computed."""
-    target = tmp_path_factory.mktemp("two") / "result.json"
+    target = folder / "result.json"
     done = subprocess.run(
         [sys.executable, "-m", "tests.two_processes", str(target)],
         cwd=ROOT,
@@ -75,6 +84,49 @@ def test_compiled_blocks_over_two_processes(found: dict[str, Any]) -> None:
 )
 def test_what_would_be_wrong_is_refused(found: dict[str, Any], name: str, words: str) -> None:
     assert words in found[name]
+
+
+def test_processes_share_the_prompts(found: dict[str, Any], folder: Path) -> None:
+    assert found["render"] == [0, 0, 2]  # the third asks for --json
+    results = sorted((folder / "out").glob("*/render.json"))
+    prompts = [json.loads(path.read_text(encoding="utf-8"))["prompt"] for path in results]
+    assert prompts == ["a cat", "a dog", "a fox"]
+    pictures = [path.read_bytes() for path in sorted((folder / "out").glob("*/window.png"))]
+    assert len(set(pictures)) == 3
+    assert not list((folder / "out").glob("**/.partial*"))
+
+
+def test_resuming_renders_what_is_missing(
+    found: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def attempt(*more: str) -> int:
+        words = ["-m", str(folder / "model"), "--prompt-file", str(folder / "prompts.txt")]
+        words += ["-o", str(folder / "out"), "--method", "window", "--quiet", "--resume", *more]
+        return main(["render", *words, "--height", "16", "--width", "32", "--steps", "2"])
+
+    cat, dog, _ = sorted((folder / "out").iterdir())
+    picture, untouched = (cat / "window.png").read_bytes(), (dog / "window.png").stat().st_mtime_ns
+    (cat / "window.png").unlink()  # as if the process had been killed between two files
+    assert attempt("--set", "window=0.5") == 0
+    assert (cat / "window.png").read_bytes() == picture
+    assert (dog / "window.png").stat().st_mtime_ns == untouched
+    capsys.readouterr()
+    for other, what in ((("--seed", "7"), "seed is 0, not 7"), ((), "runs is")):
+        assert attempt(*other, *(("--set", "window=0.5") if other else ())) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_every_prompt_is_rendered_by_exactly_one_process() -> None:
+    for count in (1, 2, 3, 8):
+        shares = [Process(rank, count, rank).share(5) for rank in range(count)]
+        assert sorted(itertools.chain.from_iterable(shares)) == list(range(5))
+
+
+def test_a_process_is_what_its_launcher_says() -> None:
+    assert Process.current({}) == Process(0, 1, 0)
+    environment = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    assert Process.current(environment) == Process(9, 16, 1)
+    assert Process(9, 16, 1).device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(

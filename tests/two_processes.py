@@ -24,9 +24,10 @@ from torch.multiprocessing.spawn import start_processes
 
 import diffpatch
 from diffpatch import BlockPattern, DiffpatchError, Method, Neighborhood, TokenGrid
+from diffpatch.cli import main
 from diffpatch.pattern import from_axes
 from diffpatch.tiles import Tiling
-from tests import tiny_images, tiny_videos
+from tests import tiny, tiny_images, tiny_videos
 from tests.tiny import Tiny
 from tests.tiny_parts import Bare
 
@@ -127,6 +128,20 @@ def training(model: Tiny) -> None:
     )
 
 
+def render(rank: int, folder: Path) -> list[int]:
+    """Three prompts rendered by the command line, twice; the exit codes."""
+    if rank == 0:
+        tiny.flux().pipe.save_pretrained(folder / "model")
+        (folder / "prompts.txt").write_text("a cat\na dog\na fox\n", encoding="utf-8")
+    dist.barrier()
+    command = ["render", "-m", str(folder / "model"), "--prompt-file", str(folder / "prompts.txt")]
+    command += ["-o", str(folder / "out"), "--method", "window", "--set", "window=0.5"]
+    command += ["--height", "16", "--width", "32", "--steps", "2", "--quiet", "--resume"]
+    first = main(command)
+    dist.barrier()
+    return [first, main(command), main([*command, "--json"])]
+
+
 def work(rank: int, target: str, meeting: str) -> None:
     """One process."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
@@ -146,6 +161,7 @@ def work(rank: int, target: str, meeting: str) -> None:
         "ring": refusal(ring),
         "fresh processors": refusal(fresh_processors),
         "training": refusal(training),
+        "render": render(rank, Path(target).parent),
     }
     if rank == 0:
         Path(target).write_text(json.dumps(found, indent=2), encoding="utf-8")

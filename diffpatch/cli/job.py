@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffpatch import patched
-from diffpatch.cli import generation, media, output
+from diffpatch.cli import generation, media, output, shares
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.pipelines import loading
@@ -46,6 +47,11 @@ class Job:
     fps: float
     format: str
     folders: list[Path]
+
+    def only(self, which: list[int]) -> Job:
+        """The same for some of its prompts."""
+        prompts, folders = [self.prompts[i] for i in which], [self.folders[i] for i in which]
+        return dataclasses.replace(self, prompts=prompts, folders=folders)
 
     def files(self, folder: Path) -> dict[str, Path]:
         """What is written for one prompt."""
@@ -83,8 +89,14 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
     return [dense, fast] if args.compare == "dense" else [fast]
 
 
-def plan(args: argparse.Namespace, variants: list[Variant], texts: list[str]) -> Job:
-    """Everything that can be found out, and go wrong, before weights are loaded."""
+def plan(
+    args: argparse.Namespace, variants: list[Variant], texts: list[str], process: shares.Process
+) -> Job:
+    """Everything that can be found out, and go wrong, before weights are loaded.
+
+    Of the prompts those that this process renders, without those that an earlier attempt finished
+    if that is to be resumed.
+    """
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     steps = generation.steps_of(call, source)
@@ -96,9 +108,30 @@ def plan(args: argparse.Namespace, variants: list[Variant], texts: list[str]) ->
         folders = [args.output / f"{i:03d}-{_slug(text)}" for i, text in enumerate(texts, 1)]
     fps = generation.frames_per_second(args, source)
     job = Job(source, variants, texts, call, steps, fps, form, folders)
-    files = [path for folder in folders for path in job.files(folder).values()]
+    job = job.only(process.share(len(texts)))
+    if args.resume:
+        return job.only([i for i in range(len(job.prompts)) if not _is_finished(job, args, i)])
+    files = [path for folder in job.folders for path in job.files(folder).values()]
     output.check_free(files, args.overwrite)
     return job
+
+
+def request(job: Job, args: argparse.Namespace, prompt: str) -> dict[str, Any]:
+    """What was asked for, as the result file says it."""
+    return {
+        "prompt": prompt,
+        "seed": args.seed,
+        "model": job.source.name,
+        "settings": generation.settings(job.call, job.source),
+        "options": {n: getattr(args, n) for n in ("offload", "vae_tiling", "compile")},
+    }
+
+
+def _is_finished(job: Job, args: argparse.Namespace, index: int) -> bool:
+    runs = {v.name: v.options for v in job.variants}
+    return shares.is_finished(
+        job.files(job.folders[index]), request(job, args, job.prompts[index]), runs
+    )
 
 
 def describe(job: Job) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import diffpatch
-from diffpatch.cli import arguments, generation, media, output, progress, summary
+from diffpatch.cli import arguments, generation, media, output, progress, shares, summary
 from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.cli.job import Job, Variant, check_variants, describe, plan
+from diffpatch.cli.job import Job, Variant, check_variants, describe, plan, request
 from diffpatch.eval.environment import environment
 from diffpatch.pipelines import loading, sampling
 
@@ -24,6 +24,8 @@ examples:
   diffpatch render -m demo-long -p "a small blue ring grows over a gray background" \\
       --method neighborhood --set window=0.5 --dense-steps 0.25 -o out/
   diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --offload model -o out/
+  accelerate launch -m diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+      --prompt-file prompts.txt --resume -o out/
   diffpatch render -m ./my-wan-i2v --image start.png -p "the fox runs" --dtype bf16 -o out/
 """
 
@@ -50,7 +52,9 @@ def add_parser(commands: Any) -> None:
     arguments.add_method_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder (out)")
-    group.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    again = group.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    again.add_argument("--resume", action="store_true", help="render only what is missing")
     group.add_argument(
         "--format", choices=media.VIDEO_FORMATS,
         help="of the files (mp4, or webp without ffmpeg; png for images)",
@@ -69,10 +73,28 @@ def run(args: argparse.Namespace) -> int:
     variants = check_variants(args)
     texts = generation.prompts(args)
     progress.hush_libraries()
-    job = plan(args, variants, texts)
+    process = shares.Process.current()
+    if args.json and process.count > 1:
+        raise UsageError(
+            f"--json prints one document and there are {process.count} processes; drop it and read"
+            " render.json in the folders"
+        )
+    job = plan(args, variants, texts, process)
     if args.dry_run:
         print(describe(job))
         return 0
+    args.device, printing = process.device(args.device), not (args.quiet or args.json)
+    args.quiet |= process.rank > 0  # one bar on a screen
+    if not job.prompts:
+        progress.say("nothing is left to render", args.quiet)
+    results = render_all(args, job, printing) if job.prompts else []
+    if args.json:
+        print(output.to_json(results[0] if results and len(texts) == 1 else results), end="")
+    return 0
+
+
+def render_all(args: argparse.Namespace, job: Job, printing: bool) -> list[dict[str, Any]]:
+    """Load the pipeline and render every prompt of the job; returns the results."""
     pipe = load(args, job)
     call = generation.fit(job.call, pipe)
     # The method warms up first, so that settings that cannot work fail before the dense run.
@@ -83,11 +105,9 @@ def run(args: argparse.Namespace) -> int:
     for prompt, folder in zip(job.prompts, job.folders, strict=True):
         result = render(args, job, pipe, call | {"prompt": prompt}, folder)
         results.append(result)
-        if not (args.quiet or args.json):
+        if printing:
             print(summary.describe(result), flush=True)
-    if args.json:
-        print(output.to_json(results[0] if len(results) == 1 else results), end="")
-    return 0
+    return results
 
 
 def load(args: argparse.Namespace, job: Job) -> Any:
@@ -114,15 +134,10 @@ def render(
     samples, runs = {}, {}
     for variant in job.variants:
         samples[variant.name], runs[variant.name] = _timed(args, pipe, variant, call, job.steps)
-    result = {
-        "prompt": call["prompt"],
-        "seed": args.seed,
-        "model": job.source.name,
+    result = request(job, args, call["prompt"]) | {
         "pipeline": type(pipe).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe._execution_device),
-        "settings": generation.settings(job.call, job.source),
-        "options": {n: getattr(args, n) for n in ("offload", "vae_tiling", "compile")},
         "runs": runs,
     }
     if len(samples) > 1:
