@@ -1,0 +1,113 @@
+"""`diffpatch sweep`: methods × parameters × prompts × seeds, and a report of what to pick."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from diffpatch.cli import output, progress
+from diffpatch.cli.errors import UsageError
+
+EXAMPLES = """\
+examples:
+  diffpatch sweep examples/demo_sweep.yaml -o runs/demo
+  diffpatch sweep examples/demo_sweep.yaml -o runs/demo     # goes on where it was stopped
+  diffpatch sweep examples/demo_sweep.yaml --dry-run
+  diffpatch sweep --report-only runs/demo
+  accelerate launch --num_processes 8 -m diffpatch sweep my_sweep.yaml -o runs/mine
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "sweep",
+        help="compare methods, parameters and budgets, with a report",
+        description="Render prompts dense and with many methods, and write report.html,\n"
+        "summary.md, summary.csv and summary.json. Stopped at any moment, the same command goes\n"
+        "on; several processes may share the work (accelerate launch, or several terminals).",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "what", type=Path, metavar="SWEEP.yaml",
+        help="what to sweep; with --report-only the folder of an earlier sweep",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder (runs)")
+    parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the runs")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try again what failed in earlier starts"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the reports of a folder anew"
+    )
+    parser.add_argument(
+        "--rescore", action="store_true", help="compute the metrics anew from the stored frames"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweep and report; returns the exit code: 1 if runs have failed."""
+    started = time.time()
+    if args.report_only:
+        if not (args.what / "sweep.json").is_file():
+            raise UsageError(f"{args.what} is no folder of a sweep: it has no sweep.json")
+        return _report(args, args.what)
+    from diffpatch.eval.sweep_plan import describe_plan, plan_sweep
+    from diffpatch.eval.sweep_spec import read_spec
+
+    spec = read_spec(args.what)
+    progress.hush_libraries()
+    plan = plan_sweep(spec)
+    if args.dry_run:
+        print(describe_plan(plan, args.output))
+        return 0
+    from diffpatch.eval.sweep import run_sweep
+    from diffpatch.eval.sweep_run import Worker
+    from diffpatch.eval.sweep_store import Store
+
+    worker = Worker.of_environment(args.device)
+    store = Store(args.output)
+    if args.retry_failed:
+        store.forget_failures(before=started)
+    try:
+        run_sweep(spec, plan, store, worker, lambda text: progress.say(text, args.quiet))
+        with store.alone():
+            return _report(args, args.output)
+    finally:
+        store.close()
+
+
+def _report(args: argparse.Namespace, folder: Path) -> int:
+    """Write every report and show the table; returns the exit code."""
+    from diffpatch.eval.report import summarize
+    from diffpatch.eval.report_files import write_reports
+
+    if args.rescore:
+        from diffpatch.eval.sweep_scores import rescore
+
+        count = rescore(folder)
+        progress.say(f"scored {count} runs anew", args.quiet)
+    summary = summarize(folder)
+    files = write_reports(summary, folder)
+    if args.json:
+        print(output.to_json(summary.to_dict()), end="")
+    else:
+        from diffpatch.eval.report_files import describe
+
+        print(describe(summary))
+        for path in files:
+            print(f"wrote {path}")
+    for failure in summary.failures:
+        progress.say(f"failed: {failure['label']}: {failure['error']}", args.quiet)
+    if summary.failures:
+        progress.say(
+            f"{len(summary.failures)} runs failed; {folder / 'failed'} says why, "
+            "--retry-failed tries them again"
+        )
+    return 1 if summary.failures else 0
