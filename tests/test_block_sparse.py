@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.eval import bench_kernels
 from diffpatch.eval.bench_attention import WrongResult
-from diffpatch.kernels import block_sparse_plan
+from diffpatch.kernels import block_sparse_grouping
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
 from diffpatch.kernels.block_sparse_plan import plans
 from diffpatch.kernels.block_sparse_reference import dense_mask
@@ -31,10 +31,10 @@ def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "unions":
         return
     for name in ("KEY_COST", "CALL_COST"):
-        monkeypatch.setattr(block_sparse_plan, name, 0.0)
-    monkeypatch.setattr(block_sparse_plan, "MASK_COST", 10.0)
+        monkeypatch.setattr(block_sparse_grouping, name, 0.0)
+    monkeypatch.setattr(block_sparse_grouping, "MASK_COST", 10.0)
     cost = -1e9 if request.param == "common calls" else 1e9
-    monkeypatch.setattr(block_sparse_plan, "MERGE_COST", cost)
+    monkeypatch.setattr(block_sparse_grouping, "MERGE_COST", cost)
 
 
 @pytest.fixture(autouse=True)
