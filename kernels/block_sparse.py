@@ -1,4 +1,4 @@
-"""Block-sparse attention: one function, three backends."""
+"""Block-sparse attention: one function, three backends, two of them also with 8-bit scores."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Literal, overload
 
 import torch
 
-from diffpatch.kernels import block_sparse_reference, block_sparse_torch
+from diffpatch.kernels import block_sparse_reference, block_sparse_torch, quantize
 from diffpatch.kernels.blocks import BlockIndex
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "triton-int8", "torch", "torch-int8", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+ATTEND_ANYWHERE: dict[str, Attend] = {
+    "torch": block_sparse_torch.attend,
+    "torch-int8": quantize.attend,
+    "reference": block_sparse_reference.attend,
+}
 
 
 @overload
@@ -70,7 +75,10 @@ def block_sparse_attention(
         scale: the factor on q·k, above 0; None means 1 / sqrt(D).
         key_mask: bool (B, S), True where a key may be attended to; None allows all.
         return_lse: whether to return the log-sum-exp of each query's scores as well.
-        backend: "triton", "torch", "reference", or "auto": triton where it can, else torch.
+        backend: "triton", "torch", "reference", or "auto": triton where it can, else torch. With
+            "triton-int8" scores are computed from queries and smoothed keys in 8 bits, which costs
+            some accuracy (see `quantize`) and has no gradients; "torch-int8" rounds the same way
+            on any device, to see what it does to quality, and gains no time. "auto" takes neither.
 
     Returns:
         The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,
@@ -106,21 +114,23 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
-    if backend != "triton":
+    if not backend.startswith("triton"):
         return None
     if q.device.type == "cpu":
         return "triton needs a GPU and q is on the cpu"
     if "triton" not in sys.modules and not find_spec("triton"):
         return "triton is not installed"
-    from diffpatch.kernels.block_sparse_triton import unsupported_reason as reason
+    from diffpatch.kernels import block_sparse_triton as kernel
 
-    return reason(q, blocks)
+    if backend == "triton-int8":
+        return kernel.unsupported_int8_reason(q, blocks)
+    return kernel.unsupported_reason(q, blocks)
 
 
 def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
 ) -> str:
-    """The backend that a call with these arguments runs on: "triton", "torch" or "reference".
+    """The backend that a call with these arguments runs on: one of `BACKENDS`, not "auto".
 
     Args:
         q: the queries, (B, S, H, D).
@@ -138,6 +148,8 @@ def choose_backend(
         from diffpatch.kernels import block_sparse_triton_backward as backward
 
         reason = backward.unsupported_reason(q)
+    elif needs_grad and backend.endswith("-int8"):
+        reason = "scores in 8 bits have no gradients"
     if backend == "auto":
         return "torch" if reason else "triton"
     if reason:
@@ -146,11 +158,15 @@ def choose_backend(
 
 
 def _attend_with(backend: str) -> Attend:
-    if backend == "triton":
-        from diffpatch.kernels.block_sparse_triton_backward import attend
+    if backend in ATTEND_ANYWHERE:
+        return ATTEND_ANYWHERE[backend]
+    from diffpatch.kernels import block_sparse_triton, block_sparse_triton_backward
 
-        return attend
-    return {"torch": block_sparse_torch.attend, "reference": block_sparse_reference.attend}[backend]
+    kernels = {
+        "triton": block_sparse_triton_backward.attend,
+        "triton-int8": block_sparse_triton.attend_int8,
+    }
+    return kernels[backend]
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

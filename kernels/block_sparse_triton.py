@@ -2,37 +2,50 @@
 
 A program owns BLOCK_M queries of one tile and one head. It visits the key sub-blocks (BLOCK_N keys)
 of its row: first those that every query sees, without any mask arithmetic, then the others, under
-a bit mask. Keys and values are put in tile order once a call; queries and outputs stay in place.
+a bit mask. Queries and outputs stay in place. Keys and values are put in tile order once a call,
+where a sub-block is one box of memory that a tensor descriptor (TMA) can fetch, or are read where
+they are ("gather"), which saves the copy and costs an index for every key and visit.
 """
-
-# mypy: disable-error-code="no-untyped-def"
-# (what a kernel takes and returns are Triton's values and has no Python types)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffpatch.kernels.block_sparse_lists import identity_order, sub_blocks
+from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.quantize import mean_key, mean_score
+from diffpatch.kernels.quantize_triton import quantize_keys
 
 MAX_HEAD_SIZE = 256
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
-# A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
-START = tl.constexpr(-1.0e30)
+LOADS = ("auto", "pointer", "tma", "gather")
 
 
 class Config(NamedTuple):
-    """How the kernel is cut and scheduled."""
+    """How the kernel is cut and scheduled.
+
+    Attributes:
+        block_m: queries of a program.
+        block_n: keys of a sub-block.
+        num_warps: warps of a program, those that `specialize` adds not counted.
+        num_stages: sub-blocks of keys and values in flight.
+        loads: how keys and values are read: "pointer" and "tma" from tile order, "gather" from
+            where they are.
+        specialize: whether extra warps do the loading.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    loads: str = "pointer"
+    specialize: bool = False
 
 
 # (bytes an element, padded head size) -> configuration, chosen so that nothing spills. fp32 has no
@@ -53,22 +66,62 @@ CONFIGS_SMALL = CONFIGS | {
     (4, 256): Config(32, 32, 16, 1),
 }
 ASYNC_TENSOR_CORE = (90, 100, 103)  # compute capabilities whose tensor cores read shared memory
+SPECIALIZED = (100, 103)  # where Triton gives loads warps of their own and nothing spills
 
 
-def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> Config:
+def configuration(
+    dtype: torch.dtype,
+    size: int,
+    tile: int,
+    arch: int,
+    *,
+    int8: bool = False,
+    loads: str = "auto",
+    specialize: bool = False,
+) -> Config:
     """The configuration that ships for a case.
+
+    "auto" takes tensor descriptors from compute capability 9.0 on, for 16-bit heads of 64, 128 or
+    256 channels: one thread then issues a copy where all of them computed addresses, which frees 15
+    to 50 registers a thread on every architecture it compiles for. Older GPUs have no such copies,
+    fp32 is bound by arithmetic, and other head sizes would fetch the next head's channels.
 
     Args:
         dtype: of q, k and v.
         size: the head size.
         tile: the largest tile of the block index, in tokens.
         arch: the compute capability, 90 for 9.0.
+        int8: whether scores are computed in 8 bits.
+        loads: one of `LOADS`.
+        specialize: whether to leave the loads to warps of their own, on `SPECIALIZED`.
+
+    Raises:
+        ValueError: the loads do not exist or cannot work in this case.
     """
     table = CONFIGS if arch in ASYNC_TENSOR_CORE else CONFIGS_SMALL
     config = table[dtype.itemsize, padded(size)]
+    if int8 and table is CONFIGS_SMALL and padded(size) == 128:
+        config = config._replace(block_m=64, num_warps=4)  # spills otherwise
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)
-    return config
+    if loads not in LOADS:
+        raise ValueError(f"loads is {loads!r}, expected one of {', '.join(LOADS)}.")
+    boxes = arch >= 90 and size == padded(size) and dtype.itemsize == 2
+    if loads == "tma" and not boxes:
+        raise ValueError(
+            f"loads is 'tma', which needs a GPU of compute capability 9.0 or above and 16-bit heads"
+            f" of 64, 128 or 256 channels; this is {dtype}, {size} channels, {arch / 10}."
+        )
+    if loads == "auto":
+        loads = "tma" if boxes else "pointer"
+    spacious = size == config.block_m == 128 and not int8  # others spill
+    if specialize and not (arch in SPECIALIZED and loads == "tma" and spacious):
+        raise ValueError(
+            f"specialize is for heads of 128 channels in tiles above 64 tokens, read by descriptors"
+            f" on compute capability 10.0 or 10.3, not for 8-bit scores; this is {size} channels,"
+            f" {tile} tokens, loads={loads!r}, {arch / 10}, {'8' if int8 else '16'}-bit scores."
+        )
+    return config._replace(loads=loads, specialize=specialize)
 
 
 def padded(size: int) -> int:
@@ -87,6 +140,13 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
     return None
 
 
+def unsupported_int8_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    """Why the kernel cannot compute scores in 8 bits, or None."""
+    if q.dtype == torch.float32:
+        return "scores in 8 bits are for bf16 and fp16, and q is torch.float32"
+    return unsupported_reason(q, blocks)
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -95,6 +155,9 @@ def attend(
     scale: float,
     key_mask: torch.Tensor | None,
     return_lse: bool,
+    *,
+    loads: str = "auto",
+    specialize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept pairs in one kernel launch.
 
@@ -106,30 +169,94 @@ def attend(
         scale: the factor on q·k, above 0.
         key_mask: bool (B, S), False for keys nobody may attend to, or None.
         return_lse: ignored, the log-sum-exp is always returned.
+        loads: how keys and values are read, see `configuration`.
+        specialize: whether extra warps do the loading, see `configuration`.
 
     Returns:
         The output (B, S, H, D) in the dtype of q and the natural log-sum-exp, fp32 (B, S, H).
     """
+    config = _configured(q, blocks, loads, specialize=specialize)
+    if config.loads == "gather":
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    else:
+        k, v = (_in_tile_order(x, blocks) for x in (k, v))
+    return _launch(q, k, v, None, blocks, scale, key_mask, config)
+
+
+def attend_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+    *,
+    loads: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` with q·k on 8-bit tensor cores, as `quantize` describes; for bf16 and fp16.
+
+    The log-sum-exp is that of the true scores, but for the rounding, and only made if asked for.
+    """
+    config = _configured(q, blocks, loads, int8=True)
+    if config.loads == "gather":
+        raise ValueError("loads is 'gather', but keys are put in tile order as they are quantized.")
+    mean = mean_key(k, key_mask)
+    keys, scales = quantize_keys(k, mean, blocks, key_mask)
+    v = _in_tile_order(v, blocks)
+    out, lse = _launch(q, keys, v, scales, blocks, scale, key_mask, config)
+    return out, lse + mean_score(q, mean, scale) if return_lse else lse
+
+
+def _configured(q: torch.Tensor, blocks: BlockIndex, loads: str, **options: bool) -> Config:
+    gpu = arch(q.device)
+    return configuration(q.dtype, q.shape[-1], blocks.max_tile, gpu, loads=loads, **options)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernel on queries in sequence order, keys and values in the order of the loads."""
     batch, tokens, heads, size = q.shape
-    config = configuration(q.dtype, size, blocks.max_tile, arch(q.device))
     lists = sub_blocks(blocks, config.block_m, config.block_n)
     q = q if q.stride(3) == 1 else q.contiguous()
-    k, v = (_in_tile_order(x, blocks) for x in (k, v))
     allowed = None if key_mask is None else _in_tile_order(key_mask, blocks).view(torch.uint8)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    sides: Sequence[Any] = (k, v)
+    if config.loads == "tma":
+        sides = [_boxes(x, config.block_n) for x in sides]
     grid = (blocks.num_tiles * lists.parts, batch * heads)
     attend_kernel[grid](
-        q, k, v, out, lse, allowed, blocks.order, blocks.starts, blocks.head_pattern,
+        q, *sides, out, lse, key_scales, allowed, blocks.order, blocks.starts, blocks.head_pattern,
         lists.schedule, lists.row_ptr, lists.full_end, lists.places, lists.mask_ids, lists.bits,
         scale * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         tokens, heads, heads // k.shape[2], blocks.num_tiles, lists.parts,
         SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        LOADS=config.loads, SPECIALIZE=config.specialize,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def _boxes(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """What fetches boxes of `rows` tokens of one head from (B, S, heads, D), without a copy if such
+    boxes can lie as they are: channels and heads side by side, rows that begin at 16 bytes."""
+    batch, tokens, heads, size = x.shape
+    flat = x.reshape(batch * tokens, heads * size)
+    step = flat.stride(0) * flat.itemsize
+    if flat.stride(1) != 1 or flat.stride(0) < heads * size or (step | flat.data_ptr()) % 16:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor.from_tensor(flat, [rows, size])
 
 
 def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
@@ -144,135 +271,3 @@ def arch(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-@triton.jit
-def _load(at, inside, channel_ok, BOUNDED: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of keys or values, zero past the last key and past the head size."""
-    if BOUNDED:
-        rows = tl.load(at, mask=inside[:, None] & channel_ok[None, :], other=0.0)
-    elif EVEN:
-        rows = tl.load(at)
-    else:
-        rows = tl.load(at, mask=channel_ok[None, :], other=0.0)
-    return rows
-
-
-@triton.jit
-def _seen(words, offsets_n, BLOCK_N: tl.constexpr):
-    """The bits of one or two mask words a row, as booleans (rows, BLOCK_N)."""
-    word = tl.load(words)[:, None]
-    if BLOCK_N == 64:
-        word = tl.where((offsets_n < 32)[None, :], word, tl.load(words + 1)[:, None])
-    return (word & (1 << (offsets_n % 32))[None, :]) != 0
-
-
-@triton.jit
-def _step(
-    acc, total, top, q, keys, values, allowed, words, place, offsets_n, stride_kn, stride_vn,
-    tokens, scale, channel_ok,
-    MASKED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Attend to one sub-block of keys: the new accumulator, sum and maximum of each row."""
-    key_at = keys + place.to(tl.int64) * stride_kn
-    value_at = values + place.to(tl.int64) * stride_vn
-    inside = offsets_n < tokens - place  # only a masked sub-block may reach past the last key
-    k = _load(key_at, inside, channel_ok, MASKED, EVEN)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASKED:
-        scores = tl.where(_seen(words, offsets_n, BLOCK_N), scores, -float("inf"))
-    if allowed is not None:
-        may = tl.load(allowed + place + offsets_n, mask=inside, other=0)
-        scores = tl.where((may != 0)[None, :], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    v = _load(value_at, inside, channel_ok, MASKED, EVEN)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, total, new_top
-
-
-@triton.jit
-def attend_kernel(
-    Q, K, V, OUT, LSE, ALLOWED, ORDER, STARTS, HEAD_PATTERN,
-    SCHEDULE, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS,
-    scale,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
-    stride_vh,
-    tokens, heads, group, tiles, parts,
-    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_M queries of one tile, for one head of one batch entry.
-
-    OUT (B, S, H, SIZE) and LSE (B, S, H) are contiguous, and so are the channels of Q, K and V.
-    """
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    row = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    pattern_start = 0
-    if HEAD_PATTERN is not None:
-        pattern_start = tl.load(HEAD_PATTERN + head) * tiles
-    tile = tl.load(SCHEDULE + pattern_start + row)
-    row = pattern_start + tile
-
-    # The queries, through the token order.
-    in_tile = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.load(STARTS + tile)
-    held = in_tile < tl.load(STARTS + tile + 1) - first
-    token = tl.load(ORDER + first + in_tile, mask=held, other=0)
-    channel = tl.arange(0, SIZE_PADDED)
-    channel_ok = channel < SIZE
-    stored = held[:, None] & channel_ok[None, :]
-    q_at = Q + batch * stride_qb + head.to(tl.int64) * stride_qh
-    q = tl.load(q_at + token[:, None] * stride_qs + channel[None, :], mask=stored, other=0.0)
-
-    offsets_n = tl.arange(0, BLOCK_N)
-    key_head = (head // group).to(tl.int64)
-    keys = K + batch * stride_kb + key_head * stride_kh
-    keys += offsets_n[:, None] * stride_ks + channel[None, :]
-    values = V + batch * stride_vb + key_head * stride_vh
-    values += offsets_n[:, None] * stride_vs + channel[None, :]
-    if ALLOWED is not None:
-        ALLOWED += batch * tokens
-    words = BITS + in_tile * (BLOCK_N // 32)
-    words_per_mask = parts * BLOCK_M * (BLOCK_N // 32)
-
-    acc = tl.zeros([BLOCK_M, SIZE_PADDED], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], START, tl.float32)
-    begin = tl.load(ROW_PTR + row)
-    middle = tl.load(FULL_END + row)
-    end = tl.load(ROW_PTR + row + 1)
-    # What the next iteration visits is loaded one iteration ahead: an index loaded where it is used
-    # would itself be staged by the pipeliner and halve the buffers of keys and values.
-    place = tl.load(PLACES + begin)
-    for i in tl.range(begin, middle, num_stages=STAGES):
-        following = tl.load(PLACES + i + 1)
-        acc, total, top = _step(
-            acc, total, top, q, keys, values, ALLOWED, words, place, offsets_n, stride_ks,
-            stride_vs, tokens, scale, channel_ok,
-            False, SIZE == SIZE_PADDED, BLOCK_N,
-        )  # fmt: skip
-        place = following
-    mask = tl.load(MASK_IDS + middle)
-    for i in tl.range(middle, end, num_stages=STAGES):
-        following = tl.load(PLACES + i + 1)
-        following_mask = tl.load(MASK_IDS + i + 1)
-        acc, total, top = _step(
-            acc, total, top, q, keys, values, ALLOWED, words + mask * words_per_mask, place,
-            offsets_n, stride_ks, stride_vs, tokens, scale, channel_ok,
-            True, SIZE == SIZE_PADDED, BLOCK_N,
-        )  # fmt: skip
-        place = following
-        mask = following_mask
-
-    blind = total == 0.0
-    total = tl.where(blind, 1.0, total)
-    at = (batch * tokens + token) * heads + head
-    out = (acc / total[:, None]).to(OUT.dtype.element_ty)
-    tl.store(OUT + at[:, None] * SIZE + channel[None, :], out, mask=stored)
-    lse = tl.where(blind, -float("inf"), (top + tl.log2(total)) * LN_2)
-    tl.store(LSE + at, lse, mask=held)

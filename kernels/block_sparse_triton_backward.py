@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels import block_sparse_triton as forward
+from diffpatch.kernels import block_sparse_triton_kernel as device
 from diffpatch.kernels.block_sparse_lists import identity_order, sub_blocks
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -203,8 +204,8 @@ def _visit(
     """Add what one sub-block of the other side contributes."""
     inside = offsets_n < tokens - place
     shift = place.to(tl.int64) * other_stride
-    other = forward._load(other_at + shift, inside, channel_ok, MASKED, EVEN)
-    other2 = forward._load(other2_at + shift, inside, channel_ok, MASKED, EVEN)
+    other = device._load(other_at + shift, inside, channel_ok, MASKED, EVEN)
+    other2 = device._load(other2_at + shift, inside, channel_ok, MASKED, EVEN)
     scores = tl.dot(own, tl.trans(other), input_precision="ieee") * scale_log2
     if KEYS:
         at = (place + offsets_n) * heads
@@ -212,7 +213,7 @@ def _visit(
         delta = tl.load(DELTA + at, mask=inside, other=0.0)[None, :]
     weights = tl.exp2(scores - lse)
     if MASKED:
-        weights = tl.where(forward._seen(words, offsets_n, BLOCK_N), weights, 0.0)
+        weights = tl.where(device._seen(words, offsets_n, BLOCK_N), weights, 0.0)
     if ALLOWED is not None:
         if not KEYS:
             may = tl.load(ALLOWED + place + offsets_n, mask=inside, other=0)[None, :]

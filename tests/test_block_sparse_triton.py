@@ -35,7 +35,11 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(
-    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
+    inputs: Tensors,
+    blocks: BlockIndex,
+    key_mask: torch.Tensor | None = None,
+    arch: int = 0,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel, interpreted, with outputs that are NaN unless it writes them."""
 
@@ -45,8 +49,12 @@ def attend(
         return empty(*shape, **options).fill_(torch.nan)
 
     scale = inputs[0].shape[-1] ** -0.5
-    with interpreted(), mock.patch.object(torch, "empty", poisoned):
-        return block_sparse_triton.attend(*inputs, blocks, scale, key_mask, True)
+    with (
+        interpreted(),
+        mock.patch.object(torch, "empty", poisoned),
+        mock.patch.object(block_sparse_triton, "arch", lambda device: arch),
+    ):
+        return block_sparse_triton.attend(*inputs, blocks, scale, key_mask, True, **options)
 
 
 def exact(
@@ -60,9 +68,13 @@ def exact(
 
 
 def assert_exact_enough(
-    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
+    inputs: Tensors,
+    blocks: BlockIndex,
+    key_mask: torch.Tensor | None = None,
+    arch: int = 0,
+    **options: Any,
 ) -> None:
-    out, lse = attend(inputs, blocks, key_mask)
+    out, lse = attend(inputs, blocks, key_mask, arch, **options)
     expected, expected_lse = exact(inputs, blocks, key_mask)
     assert out.dtype == inputs[0].dtype
     blind = expected_lse.isinf()
@@ -126,15 +138,80 @@ def test_strides_do_not_matter() -> None:
         assert torch.equal(attend((query, key, value), blocks)[0], expected)
 
 
+# What may be asked of the kernel instead of what it does by itself: (compute capability, options).
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pointer": (90, {"loads": "pointer"}),
+    "tma": (90, {"loads": "tma"}),
+    "gather": (80, {"loads": "gather"}),
+    "specialized": (100, {"specialize": True}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_every_way_to_read_keys_gives_the_same(way: str, hidden: bool) -> None:
+    arch, options = WAYS[way]
+    blocks = random_blocks([128, 70, 30], kept=0.6, heads=[1, 0, 1, 0], seed=4)
+    key_mask = torch.rand(2, 228, generator=torch.Generator().manual_seed(0)) < 0.5
+    inputs = random_qkv(2, 228, 4, 128, torch.bfloat16, key_heads=2)
+    assert_exact_enough(inputs, blocks, key_mask if hidden else None, arch, **options)
+
+
+def test_boxes_of_memory_lie_in_the_tensors_of_the_caller() -> None:
+    """Descriptors copy nothing where tile order is sequence order, unless they have to."""
+    blocks = random_blocks(SIZES, kept=0.6, seed=6)
+    blocks = BlockIndex(**{**vars_of(blocks), "order": torch.arange(sum(SIZES))})
+    fused = torch.cat(random_qkv(2, sum(SIZES), 2, 64, torch.bfloat16), 2)
+    q, k, v = fused.split(2, 2)
+    boxes = [block_sparse_triton._boxes(x, 64) for x in (k, v)]
+    assert [box.base.data_ptr() for box in boxes] == [k.data_ptr(), v.data_ptr()]
+    assert [tuple(box.strides) for box in boxes] == [(384, 1), (384, 1)]
+    assert_exact_enough((q, k, v), blocks, None, 90)
+    for awkward in (k.mT.contiguous().mT, k[:, :, :1].expand_as(k), fused.flatten()[1:]):
+        if awkward.ndim == 1:  # rows that begin 2 bytes after a multiple of 16
+            awkward = awkward[: k.numel()].view_as(k)
+        box = block_sparse_triton._boxes(awkward, 64)
+        assert box.base.data_ptr() != awkward.data_ptr()
+        assert torch.equal(box.base.view_as(awkward), awkward)
+
+
+def test_loads_are_chosen_by_what_the_gpu_has() -> None:
+    def chosen(dtype: torch.dtype, size: int, arch: int, **options: Any) -> str:
+        return block_sparse_triton.configuration(dtype, size, 128, arch, **options).loads
+
+    assert [chosen(torch.bfloat16, 128, arch) for arch in (0, 80, 89)] == ["pointer"] * 3
+    assert [chosen(torch.float16, 64, arch) for arch in (90, 100, 103, 120)] == ["tma"] * 4
+    assert chosen(torch.bfloat16, 96, 90) == chosen(torch.float32, 128, 90) == "pointer"
+    assert chosen(torch.bfloat16, 128, 90, loads="pointer") == "pointer"
+    for arch, options, message in (
+        (80, {"loads": "tma"}, "compute capability 9.0"),
+        (90, {"loads": "best"}, "loads is 'best'"),
+        (90, {"specialize": True}, "10.0 or 10.3"),
+        (100, {"specialize": True, "int8": True}, "8-bit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chosen(torch.bfloat16, 128, arch, **options)
+
+
 def vars_of(blocks: BlockIndex) -> dict[str, torch.Tensor]:
     return {name: value for name, value in vars(blocks).items() if not name.startswith("_")}
 
 
+def test_two_runs_agree_to_the_bit() -> None:
+    blocks = random_blocks(SIZES, kept=0.6, seed=7)
+    inputs = random_qkv(1, sum(SIZES), 1, 64, torch.bfloat16)
+    for one, other in zip(attend(inputs, blocks), attend(inputs, blocks), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_that_of_dense_attention_with_outlier_channels(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("outliers", [False, True])
+def test_error_is_at_most_half_above_that_of_dense_attention(
+    dtype: torch.dtype, outliers: bool
+) -> None:
     blocks = random_blocks([64, 64, 64], kept=0.8, partial=0.3, seed=8)
     q, k, v = random_qkv(1, 192, 1, 64, dtype)
-    inputs = with_outliers(q), with_outliers(k), v
+    inputs = (with_outliers(q), with_outliers(k), v) if outliers else (q, k, v)
     expected, _ = exact(inputs, blocks)
     mask = dense_mask(blocks)[0]
     seen = mask.any(-1)

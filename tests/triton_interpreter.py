@@ -134,7 +134,8 @@ def _narrowed(handle: Any) -> Any:
 def _bounds(args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
     """Refuse loads and stores outside of the tensor arguments of a launch."""
     load, store = Builder.create_masked_load, Builder.create_masked_store
-    tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor) and x.numel()]
+    given = [getattr(x, "base", x) for x in (*args, *options.values())]  # of a tensor descriptor
+    tensors = [x for x in given if isinstance(x, torch.Tensor) and x.numel()]
     spans = sorted(_span(x) for x in tensors)
     first = np.array([begin for begin, _ in spans], np.uint64)
     # Views of one storage overlap: an address is inside if any span that began before reaches it.
