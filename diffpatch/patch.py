@@ -14,7 +14,7 @@ from diffpatch.kernels.block_sparse import BACKENDS
 from diffpatch.methods.base import Method
 from diffpatch.pipelines.families import FamilyInfo, families, family_of
 from diffpatch.pipelines.presets import two_experts
-from diffpatch.report import Report
+from diffpatch.report import Record, Report
 from diffpatch.schedule import Amount
 from diffpatch.settings import settle
 
@@ -125,13 +125,18 @@ def unpatch(target: Target) -> Target:
 def patched(target: Target, method: str | Method = "radial", **options: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; undone on the way out, also after an exception.
 
-    Afterwards the target is unpatched, whatever patch it carried before.
+    A patch that the target carried before is back afterwards, with counts and state of its own that
+    begin anew.
     """
+    before = owners(target)
     patch(target, method, **options)
     try:
         yield target
     finally:
         unpatch(target)
+        for owner in before:
+            owner.install()
+            owner.patch.follow_schedulers()
 
 
 def report(target: Any) -> Report:
@@ -144,8 +149,13 @@ def report(target: Any) -> Report:
     if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
     layers = sum(len(o.modules) for o in found)
-    shared = found[0].patch
-    return Report.of(str(shared.method), layers, shared.record, shared.state_bytes())
+    patches = list(dict.fromkeys(o.patch for o in found))
+    if len(patches) == 1:
+        record = patches[0].record
+    else:  # transformers patched one by one, each with counts of its own
+        record = Record.joined({name: o.patch.record for name, o in _named_owners(target).items()})
+    method = "; ".join(dict.fromkeys(str(p.method) for p in patches))
+    return Report.of(method, layers, record, sum(p.state_bytes() for p in patches))
 
 
 def reset(target: Any) -> None:
@@ -165,10 +175,15 @@ def _components(target: Any) -> dict[str, Any]:
 
 
 def owners(target: Any) -> list[PatchedTransformer]:
-    """The patched transformers of a target; they share one `Patch`."""
-    models = [_unwrap(m) for m in _components(target).values()]
-    found = [getattr(m, "_diffpatch", None) for m in models if isinstance(m, torch.nn.Module)]
-    return [owner for owner in found if owner is not None]
+    """The patched transformers of a target; patched together, they share one `Patch`."""
+    return list(_named_owners(target).values())
+
+
+def _named_owners(target: Any) -> dict[str, PatchedTransformer]:
+    models = {name: _unwrap(m) for name, m in _components(target).items()}
+    modules = {name: m for name, m in models.items() if isinstance(m, torch.nn.Module)}
+    found = {name: getattr(m, "_diffpatch", None) for name, m in modules.items()}
+    return {name: owner for name, owner in found.items() if owner is not None}
 
 
 def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any, FamilyInfo]]:

@@ -264,10 +264,11 @@ def _rebound_class(cls: Any) -> Any:
     call = _rebind_function(original, globals_)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._diffpatch_owner.active:
+        owner = self.__dict__.get("_diffpatch_owner")
+        if owner is None or not owner.active:
             return original(self, *args, **kwargs)
         slot = _here()
-        slot.owner, slot.layer = self._diffpatch_owner, self._diffpatch_layer
+        slot.owner, slot.layer = owner, self._diffpatch_layer
         try:
             return call(self, *args, **kwargs)
         finally:
@@ -305,27 +306,31 @@ def rebind(processor: Any, owner: Owner, layer: int) -> Any:
     Raises:
         DiffpatchError: the processor computes attention in a way that cannot be rebound.
     """
-    original: Any = type(processor)
-    cls = _rebound_class(original)
+    if hasattr(type(processor), "_diffpatch_original"):  # by another patch, now gone
+        processor = hand_back(processor)
+    cls = _rebound_class(type(processor))
     new = cls.__new__(cls)
     new.__dict__.update(processor.__dict__)
     new.__dict__["_diffpatch_owner"] = owner
     new.__dict__["_diffpatch_layer"] = torch.tensor(layer, device="cpu")
+    new.__dict__["_diffpatch_source"] = processor
     return new
 
 
-def unbound(processor: Any) -> Any:
-    """The processor itself, or what it was before another patch, now gone, rebound it."""
-    if not hasattr(type(processor), "_diffpatch_original"):
-        return processor
-    restore, arguments = _reduce(processor)
-    return restore(*arguments)
-
-
-def hand_back(processor: Any, original: Any) -> None:
-    """Give the original what was set on its stand-in meanwhile (an attention backend, a scale)."""
+def hand_back(processor: Any) -> Any:
+    """What was rebound, with what was set on its stand-in meanwhile (a backend, a scale)."""
+    cls = type(processor)._diffpatch_original
+    source = processor.__dict__.get("_diffpatch_source", None) or cls.__new__(cls)
     changed = {k: v for k, v in processor.__dict__.items() if not k.startswith("_diffpatch")}
-    original.__dict__.update(changed)
+    source.__dict__.update(changed)
+    return source
+
+
+def is_stray(processor: Any) -> bool:
+    """Whether diffusers made the processor from a rebound class alone, as its IP-Adapters do."""
+    return hasattr(type(processor), "_diffpatch_original") and not hasattr(
+        processor, "_diffpatch_owner"
+    )
 
 
 def is_rebound(processor: Any, owner: Owner) -> bool:

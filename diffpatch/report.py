@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +33,22 @@ class Record:
         for bucket in (self.by_step[step], self.by_layer[(where, layer)]):
             bucket[0] += pairs
             bucket[1] += pairs * kept
+
+    @classmethod
+    def joined(cls, records: Mapping[str, Record]) -> Record:
+        """One record of several transformers that were patched one by one, by their names."""
+        out = cls()
+        for name, one in records.items():
+            out.calls += one.calls
+            out.pairs += one.pairs
+            out.kept_pairs += one.kept_pairs
+            out.reasons += one.reasons
+            out.backends += one.backends
+            out.by_layer |= {(name, layer): both for (_, layer), both in one.by_layer.items()}
+            for step, (pairs, kept) in one.by_step.items():
+                out.by_step[step][0] += pairs
+                out.by_step[step][1] += kept
+        return out
 
 
 @dataclass(frozen=True)

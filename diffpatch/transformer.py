@@ -149,7 +149,6 @@ class PatchedTransformer:
                 f"no attention module of {type(model).__name__} matches {family.modules!r}:"
                 " this is not the model diffpatch knows under that name"
             )
-        self.originals: list[Any] = []
         self.active = False
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -170,9 +169,8 @@ class PatchedTransformer:
         """Swap the processors and start listening to forwards."""
         model = self._model()
         assert model is not None
-        self.originals = [rebind.unbound(module.processor) for _, module in self.modules]
         # All of them first: a processor that cannot be rebound must leave nothing half done.
-        fresh = [rebind.rebind(p, self, i) for i, p in enumerate(self.originals)]
+        fresh = [rebind.rebind(m.processor, self, i) for i, (_, m) in enumerate(self.modules)]
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
         self._hook = model.register_forward_pre_hook(_GridHook(self), with_kwargs=True)
@@ -182,10 +180,9 @@ class PatchedTransformer:
     def remove(self) -> None:
         """Put the original processors back; ones that somebody else has set since stay."""
         self.active = False  # processors that somebody saved meanwhile act like the originals now
-        for (_, module), original in zip(self.modules, self.originals, strict=True):
-            if rebind.is_rebound(module.processor, self):
-                rebind.hand_back(module.processor, original)
-                module.processor = original
+        for _, module in self.modules:
+            if rebind.is_rebound(module.processor, self) or rebind.is_stray(module.processor):
+                module.processor = rebind.hand_back(module.processor)
         self._hook.remove()
         self.patch.reset()
         model = self._model()
@@ -220,8 +217,7 @@ class PatchedTransformer:
                     " patching them again", self.name, path, type(module.processor).__name__,
                 )  # fmt: skip
                 self._warned = True
-            self.originals[i] = rebind.unbound(module.processor)
-            module.processor = rebind.rebind(self.originals[i], self, i)
+            module.processor = rebind.rebind(module.processor, self, i)
 
     def _enter(self, layer: int) -> None:
         """Notice that a new forward begins.

@@ -95,7 +95,7 @@ def masked(subject: Subject, method: Method) -> Iterator[list[tuple[int, float]]
         *args: Any,
         **kw: Any,
     ) -> torch.Tensor:
-        if not inside[0]:
+        if not inside[0] or query.shape[2] != key.shape[2]:
             return original(query, key, value, attn_mask, *args, **kw)
         pattern = method.pattern(subject.case.tokens(query.shape[2]))
         calls.append((query[..., 0].numel() * query.shape[2], pattern.kept))

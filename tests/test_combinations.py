@@ -1,0 +1,171 @@
+"""What people combine a patch with, each right or refused; see also tests/test_ecosystem.py."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+import diffpatch
+from diffpatch import Neighborhood, Window
+from tests import tiny_images
+from tests.test_families import Subject, error, masked
+from tests.tiny import Tiny, wan, wan22
+from tests.tiny_families import CASES
+from tests.tiny_parts import make, noise
+
+LOCAL = Neighborhood(window=(1, 3, 3), stride=1)
+ROWS = Window(window=(-1, 1, 2), shift="none")
+
+
+def subject(model: Tiny, case: str) -> Subject:
+    """A model of a family whose self-attention `masked` is to find."""
+    return Subject(CASES[case], model, model.pipe.transformer, torch.empty(0), {})
+
+
+def check(model: Tiny, case: str, **call: Any) -> diffpatch.Report:
+    """A run under a patch equals the same run under a dense mask, and is undone to the bit."""
+    model = Tiny(model.pipe, model.call | call)
+    dense = model.run()
+    with masked(subject(model, case), LOCAL):
+        expected = model.run()
+    with diffpatch.patched(model.pipe, LOCAL, dense_steps=0):
+        out, report = model.run(), diffpatch.report(model.pipe)
+    assert error(dense, expected) > 1e-4
+    assert error(out, expected) < 5e-5
+    assert torch.equal(model.run(), dense)
+    return report
+
+
+def test_skip_layer_guidance_is_a_branch_of_some_steps() -> None:
+    model = tiny_images.sd3()
+    report = check(
+        model, "sd3", num_inference_steps=4, guidance_scale=3.0, skip_guidance_layers=[1],
+        skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.8,
+    )  # fmt: skip
+    assert report.steps == 4 and not report.reasons
+    assert report.calls > 4 * 3  # three attention layers; a guided step has two calls of some
+
+
+def test_perturbed_attention_guidance_comes_and_goes_under_a_patch() -> None:
+    plain = tiny_images.pixart()
+    pipe: Any = diffusers.PixArtSigmaPAGPipeline(**plain.pipe.components, pag_applied_layers=["1"])
+    pipe.set_progress_bar_config(disable=True)
+    model = Tiny(pipe, plain.call | {"pag_scale": 2.0})
+    before = [block.attn1.processor for block in pipe.transformer.transformer_blocks]
+    check(model, "pixart")
+    after = [block.attn1.processor for block in pipe.transformer.transformer_blocks]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def add_ip_adapter(model: Tiny) -> None:
+    """An adapter with random weights, as its file would hold them."""
+    transformer = model.pipe.transformer
+    torch.manual_seed(0)
+    weights = {}
+    for i in range(2):
+        for name in ("k", "v"):
+            weights[f"{i}.to_{name}_ip.weight"] = torch.randn(32, 32)
+            weights[f"{i}.to_{name}_ip.bias"] = torch.randn(32)
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 16), "proj.bias": torch.randn(4 * 32),
+        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+    }  # fmt: skip
+    transformer._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": projection}])
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_ip_adapters_under_a_patch(patched_first: bool, caplog: pytest.LogCaptureFixture) -> None:
+    call = {f"{sign}ip_adapter_image_embeds": [noise(1, 1, 16)] for sign in ("", "negative_")}
+    plain = tiny_images.flux()
+    without = plain.run()
+    add_ip_adapter(plain)
+    model = Tiny(plain.pipe, plain.call | call)
+    dense = model.run()
+    assert not torch.equal(dense, without)
+    with masked(subject(model, "flux"), LOCAL):
+        expected = model.run()
+    other = tiny_images.flux()
+    if patched_first:
+        diffpatch.patch(other.pipe, LOCAL, dense_steps=0)
+        sparse_without = other.run()
+    add_ip_adapter(other)
+    if not patched_first:
+        diffpatch.patch(other.pipe, LOCAL, dense_steps=0)
+    other = Tiny(other.pipe, other.call | call)
+    with caplog.at_level(logging.WARNING):
+        sparse = other.run()
+        assert torch.equal(other.run(), sparse)
+    assert sum("replaced after" in r.message for r in caplog.records) == patched_first
+    assert error(sparse, expected) < 5e-5 < error(sparse, dense)
+    copied = Tiny(copy.deepcopy(other.pipe), other.call)
+    assert torch.equal(copied.run(), dense)
+    other.pipe.unload_ip_adapter()
+    if patched_first:
+        assert torch.equal(Tiny(other.pipe, plain.call).run(), sparse_without)
+    diffpatch.unpatch(other.pipe)
+    assert torch.equal(Tiny(other.pipe, plain.call).run(), without)
+
+
+def flux_controlnet() -> Tiny:
+    plain = tiny_images.flux_kontext()
+    config = {k: plain.pipe.transformer.config[k] for k in _SHARED}
+    net = make("FluxControlNetModel", **config)
+    parts = plain.pipe.components | {"controlnet": net}
+    del parts["image_encoder"], parts["feature_extractor"]
+    pipe: Any = diffusers.FluxControlNetPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    names = ("prompt_embeds", "pooled_prompt_embeds", "height", "width", "num_inference_steps")
+    call = {name: plain.call[name] for name in (*names, "output_type")}
+    return Tiny(pipe, call | {"control_image": Image.new("RGB", (12, 8), "teal")})
+
+
+_SHARED = (
+    "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
+    "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0])
+def test_controlnets(scale: float) -> None:
+    check(flux_controlnet(), "flux", controlnet_conditioning_scale=scale)
+
+
+def test_a_patch_within_a_patch_gives_way_to_it_again() -> None:
+    model = wan()
+    plain = model.run()
+    diffpatch.patch(model.pipe, ROWS, dense_steps=1)
+    outer = model.run()
+    with diffpatch.patched(model.pipe, "window", window=-1, dense_steps=0):
+        assert torch.equal(model.run(), plain)
+    assert torch.equal(model.run(), outer)
+    assert diffpatch.report(model.pipe).kept_per_step[0] == 1.0
+    diffpatch.unpatch(model.pipe)
+    assert torch.equal(model.run(), plain)
+
+
+def test_an_inner_patch_of_one_expert_leaves_the_other_its_own() -> None:
+    model = wan22()
+    diffpatch.patch(model.pipe, ROWS, dense_steps=1)
+    outer = model.run()
+    with diffpatch.patched(model.pipe.transformer, "window", window=-1):
+        assert not torch.equal(model.run(), outer)
+    assert torch.equal(model.run(), outer)
+
+
+def test_transformers_patched_one_by_one_are_reported_together() -> None:
+    model = wan22()
+    diffpatch.patch(model.pipe.transformer, ROWS)
+    diffpatch.patch(model.pipe.transformer_2, "window", window=-1)
+    model.run()
+    report = diffpatch.report(model.pipe)
+    kept = {name: report.kept_per_layer[f"{name}.0"] for name in ("transformer", "transformer_2")}
+    assert kept["transformer"] < kept["transformer_2"] == 1
+    assert report.layers == 4 and report.calls == 4  # the last forward of each
+    assert report.reasons == {"pattern keeps everything": 2}
+    assert report.method.count(";") == 1
