@@ -18,10 +18,12 @@ from diffpatch.errors import (
 from diffpatch.functional import attention
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import (
+    Disc,
     Linear,
     Method,
     Neighborhood,
     Radial,
+    SlidingTile,
     Temporal,
     Window,
     make_method,
@@ -41,6 +43,7 @@ __all__ = [
     "BadParameter",
     "BlockPattern",
     "DiffpatchError",
+    "Disc",
     "Linear",
     "Method",
     "Neighborhood",
@@ -48,6 +51,7 @@ __all__ = [
     "Plan",
     "Radial",
     "Report",
+    "SlidingTile",
     "Temporal",
     "TokenGrid",
     "UnknownFamily",

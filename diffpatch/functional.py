@@ -57,6 +57,6 @@ def attention(
         ValueError: a tensor does not fit the grid.
     """
     method = make_method(method, **params)
-    pattern = _pattern(method, grid, method.variant(layer, step))
+    pattern = _pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
     call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
     return method.attend(q, k, v, call).out

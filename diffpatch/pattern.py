@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -48,6 +48,27 @@ class BlockPattern:
             self._cache[key] = make()
         value: Value = self._cache[key]
         return value
+
+    def for_heads(self, heads: int) -> BlockPattern:
+        """The pattern with its groups of heads spread over all heads, in runs of equal length.
+
+        Raises:
+            BadParameter: the groups do not divide the heads.
+        """
+        groups = self.blocks.head_pattern
+        if groups is None or len(groups) == heads:
+            return self
+        if heads % len(groups):
+            raise BadParameter(
+                f"{len(groups)} groups of heads do not divide the {heads} heads of the model:"
+                " give as many settings as divide them"
+            )
+
+        def make() -> BlockPattern:
+            each = groups.repeat_interleave(heads // len(groups))
+            return BlockPattern(self.grid, replace(self.blocks, head_pattern=each), self.kept)
+
+        return self.once(("groups of heads", heads), make)
 
     def on(self, device: torch.device) -> BlockIndex:
         """The blocks on a device, copied there once."""
@@ -128,6 +149,23 @@ def from_axes(
     return _assemble(grid, tiling, keep, torch.stack(ids).int(), torch.cat(masks), head_pattern)
 
 
+def from_masks(
+    grid: TokenGrid, tiling: Tiling, ids: torch.Tensor, masks: torch.Tensor
+) -> BlockPattern:
+    """A pattern of tiles and of masks inside them, for rules that no product of axes gives.
+
+    Args:
+        grid: the grid.
+        tiling: a tiling of it.
+        ids: int (V, V) over visual tiles, [query tile, key tile]: -1 keeps the whole tile, -2
+            nothing, and any other number what that row of `masks` says.
+        masks: bool (M, T, T), [query in tile, key in tile], T the tokens of the largest tile;
+            False past the end of a smaller one.
+    """
+    keep = ids != _UNSEEN
+    return _assemble(grid, tiling, keep[None], ids.clamp(min=-1).int()[None], masks)
+
+
 def complement(pattern: BlockPattern) -> BlockPattern:
     """Exactly the pairs that a pattern leaves out; the rows of text then see nothing."""
     b = pattern.blocks
@@ -167,8 +205,8 @@ class _AxisTable:
     def __init__(self, tiling: Tiling, axes: Sequence[torch.Tensor]) -> None:
         self.cuts = tiling.cuts
         self.axes = [_cut_axis(rule, cuts) for rule, cuts in zip(axes, tiling.cuts, strict=True)]
-        self.any = _outer([a.any for a in self.axes])
-        self.full = _outer([a.full for a in self.axes])
+        self.any = outer([a.any for a in self.axes])
+        self.full = outer([a.full for a in self.axes])
 
     def masks(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids int64 (V, V), -1 where a tile is full or empty; masks bool (M, size, size))."""
@@ -218,8 +256,8 @@ def _cut_axis(rule: torch.Tensor, cuts: Sequence[int]) -> _Axis:
     )
 
 
-def _outer(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Boolean Kronecker product of three (n, n) matrices: (V, V) over tiles in tile order."""
+def outer(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Boolean Kronecker product of three (n, n) masks: (V, V) over tiles in tile order."""
     t, h, w = parts
     both = t[:, None, None, :, None, None] & h[None, :, None, None, :, None]
     both = both & w[None, None, :, None, None, :]

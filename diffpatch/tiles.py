@@ -29,7 +29,15 @@ def even_cuts(length: int, tile: int) -> Cuts:
     >>> even_cuts(10, 4)
     (0, 3, 6, 10)
     """
-    count = math.ceil(length / tile)
+    return equal_cuts(length, math.ceil(length / tile))
+
+
+def equal_cuts(length: int, count: int) -> Cuts:
+    """Borders of that many tiles, as equal as possible.
+
+    >>> equal_cuts(10, 4)
+    (0, 2, 5, 7, 10)
+    """
     return (*(round(i * length / count - 1e-9) for i in range(count)), length)
 
 

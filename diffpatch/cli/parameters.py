@@ -73,7 +73,7 @@ def convert(text: str, hint: Any) -> Any:
             except ValueError:
                 continue
     elif origin is tuple:
-        parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+        parts = _parts(text)
         kinds = [options[0]] * len(parts) if options[-1] is Ellipsis else options
         if parts and ("," in text or len(kinds) == 1) and len(parts) == len(kinds):
             return tuple(convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
@@ -90,6 +90,20 @@ def convert(text: str, hint: Any) -> Any:
     elif hint is typing.Any:
         return ast.literal_eval(text)
     raise ValueError(f"{text!r} is not of type {hint}")
+
+
+def _parts(text: str) -> list[str]:
+    """What commas separate, those inside of brackets aside: two parts in (1,2),(3,4)."""
+    text, depth, pieces = text.strip(), 0, [""]
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if len(pieces) == 1 and text[:1] in ("(", "[") and text[-1] in ")]":
+        return _parts(text[1:-1])
+    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def _breadth(hint: Any) -> int:

@@ -1,18 +1,22 @@
 """The methods, one file each, and their registry."""
 
 from diffpatch.methods.base import Method, MethodInfo, make_method, methods, register
+from diffpatch.methods.disc import Disc
 from diffpatch.methods.linear import Linear
 from diffpatch.methods.neighborhood import Neighborhood
 from diffpatch.methods.radial import Radial
+from diffpatch.methods.sliding_tile import SlidingTile
 from diffpatch.methods.temporal import Temporal
 from diffpatch.methods.window import Window
 
 __all__ = [
+    "Disc",
     "Linear",
     "Method",
     "MethodInfo",
     "Neighborhood",
     "Radial",
+    "SlidingTile",
     "Temporal",
     "Window",
     "make_method",

@@ -12,6 +12,7 @@ from diffpatch.errors import BadParameter
 
 # A size along an axis: an int in tokens, a float as a fraction of the axis, -1 for the whole axis.
 Size = int | float
+Sizes = Size | tuple[Size, ...]  # one for all axes, or one for each
 
 PAIRED = 4  # tiles of an axis from which on neighbours share windows
 

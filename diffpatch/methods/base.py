@@ -100,10 +100,17 @@ class Method:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
         used = block_sparse.choose_backend(q, k, v, blocks, call.backend)
+        scale, factor = call.scale, self.softmax_factor()
+        if factor != 1:
+            scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
         out = block_sparse.block_sparse_attention(
-            q, k, v, blocks, scale=call.scale, key_mask=call.key_mask, backend=used
+            q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=used
         )
         return Attended(out, call.pattern.kept, used)
+
+    def softmax_factor(self) -> float:
+        """What the scale of the softmax is multiplied by: above 1 sharpens it."""
+        return 1.0
 
     def kept(self, pattern: BlockPattern, age: int) -> float:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
@@ -205,6 +212,11 @@ def _combine(names: str, params: dict[str, Any]) -> Method:
     return wrapper(over=over, **{k: v for k, v in params.items() if k in own})  # type: ignore[call-arg]
 
 
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that methods can be compared and hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def make_method(method: str | Method, **params: Any) -> Method:
     """A method object from its name and parameters; an object passes through unless changed.
 
@@ -224,7 +236,7 @@ def make_method(method: str | Method, **params: Any) -> Method:
             raise UnknownMethod(f"unknown method {method!r}: {choices(method, _REGISTRY)}")
         cls = _REGISTRY[method]
     known = [f.name for f in dataclasses.fields(cls)]
-    params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    params = {k: _frozen(v) for k, v in params.items()}
     for name in params:
         if name not in known:
             raise BadParameter(f"{cls.name} has no parameter {name!r}: {choices(name, known)}")

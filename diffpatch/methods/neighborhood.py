@@ -1,16 +1,19 @@
-"""Neighborhood attention: every query sees the keys around it (GNA, of which STA is a case)."""
+"""Neighborhood attention: every query sees the keys around it (GNA, with FreeSwim's variant)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+
+import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
 from diffpatch.pattern import BlockPattern, from_axes
-from diffpatch.tiles import Tiling, choose_tile, even_cuts, refine, step_cuts
+from diffpatch.tiles import Cuts, Tiling, choose_tile, even_cuts, refine, step_cuts
 
 GROUP = (
     512  # query tokens that share a window under stride="auto": what CPUs want, and no loss on GPUs
@@ -27,20 +30,30 @@ class Neighborhood(Method):
     tokens, and windows given as fractions are rounded to whole tiles where that changes them by
     less than 15 %, so that most visited tiles are full; ``stride=1`` is sliding-window attention to
     the token; stride = window is blocked attention.
+
+    `heads` and `layers` hold windows, or whole settings where more than the window differs::
+
+        Neighborhood(heads=((-1, 0.3, 0.3), (0.3, -1, -1)))         # half of the heads each
+        Neighborhood(layers=(0.3, Neighborhood(0.3, dilation=3)))   # in turn, as in DiNAT
     """
 
     name = "neighborhood"
     summary = "every token sees a window around it, shifted inwards at the edges"
-    source = "GNA, arXiv 2504.16922; NATTEN; sliding tiles: STA, arXiv 2502.04507"
+    source = "GNA, arXiv 2504.16922; NATTEN; dilation by layer: DiNAT, arXiv 2209.15001"
     default_dense_steps = 0.25
-    size_parameters = ("window",)
+    size_parameters = ("window", "heads", "layers")
 
-    window: axis.Size | tuple[axis.Size, ...] = param(
-        0.6, "keys along each axis: int, fraction, or -1 for all"
-    )
+    window: axis.Sizes = param(0.6, "keys along each axis: int, fraction, or -1 for all")
     stride: str | int | tuple[int, ...] = param("auto", "queries that share a window, or 'auto'")
     dilation: int | tuple[int, ...] = param(1, "distance between the keys of a window")
     causal: bool | tuple[bool, ...] = param(False, "see only earlier positions, per axis")
+    heads: tuple[axis.Sizes | Neighborhood, ...] = param(
+        (), "windows of equal groups of heads, instead of one window"
+    )
+    layers: tuple[axis.Sizes | Neighborhood, ...] = param(
+        (), "windows of the layers, repeated over the depth, instead of one window"
+    )
+    sharpen: float = param(1.0, "factor on the scale of the softmax (see entropy_scale)")
 
     def __post_init__(self) -> None:
         axis.triple(self.window)
@@ -48,13 +61,60 @@ class Neighborhood(Method):
         self.check(
             self.stride == "auto" or not isinstance(self.stride, str), "stride", "'auto' or ints"
         )
+        self.check(self.sharpen > 0, "sharpen", "positive")
+        for setting in map(self._with, (*self.heads, *self.layers)):
+            # The softmax is one for all heads and layers, and groups do not nest.
+            plain = setting.sharpen == self.sharpen and not setting.layers
+            if not plain or (setting.heads and self.heads):
+                raise BadParameter(
+                    f"neighborhood: {setting} cannot be the setting of some heads or layers:"
+                    " layers may hold heads and nothing else nests; sharpen is one for all"
+                )
+
+    @classmethod
+    def freeswim(cls, height: int, width: int) -> Neighborhood:
+        """FreeSwim's inward window, for running a video model above its resolution.
+
+        Every token sees all frames within the frame size that the model was made for, given in
+        tokens (30×52 for Wan at 480×832): windows of 2·⌊height/2⌋ + 1 by 2·⌊width/2⌋ + 1, shifted
+        inwards at the edges. The softmax is sharpened by sqrt(log(2·h·w) / log(h·w)), which for
+        30×52 is the constant of its code, sqrt(log₁₅₆₀ 3120) (arXiv 2511.14712).
+        """
+        window = (-1, 2 * (height // 2) + 1, 2 * (width // 2) + 1)
+        tokens = height * width
+        return cls(window=window, stride=1, sharpen=entropy_scale(2 * tokens, tokens))
+
+    def _with(self, item: axis.Sizes | Neighborhood) -> Neighborhood:
+        """The whole setting that an item of `heads` or `layers` stands for."""
+        if isinstance(item, Neighborhood):
+            return item
+        return replace(self, window=item, heads=(), layers=())
+
+    def softmax_factor(self) -> float:
+        return self.sharpen
 
     def sized(self, amount: float, kind: str = "video") -> Neighborhood:
-        if kind == "image":
-            return replace(self, window=(-1, amount ** (1 / 2), amount ** (1 / 2)))
-        return replace(self, window=amount ** (1 / 3))
+        side = amount ** (1 / 2) if kind == "image" else amount ** (1 / 3)
+        window: axis.Sizes = (-1, side, side) if kind == "image" else side
+        return replace(self, window=window, heads=(), layers=())
+
+    def variant(self, layer: int, step: int) -> Hashable:
+        return layer % len(self.layers) if self.layers else None
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        setting = self
+        if self.layers:
+            assert isinstance(variant, int)
+            setting = self._with(self.layers[variant])
+        groups = [setting._with(item) for item in setting.heads] or [setting]
+        cuts, rules = zip(*(group._axes(grid) for group in groups), strict=True)
+        tiling = Tiling(grid, cuts[0])
+        if len(set(cuts)) > 1:  # one tiling for all heads: no stride fits them all
+            tiling = Tiling.even(grid, choose_tile(grid.shape))
+        return from_axes(grid, tiling, rules, range(len(groups)) if len(groups) > 1 else None)
+
+    def _axes(self, grid: TokenGrid) -> tuple[tuple[Cuts, Cuts, Cuts], list[torch.Tensor]]:
+        """The best tiling and the rule of every axis, of one setting for all heads."""
         names = ("time", "height", "width")
         windows = [
             axis.resolve(size, length, f"window along {name}")
@@ -85,7 +145,22 @@ class Neighborhood(Method):
             axis.neighborhood(*args)
             for args in zip(grid.shape, windows, strides, dilations, causal, strict=True)
         ]
-        return from_axes(grid, Tiling(grid, (t, h, w)), [rules])
+        return (t, h, w), rules
+
+
+def entropy_scale(tokens: int, trained: int) -> float:
+    """sqrt(log(tokens) / log(trained)), the factor on the softmax scale that keeps its entropy.
+
+    Attention over more tokens than in training is flatter than the model expects, over fewer
+    sharper; this factor evens it out (arXiv 2306.08645). For `Neighborhood.sharpen`.
+
+    Args:
+        tokens: keys that a query sees.
+        trained: keys that a query saw in training.
+    """
+    if min(tokens, trained) < 2:
+        raise BadParameter(f"tokens={tokens} and trained={trained} must both be at least 2")
+    return math.sqrt(math.log(tokens) / math.log(trained))
 
 
 def _ints(value: object, what: str) -> tuple[int, int, int]:

@@ -1,8 +1,9 @@
-"""Window attention: the grid is partitioned into windows, shifted on every other layer or step."""
+"""Window attention: the grid is partitioned into windows, which change with the layer or step."""
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,9 @@ from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
 from diffpatch.pattern import BlockPattern, from_axes
-from diffpatch.tiles import Tiling, choose_tile, refine, step_cuts
+from diffpatch.tiles import Cuts, Tiling, choose_tile, equal_cuts, refine, step_cuts
+
+SHIFTS = ("layer", "step", "random", "count", "none")
 
 
 @register
@@ -19,25 +22,48 @@ class Window(Method):
     """Partitioned windows. Tokens see exactly the tokens of their own window.
 
     Sizes are one number for all axes or three: ints are tokens, floats fractions of the axis, -1
-    the whole axis. Grids that a window does not divide end in smaller windows. Every second layer
-    (or step) the partition moves by half a window, so that information crosses the borders; nothing
-    wraps around.
+    the whole axis. Grids that a window does not divide end in smaller windows. So that information
+    crosses the borders, the partition changes; nothing wraps around:
+
+    - ``shift="layer"`` or ``"step"``: it moves by half a window every other time (Swin).
+    - ``"random"``: on every step it moves by 0, ¼, ½ or ¾ of a window, drawn from `seed` and the
+      number of the step and nothing else (HiDiffusion).
+    - ``"count"``: every other layer has one window more along the axes that are cut (UltraGen).
+
+    `heads` holds the windows of equal groups of heads; `Window.cross` is such a case.
     """
 
     name = "window"
-    summary = "the grid is cut into windows, shifted by half on every other layer or step"
-    source = "Swin, arXiv 2103.14030; HiDiffusion, arXiv 2311.17528"
+    summary = "the grid is cut into windows, which move from layer to layer or step to step"
+    source = (
+        "Swin, arXiv 2103.14030; HiDiffusion, arXiv 2311.17528; UltraGen, arXiv 2510.18775;"
+        " CSWin, arXiv 2107.00652"
+    )
     default_dense_steps = 0.25
-    size_parameters = ("window",)
+    size_parameters = ("window", "heads")
 
-    window: axis.Size | tuple[axis.Size, ...] = param(
+    window: axis.Sizes = param(
         (-1, 0.5, 0.5), "size of a window along each axis: int, fraction, or -1 for all"
     )
-    shift: str = param("layer", "what moves the partition by half a window: layer, step or none")
+    shift: str = param("layer", "what moves the partition: layer, step, random, count or none")
+    seed: int = param(0, "of the moves of shift='random'")
+    heads: tuple[axis.Sizes, ...] = param(
+        (), "windows of equal groups of heads, instead of one window"
+    )
 
     def __post_init__(self) -> None:
-        self.check(self.shift in ("layer", "step", "none"), "shift", "'layer', 'step' or 'none'")
-        axis.triple(self.window)
+        self.check(self.shift in SHIFTS, "shift", f"one of {', '.join(SHIFTS)}")
+        for window in (self.window, *self.heads):
+            axis.triple(window)
+
+    @classmethod
+    def cross(cls, stripe: axis.Size) -> Window:
+        """Cross-shaped windows: half of the heads see stripes of rows, the others of columns.
+
+        Args:
+            stripe: thickness of a stripe, in tokens or as a fraction (CSWin, arXiv 2107.00652).
+        """
+        return cls(heads=((-1, stripe, -1), (-1, -1, stripe)), shift="none")
 
     def sized(self, amount: float, kind: str = "video") -> Window:
         # A video is cut along its width first, then also its height, then also time.
@@ -45,21 +71,39 @@ class Window(Method):
         width, height, time = cut if kind == "video" else [amount**0.5] * 2 + [1.0]
         if time < 0.5:
             width = height = time = amount ** (1 / 3)
-        return replace(self, window=tuple(axis.part(share) for share in (time, height, width)))
+        window = tuple(axis.part(share) for share in (time, height, width))
+        return replace(self, window=window, heads=())
 
-    def variant(self, layer: int, step: int) -> bool:
-        """Whether the partition is shifted."""
-        return {"layer": layer, "step": step, "none": 0}[self.shift] % 2 == 1
+    def variant(self, layer: int, step: int) -> int:
+        """Quarters of a window by which the partition moves; for "count", windows that it adds."""
+        if self.shift == "random":
+            return random.Random(f"{self.seed}, {step}").randrange(4)
+        if self.shift == "count":
+            return layer % 2
+        return {"layer": layer, "step": step, "none": 0}[self.shift] % 2 * 2
 
-    def pattern(self, grid: TokenGrid, variant: Hashable = False) -> BlockPattern:
+    def pattern(self, grid: TokenGrid, variant: Hashable = 0) -> BlockPattern:
+        assert isinstance(variant, int)
+        groups = [self._borders(grid, window, variant) for window in self.heads or (self.window,)]
+        # Tiles never straddle a window of any head, so every tile is visited whole or not at all.
+        cuts = [tuple(sorted(set().union(*along))) for along in zip(*groups, strict=True)]
+        tile = choose_tile([max(b - a for a, b in itertools.pairwise(c)) for c in cuts])
+        t, h, w = (refine(c, size) for c, size in zip(cuts, tile, strict=True))
+        rules = [[axis.partition(borders) for borders in group] for group in groups]
+        heads = range(len(groups)) if len(groups) > 1 else None
+        return from_axes(grid, Tiling(grid, (t, h, w)), rules, heads)
+
+    def _borders(self, grid: TokenGrid, window: axis.Sizes, variant: int) -> list[Cuts]:
+        """Where the windows end, along each axis."""
         names = ("time", "height", "width")
-        borders = []
-        for size, length, name in zip(axis.triple(self.window), grid.shape, names, strict=True):
+        borders: list[Cuts] = []
+        for size, length, name in zip(axis.triple(window), grid.shape, names, strict=True):
             step = axis.resolve(size, length, f"window along {name}")
-            offset = step // 2 if variant and step < length else 0
-            borders.append(step_cuts(length, step, offset))
-        # Tiles never straddle a window, so every tile is visited whole or not at all.
-        largest = [max(b - a for a, b in itertools.pairwise(c)) for c in borders]
-        tile = choose_tile(largest)
-        t, h, w = (refine(c, size) for c, size in zip(borders, tile, strict=True))
-        return from_axes(grid, Tiling(grid, (t, h, w)), [[axis.partition(c) for c in borders]])
+            if step == length:
+                borders.append((0, length))
+            elif self.shift == "count":
+                count = min(length, round(length / step) + variant)
+                borders.append(equal_cuts(length, count))
+            else:
+                borders.append(step_cuts(length, step, variant * step // 4))
+        return borders
