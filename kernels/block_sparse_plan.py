@@ -200,7 +200,7 @@ class _Planner:
         for split, alike in groupby(found, key=lambda cut: cut.split):
             if not split:
                 groups = [self._group(cut.tiles) for cut in alike]
-                runs.append(Run(None, self._calls(groups, key_order)))
+                runs += [Run(None, (call,)) for call in self._calls(groups, key_order)]
                 continue
             for cut in alike:
                 common = self.lists.common(cut.tiles)

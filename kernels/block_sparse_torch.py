@@ -96,16 +96,22 @@ class _Attention:
         outs: list[torch.Tensor] = []
         lses: list[torch.Tensor | None] = []
         first = 0
+        whole = torch.empty_like(q, memory_format=torch.contiguous_format) if self.lean else None
         for run in self.plan.runs:
-            out, lse = self._run(run, q[:, first : first + run.rows], k, v, key_mask)
-            first += run.rows
-            outs.append(out)
+            last = first + run.rows
+            out, lse = self._run(run, q[:, first:last], k, v, key_mask)
+            if whole is None:
+                outs.append(out)
+            else:
+                self._put(out, whole, slice(first, last))
             lses.append(lse)
-        out, lse = _cat(outs, 1), _cat(lses, 1)
+            first = last
+        out, lse = _cat(outs, 1) if whole is None else whole, _cat(lses, 1)
         if self.plan.places is None:
             return out, lse
         places = self.plan.places
-        return self._take(out, places), None if lse is None else lse.index_select(1, places)
+        out = self._take(out, places) if whole is None else out
+        return out, None if lse is None else lse.index_select(1, places)
 
     def _run(
         self,
@@ -200,6 +206,14 @@ class _Attention:
         for source, target in zip(x, out, strict=True):  # along the first axis torch is parallel
             torch.index_select(source, 0, rows, out=target)
         return out
+
+    def _put(self, rows: torch.Tensor, whole: torch.Tensor, place: slice) -> None:
+        """Write results (B, rows, h, D), which stand there in plan order, into sequence order."""
+        if self.plan.rows is None:
+            whole[:, place] = rows
+            return
+        for source, target in zip(rows, whole, strict=True):
+            target.index_copy_(0, self.plan.rows[place], source)
 
     def _bias(
         self, mask: TileMask | None, dtype: torch.dtype
