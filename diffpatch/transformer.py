@@ -320,7 +320,9 @@ class PatchedTransformer:
             return None, "how the processes cut the tokens around the grid is not known"
         grid = TokenGrid(frames, height, width, before, after)
         pattern = self.patch.pattern(grid, self.patch.method.variant(layer, step))
-        pattern = parallel.of_heads(pattern, q.shape[2], *parallel.share(self._model()))
+        rank, parts = parallel.share(self._model())
+        pattern = pattern.for_heads(q.shape[2] * parts)
+        pattern = parallel.of_heads(pattern, q.shape[2], rank, parts)
         if pattern.kept >= DENSE_FROM:
             return None, "pattern keeps everything"
         blocks = pattern.on(q.device)
