@@ -1,4 +1,4 @@
-"""The private parts of diffusers that diffpatch leans on, in one place, each with its reason.
+"""The private parts of diffusers, and one of torch, that diffpatch leans on, each with its reason.
 
 Everything else in diffpatch uses what diffusers documents. `check` compares these parts with what
 diffpatch was written for and turns a changed one into an error that names the version, because a
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
@@ -52,6 +53,11 @@ def dispatcher() -> Callable[..., Any]:
 def exchange() -> Callable[..., Any]:
     """diffusers' exchange of heads for tokens, around a given attention."""
     return getattr(attention_dispatch, EXCHANGE)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread; torch's own checkpointing asks the same way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def changed(what: str) -> DiffpatchError:

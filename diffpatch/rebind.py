@@ -308,7 +308,8 @@ def rebind(processor: Any, owner: Owner, layer: int) -> Any:
     """
     if hasattr(type(processor), "_diffpatch_original"):  # by another patch, now gone
         processor = hand_back(processor)
-    cls = _rebound_class(type(processor))
+    original: Any = type(processor)
+    cls = _rebound_class(original)
     new = cls.__new__(cls)
     new.__dict__.update(processor.__dict__)
     new.__dict__["_diffpatch_owner"] = owner

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from diffpatch import masks, parallel, rebind
-from diffpatch.errors import BadParameter, UnknownFamily
+from diffpatch import internals, masks, parallel, rebind
+from diffpatch.errors import BadParameter, DiffpatchError, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
 from diffpatch.methods.base import Call, Method
@@ -158,6 +158,8 @@ class PatchedTransformer:
         self._last = -1
         self._sample = 0
         self._warned = False
+        self._forwards: set[tuple[Grid, int]] = set()  # since the last backward pass
+        self._went_back = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # copies of a patched model are unpatched
@@ -200,7 +202,12 @@ class PatchedTransformer:
         named: Mapping[str, Any] = {
             **dict(zip(self._arguments, args, strict=False)), **kwargs
         }  # fmt: skip
-        found = self.family.grid(model, named)
+        try:
+            found = self.family.grid(model, named)
+        except (KeyError, AttributeError) as error:
+            if self.family.name == "custom":
+                raise
+            raise internals.changed(f"{type(model).__name__} was called without {error}") from error
         if isinstance(found, str):
             self.grid, self._why = _NO_GRID, found
         else:
@@ -225,6 +232,9 @@ class PatchedTransformer:
         A layer may be called several times in a row (Mochi: a call a sample) and layers may be
         skipped, so a forward begins where a layer comes back after others.
         """
+        if internals.in_backward():
+            self._check_recomputing()
+            return
         again = layer in self._seen and (layer != self._last or len(self.modules) == 1)
         if again or not self._seen:
             if not self._counted:  # a compiled forward: the hook was traced, not run
@@ -232,9 +242,33 @@ class PatchedTransformer:
             self._counted = False
             self.patch.enter_run()
             self._seen.clear()
+            self._begin_gradient()
         self._sample = self._sample + 1 if layer == self._last and layer in self._seen else 0
         self._seen.add(layer)
         self._last = layer
+
+    def _begin_gradient(self) -> None:
+        """Remember what a forward looks like of which a backward pass may compute parts again."""
+        if self._went_back:
+            self._forwards.clear()
+            self._went_back = False
+        if torch.is_grad_enabled():
+            self._forwards.add((self.grid, max(self.patch.tracker.step, 0)))
+
+    def _check_recomputing(self) -> None:
+        """Gradient checkpointing computes a layer again, and nothing tells of which forward."""
+        self._went_back = True
+        if len(self._forwards) > 1 or self.patch.method.needs_steps:
+            raise DiffpatchError(
+                f"gradient checkpointing computes {self.patch.method.name} attention again, of one of"
+                f" {len(self._forwards)} forwards with grids or steps of their own: call backward"
+                " after every forward, or train without checkpointing"
+            )
+
+    @property
+    def _record(self) -> Record:
+        """Where calls are counted; those of a backward pass were counted before."""
+        return Record() if internals.in_backward() else self.patch.record
 
     def attend(
         self,
@@ -271,7 +305,7 @@ class PatchedTransformer:
         call = Call(pattern, scale, seen.keys, patch.backend, step, patch.tracker.total, state)
         done = patch.method.attend(q, k, v, call)
         patch.check_state()
-        patch.record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
+        self._record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
         out = done.out[..., :size]
         out = out if places is None else out[:, places[1]]
         for observe in patch.observers:
@@ -289,8 +323,9 @@ class PatchedTransformer:
 
     def _record_dense(self, q: torch.Tensor, reason: str, layer: int) -> None:
         step = max(self.patch.tracker.step, 0)
-        self.patch.record.reasons[reason] += 1
-        self.patch.record.add(self.name, layer, step, _pairs(q), 1.0, "dense")
+        record = self._record
+        record.reasons[reason] += 1
+        record.add(self.name, layer, step, _pairs(q), 1.0, "dense")
 
     def _pattern(
         self,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -13,9 +15,10 @@ from PIL import Image
 
 import diffpatch
 from diffpatch import Neighborhood, Window
-from tests import tiny_images
+from diffpatch.errors import DiffpatchError
+from tests import tiny_images, tiny_videos
 from tests.test_families import Subject, error, masked
-from tests.tiny import Tiny, wan, wan22
+from tests.tiny import Tiny, wan, wan22, wan_transformer
 from tests.tiny_families import CASES
 from tests.tiny_parts import make, noise
 
@@ -169,3 +172,124 @@ def test_transformers_patched_one_by_one_are_reported_together() -> None:
     assert report.layers == 4 and report.calls == 4  # the last forward of each
     assert report.reasons == {"pattern keeps everything": 2}
     assert report.method.count(";") == 1
+
+
+def fused(model: Tiny) -> None:
+    model.pipe.transformer.fuse_qkv_projections()
+
+
+def sliced(model: Tiny) -> None:
+    model.pipe.enable_attention_slicing()
+
+
+def quantized(model: Tiny) -> None:
+    blocks = model.pipe.transformer.transformer_blocks
+    torch.ao.quantization.quantize_dynamic(blocks, {torch.nn.Linear}, inplace=True)
+
+
+def offloaded_by_parts(model: Tiny) -> None:
+    accelerate.cpu_offload(model.pipe.transformer, execution_device=torch.device("cpu"))
+
+
+def offloaded_whole(model: Tiny) -> None:
+    cpu = torch.device("cpu")
+    accelerate.cpu_offload_with_hook(model.pipe.transformer, execution_device=cpu)
+
+
+def on_another_backend(model: Tiny) -> None:
+    for module in model.pipe.transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_attention_backend"):
+            module.processor._attention_backend = "_native_math"
+
+
+Change = Callable[[Tiny], None]
+CHANGES: list[tuple[Callable[[], Tiny], Change]] = [
+    (tiny_images.auraflow, fused),
+    (tiny_videos.cogvideox, fused),
+    (tiny_images.flux, fused),
+    (tiny_images.flux, sliced),
+    (tiny_images.sd3, sliced),
+    (tiny_images.sd3, quantized),
+    (tiny_videos.wan, offloaded_by_parts),
+    (tiny_images.sd3, offloaded_by_parts),
+    (tiny_videos.wan, offloaded_whole),
+    (tiny_images.flux, on_another_backend),
+]
+
+
+@pytest.mark.parametrize(("build", "change"), CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_changes_around_a_patch(
+    build: Callable[[], Tiny], change: Change, patched_first: bool
+) -> None:
+    """The patched model equals the unpatched one under a dense mask, both changed."""
+    plain, model = build(), build()
+    change(plain)
+    with masked(subject(plain, build.__name__), LOCAL):
+        expected = plain.run()
+    if patched_first:
+        diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
+        model.run()
+    change(model)
+    if not patched_first:
+        diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
+    assert error(model.run(), expected) < 5e-5
+    assert not diffpatch.report(model.pipe).reasons
+    diffpatch.unpatch(model.pipe)
+    assert torch.equal(model.run(), plain.run())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_gradients_are_those_of_attention_under_a_mask(name: str, checkpointing: bool) -> None:
+    case = CASES[name]
+    model = case.build()
+    transformer = model.pipe.transformer
+    transformer.requires_grad_(True)
+    arguments = first_arguments(model)
+
+    def gradients() -> list[torch.Tensor]:
+        transformer.zero_grad()
+        for seed in (0, 1):  # accumulated
+            out = transformer(**arguments, return_dict=False)[0]
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)))
+        return [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
+
+    dense = gradients()
+    with masked(subject(model, name), LOCAL):
+        expected = gradients()
+    if checkpointing:
+        transformer.train().enable_gradient_checkpointing()
+    with diffpatch.patched(transformer, LOCAL):
+        found = gradients()
+        report = diffpatch.report(transformer)
+    assert report.calls == len(case.layers) and not report.reasons
+    worst = max(error(a, b) for a, b in zip(found, expected, strict=True))
+    far = max(error(a, b) for a, b in zip(dense, expected, strict=True))
+    assert worst < 1e-4 < 1e-2 < far
+
+
+def test_recomputing_one_of_several_forwards_is_refused() -> None:
+    transformer = wan_transformer().train()
+    transformer.enable_gradient_checkpointing()
+    diffpatch.patch(transformer, ROWS)
+    outs = [
+        transformer(noise(1, 16, 3, height, 8), torch.tensor([5]), noise(1, 7, 32))[0].mean()
+        for height in (4, 6)
+    ]
+    with pytest.raises(DiffpatchError, match="backward after every forward"):
+        sum(outs).backward()  # type: ignore[union-attr]
+
+
+def first_arguments(model: Tiny) -> dict[str, Any]:
+    """Those of the first forward of a run."""
+    seen: list[dict[str, Any]] = []
+
+    def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs)
+
+    hook = model.pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    model.run()
+    hook.remove()
+    seen[0].pop("return_dict")
+    return seen[0]
