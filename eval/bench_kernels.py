@@ -1,10 +1,13 @@
 """The block-sparse kernels alone, at the shapes of known models, against dense attention.
 
     diffpatch bench kernels --device cuda --shapes hunyuan wan-720p --dtype bf16 --json
+    diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8
 
 Each backend's output is checked first; a wrong one is an error and has no speed. Then everything
-takes turns: all dense SDPA backends that run here, ours, and on GPUs compiled FlexAttention with
-the same blocks. Speedups are medians of the rounds' ratios to the fastest dense backend.
+takes turns: all dense SDPA backends that run here, ours, on GPUs compiled FlexAttention with the
+same blocks, and, for comparison, what permuting q, k, v and the output around every call would add.
+Speedups are medians of the rounds' ratios to the fastest dense backend; FLOP/s count the pairs of
+visited tiles, whether an element mask hides them or not.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ from diffpatch.eval.bench_attention import (
     interleaved,
     spread,
 )
+from diffpatch.eval.bench_variants import LAYOUTS, LOADS, Variants, variant_calls
 from diffpatch.eval.environment import environment
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 
+INT8_TOLERANCE = 4e-2  # of 8-bit scores on normal noise
+PERMUTING = "permuting"
 FLEX_TILE = 128  # FlexAttention's blocks are all of this size, and so must our tiles be
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,12 +52,12 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """An attention call of a known model, and a window to attend in."""
+    """An attention call of a known model, and what to attend to."""
 
     grid: diffpatch.TokenGrid
     heads: int
     head_dim: int
-    method: diffpatch.Neighborhood
+    method: diffpatch.Method
 
 
 def _shape(
@@ -72,12 +78,14 @@ SHAPES = {
     "wan-480p": _shape((21, 30, 52), 12, 128, (11, 16, 24)),
     "flux-1k": _shape((1, 64, 64), 24, 128, (1, 32, 32), text=512),
     "flux-4k": _shape((1, 256, 256), 24, 128, (1, 80, 80), text=512),
-    # For CPUs: 8192 tokens; windows shared by boxes of 512 queries, and one that slides by tokens.
-    "small-25%": _shape((16, 16, 32), 4, 64, (0.5, 0.5, 1.0)),
-    "small-10%": _shape((16, 16, 32), 4, 64, (0.5, 0.5, 0.4)),
-    "small-25%-d128": _shape((16, 16, 32), 4, 128, (0.5, 0.5, 1.0)),
-    "small-10%-d128": _shape((16, 16, 32), 4, 128, (0.5, 0.5, 0.4)),
-    "small-sliding": _shape((16, 16, 32), 4, 64, (9, 9, 25), (1, 1, 1)),
+    # For CPUs: 16,384 tokens; windows that many queries share, lists of each tile's own, and a
+    # window that slides token by token.
+    "small-25%": _shape((16, 32, 32), 4, 64, (0.5, 0.5, 1.0)),
+    "small-10%": _shape((16, 32, 32), 4, 64, (0.5, 0.5, 0.4)),
+    "small-25%-d128": _shape((16, 32, 32), 4, 128, (0.5, 0.5, 1.0)),
+    "small-10%-d128": _shape((16, 32, 32), 4, 128, (0.5, 0.5, 0.4)),
+    "small-radial": Shape(diffpatch.TokenGrid(16, 32, 32), 4, 64, diffpatch.Radial()),
+    "small-sliding": _shape((16, 32, 32), 4, 64, (9, 17, 17), (1, 1, 1)),
 }
 SMALL = tuple(name for name in SHAPES if name.startswith("small"))
 
@@ -87,6 +95,9 @@ def bench_kernels(
     shapes: Sequence[str],
     *,
     dtypes: Sequence[str] = ("bf16",),
+    layouts: Sequence[str] = ("permuted",),
+    loads: Sequence[str] = ("auto",),
+    int8: bool = False,
     repeats: int = 5,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -96,18 +107,22 @@ def bench_kernels(
         device: where to run.
         shapes: names from `SHAPES`.
         dtypes: names from `DTYPES`.
+        layouts: names from `LAYOUTS`; the torch backend knows "permuted" and "ordered".
+        loads: names from `LOADS`, for the Triton kernel.
+        int8: whether to measure 8-bit scores too.
         repeats: rounds, in each of which everything runs once.
         say: told what is being measured.
 
     Raises:
         WrongResult: a backend's output is wrong, so that no speed is reported.
     """
+    variants = Variants(tuple(layouts), tuple(loads), int8)
     rows = []
     for name in shapes:
         pattern = SHAPES[name].method.pattern(SHAPES[name].grid)
         for dtype in dtypes:
             say(f"{name}, {dtype}: {100 * pattern.kept:.0f} % kept")
-            row = _measure(SHAPES[name], pattern, DTYPES[dtype], str(device), repeats)
+            row = _measure(SHAPES[name], pattern, DTYPES[dtype], str(device), variants, repeats)
             rows.append({"shape": name, "dtype": dtype, **row})
     return {"repeats": repeats, "environment": environment(device), "rows": rows}
 
@@ -117,34 +132,46 @@ def _measure(
     pattern: diffpatch.BlockPattern,
     dtype: torch.dtype,
     device: str,
+    variants: Variants,
     repeats: int,
 ) -> dict[str, Any]:
     case = Case(shape.grid, shape.heads, shape.head_dim, dtype=dtype, device=device)
     qkv = case.tensors()
     blocks = pattern.on(qkv[0].device)
-    sparse = sparse_calls(qkv, blocks)
-    errors = {name: error_on_rows(call(), qkv, pattern) for name, call in sparse.items()}
-    for name, error in errors.items():
-        if not error <= TOLERANCE[dtype]:  # also true for NaN
+    sparse = sparse_calls(qkv, blocks) | variant_calls(qkv, blocks, variants)
+    errors = {}
+    for name, call in sparse.items():
+        out = call()
+        if name.endswith("ordered"):
+            out = out[:, blocks.order.argsort()]
+        errors[name] = error = error_on_rows(out, qkv, pattern)
+        if not error <= (INT8_TOLERANCE if "int8" in name else TOLERANCE[dtype]):  # or NaN
             raise WrongResult(f"{name} is wrong: relative error {error:.2g}, no speed is reported")
     dense = dense_calls(qkv)
-    times = interleaved({**dense, **sparse}, repeats, qkv[0].device)
+    calls = {**dense, **sparse, PERMUTING: permuting(qkv, blocks)}
+    times = interleaved(calls, repeats, qkv[0].device)
     fastest = min(dense, key=lambda name: median(times[name]))
     ratios = {
         name: [d / s for d, s in zip(times[fastest], times[name], strict=True)] for name in sparse
     }
+    flops = 4 * shape.heads * shape.head_dim  # a pair
+    visited = visited_pairs(blocks)
     return {
         "grid": str(shape.grid),
         "tokens": shape.grid.num_tokens,
         "heads": shape.heads,
         "head_dim": shape.head_dim,
         "kept": pattern.kept,
+        "visited": visited / blocks.num_tokens**2,
         "fastest_dense": fastest,
         "dense": {name: spread(times[name]) for name in dense},
+        "permuting": spread(times[PERMUTING]),
+        "dense_tflops": flops * blocks.num_tokens**2 / median(times[fastest]) / 1e12,
         "sparse": {
             name: {
                 "seconds": spread(times[name]),
                 "speedup": spread(ratios[name]),
+                "tflops": flops * visited / median(times[name]) / 1e12,
                 "error": errors[name],
             }
             for name in sparse
@@ -152,8 +179,27 @@ def _measure(
     }
 
 
+def visited_pairs(blocks: BlockIndex) -> int:
+    """Query-key pairs of the tiles that a block index visits; of the first pattern, if several."""
+    sizes, tiles = blocks.starts.long().diff(), blocks.num_tiles
+    row = torch.arange(tiles, device=blocks.device)
+    row = row.repeat_interleave(blocks.row_ptr[: tiles + 1].diff())
+    return int((sizes[row] * sizes[blocks.cols.long()[: len(row)]]).sum())
+
+
+def permuting(qkv: Tensors, blocks: BlockIndex) -> Call:
+    """Put q, k and v in tile order and an output of their size back, and nothing else."""
+    place = blocks.order.argsort()
+
+    def call() -> torch.Tensor:
+        q, _, _ = (x[:, blocks.order] for x in qkv)
+        return q[:, place]
+
+    return call
+
+
 def sparse_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
-    """Every block-sparse implementation that runs on these tensors."""
+    """Every block-sparse implementation that runs on these tensors, as a model would call it."""
     calls: dict[str, Call] = {}
     for name in ("triton", "torch"):
         if unsupported_reason(qkv[0], blocks, name) is None:
@@ -240,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=None, help="cpu, cuda, … (a GPU, if there is one)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
+    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print the full result as JSON")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
@@ -249,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device,
         options.shapes or (SMALL if device == "cpu" else tuple(SHAPES)),
         dtypes=options.dtype,
+        layouts=options.layout,
+        loads=options.loads,
+        int8=options.int8,
         repeats=options.repeats,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
@@ -261,15 +313,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"{'shape':16}{'dtype':6}{'tokens':>8}{'kept':>7}  {'backend':8}{'ms':>10}{'speedup':>9}"
+        f"{'shape':16}{'dtype':6}{'tokens':>8}{'kept':>7}  "
+        f"{'backend':24}{'ms':>10}{'speedup':>9}{'TFLOP/s':>9}"
     ]
     for row in result["rows"]:
         start = f"{row['shape']:16}{row['dtype']:6}{row['tokens']:8}{row['kept']:7.3f}  "
         dense = row["dense"][row["fastest_dense"]]["median"]
-        lines.append(f"{start}{'dense':8}{1e3 * dense:10.2f}{1.0:9.2f}")
+        lines.append(f"{start}{'dense':24}{1e3 * dense:10.2f}{1.0:9.2f}{row['dense_tflops']:9.2f}")
         for name, entry in row["sparse"].items():
             seconds, speedup = entry["seconds"]["median"], entry["speedup"]["median"]
-            lines.append(f"{start}{name:8}{1e3 * seconds:10.2f}{speedup:9.2f}")
+            lines.append(
+                f"{start}{name:24}{1e3 * seconds:10.2f}{speedup:9.2f}{entry['tflops']:9.2f}"
+            )
     return "\n".join(lines)
 
 

@@ -106,6 +106,8 @@ def configuration(
         config = config._replace(block_m=64, num_warps=4)
     if loads not in LOADS:
         raise ValueError(f"loads is {loads!r}, expected one of {', '.join(LOADS)}.")
+    if loads == "gather" and int8:
+        raise ValueError("loads is 'gather', but keys are put in tile order as they are quantized.")
     boxes = arch >= 90 and size == padded(size) and dtype.itemsize == 2
     if loads == "tma" and not boxes:
         raise ValueError(
@@ -199,8 +201,6 @@ def attend_int8(
     The log-sum-exp is that of the true scores, but for the rounding, and only made if asked for.
     """
     config = _configured(q, blocks, loads, int8=True)
-    if config.loads == "gather":
-        raise ValueError("loads is 'gather', but keys are put in tile order as they are quantized.")
     mean = mean_key(k, key_mask)
     keys, scales = quantize_keys(k, mean, blocks, key_mask)
     v = _in_tile_order(v, blocks)
@@ -262,7 +262,8 @@ def _boxes(x: torch.Tensor, rows: int) -> TensorDescriptor:
 def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
     if not identity_order(blocks):
         return x.index_select(1, blocks.order)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Within a sub-block the kernel counts in 32 bits.
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
 def arch(device: torch.device) -> int:
