@@ -260,7 +260,7 @@ class PatchedTransformer:
         self._went_back = True
         if len(self._forwards) > 1 or self.patch.method.needs_steps:
             raise DiffpatchError(
-                f"gradient checkpointing computes {self.patch.method.name} attention again, of one of"
+                f"gradient checkpointing computes {self.patch.method.name} attention again, one of"
                 f" {len(self._forwards)} forwards with grids or steps of their own: call backward"
                 " after every forward, or train without checkpointing"
             )

@@ -278,7 +278,7 @@ def test_recomputing_one_of_several_forwards_is_refused() -> None:
         for height in (4, 6)
     ]
     with pytest.raises(DiffpatchError, match="backward after every forward"):
-        sum(outs).backward()  # type: ignore[union-attr]
+        sum(outs).backward()
 
 
 def first_arguments(model: Tiny) -> dict[str, Any]:
