@@ -18,6 +18,7 @@ from diffpatch.errors import (
 from diffpatch.functional import attention
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import (
+    Dense,
     Disc,
     Linear,
     Method,
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionErrors",
     "BadParameter",
     "BlockPattern",
+    "Dense",
     "DiffpatchError",
     "Disc",
     "Linear",

@@ -42,6 +42,7 @@ class Plan:
         step_speedup: bound on the speedup of the run's transformer (Amdahl).
         partial_share: visited tiles that need an element mask, as a fraction.
         state_bytes: memory held across steps, over all layers and guidance branches.
+        at_most: whether the run may keep less than this says, because the data decide.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Plan:
     partial_share: float
     state_bytes: int
     patterns: tuple[BlockPattern, ...] = ()
+    at_most: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the patterns, ready for JSON."""
@@ -72,16 +74,27 @@ class Plan:
 
     def __str__(self) -> str:
         state = f"\n  state      {self.state_bytes / 2**20:.0f} MiB" if self.state_bytes else ""
+        most = "at most " if self.at_most else ""
+        if self.at_most:
+            bound = (
+                "  speedup    the data decide; by operations"
+                f" {self.attention_speedup:.2f}× for attention and {self.step_speedup:.2f}× for the"
+                " transformer if no more is left out"
+            )
+        else:
+            bound = (
+                f"  at most    {self.attention_speedup:.2f}× for attention,"
+                f" {self.step_speedup:.2f}× for the transformer (by operations, uncalibrated)"
+            )
         return (
             f"{self.method} on {self.model}\n"
             f"  grid       {self.grid} = {self.tokens:,} tokens\n"
-            f"  kept       {self.kept_sparse:.1%} of the pairs in a sparse call, {self.kept:.1%} in"
-            f" the run\n"
+            f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
+            f" {self.kept:.1%} in the run\n"
             f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
             f" {self.layers} layers\n"
             f"  attention  {self.attention_share:.0%} of a dense step's operations\n"
-            f"  at most    {self.attention_speedup:.2f}× for attention, {self.step_speedup:.2f}×"
-            f" for the transformer (by operations, uncalibrated){state}"
+            f"{bound}{state}"
         )
 
 
@@ -147,6 +160,7 @@ def plan(
     made: dict[Any, BlockPattern] = {}
     kept: list[float] = []  # of every (step, layer)
     sparse: list[float] = []  # of those that are not dense
+    holds: dict[int, BlockPattern] = {}  # by layer, what state is about
     for step, layer in itertools.product(range(num_inference_steps), range(shape.layers)):
         if bound.reason(step, layer):
             kept.append(1.0)
@@ -154,6 +168,7 @@ def plan(
         variant = chosen.variant(layer, step)
         if variant not in made:
             made[variant] = chosen.pattern(grid, variant)
+        holds.setdefault(layer, made[variant])
         kept.append(chosen.kept(made[variant], step - bound.first))
         sparse.append(kept[-1])
     mean = sum(kept) / len(kept)
@@ -175,10 +190,10 @@ def plan(
         attention_speedup=1 / mean,
         step_speedup=1 / (1 - share + share * mean),
         partial_share=float((visits >= 0).float().mean()) if len(visits) else 0.0,
-        state_bytes=chosen.state_size(grid.num_tokens, shape.heads, shape.head_dim)
-        * (shape.layers - len(bound.layers))
+        state_bytes=sum(chosen.state_size(p, shape.heads, shape.head_dim) for p in holds.values())
         * branches,
         patterns=tuple(made.values()),
+        at_most=any(chosen.at_most(pattern) for pattern in made.values()),
     )
 
 

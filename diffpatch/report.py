@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass
 class Record:
@@ -21,18 +23,37 @@ class Record:
     by_layer: dict[tuple[str, int], list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
+    waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
 
     def add(
-        self, where: str, layer: int, step: int, pairs: float, kept: float, backend: str
+        self,
+        where: str,
+        layer: int,
+        step: int,
+        pairs: float,
+        kept: float | torch.Tensor,
+        backend: str,
     ) -> None:
         """One attention call of `pairs` query-key pairs, of which `kept` were computed."""
         self.calls += 1
+        self.backends[backend] += 1
+        if isinstance(kept, torch.Tensor):  # read when somebody asks: reading waits for the device
+            self.waiting.append((where, layer, step, pairs, kept))
+        else:
+            self._count(where, layer, step, pairs, kept)
+
+    def _count(self, where: str, layer: int, step: int, pairs: float, kept: float) -> None:
         self.pairs += pairs
         self.kept_pairs += pairs * kept
-        self.backends[backend] += 1
         for bucket in (self.by_step[step], self.by_layer[(where, layer)]):
             bucket[0] += pairs
             bucket[1] += pairs * kept
+
+    def settle(self) -> None:
+        """Count what was still on a device."""
+        for where, layer, step, pairs, kept in self.waiting:
+            self._count(where, layer, step, pairs, float(kept))
+        self.waiting.clear()
 
     @classmethod
     def joined(cls, records: Mapping[str, Record]) -> Record:
@@ -85,6 +106,7 @@ class Report:
     @classmethod
     def of(cls, method: str, layers: int, record: Record, state_bytes: int = 0) -> Report:
         """The report of a record."""
+        record.settle()
         return cls(
             method=method,
             kept=record.kept_pairs / record.pairs if record.pairs else 1.0,

@@ -105,8 +105,7 @@ class Patch:
             self.reset()
             raise BadParameter(
                 f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
-                f" {limit / 2**30:.2f} GiB; raise budget_gib, keep more layers dense, or use"
-                " another method"
+                f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"
             )
 
     def state_bytes(self) -> int:
@@ -358,7 +357,7 @@ class PatchedTransformer:
         rank, parts = parallel.share(self._model())
         pattern = pattern.for_heads(q.shape[2] * parts)
         pattern = parallel.of_heads(pattern, q.shape[2], rank, parts)
-        if pattern.kept >= DENSE_FROM:
+        if pattern.kept >= DENSE_FROM and not self.patch.method.dynamic:
             return None, "pattern keeps everything"
         blocks = pattern.on(q.device)
         return pattern, block_sparse.unsupported_reason(q, blocks, self.patch.backend)

@@ -1,6 +1,7 @@
 """The methods, one file each, and their registry."""
 
 from diffpatch.methods.base import Method, MethodInfo, make_method, methods, register
+from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
 from diffpatch.methods.linear import Linear
 from diffpatch.methods.neighborhood import Neighborhood
@@ -10,6 +11,7 @@ from diffpatch.methods.temporal import Temporal
 from diffpatch.methods.window import Window
 
 __all__ = [
+    "Dense",
     "Disc",
     "Linear",
     "Method",

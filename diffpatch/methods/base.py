@@ -59,12 +59,13 @@ class Attended:
 
     Attributes:
         out: (B, S, H, D).
-        kept: query-key pairs computed, as a fraction of all.
+        kept: query-key pairs computed, as a fraction of all; where the data decide, a number on
+            their device, so that nothing waits for it.
         backend: what computed it.
     """
 
     out: torch.Tensor
-    kept: float
+    kept: float | torch.Tensor
     backend: str
 
 
@@ -82,6 +83,9 @@ class Method:
     source: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ("video", "image")  # what it makes sense for
     needs_steps: ClassVar[bool] = False  # whether it carries something from step to step
+    dynamic: ClassVar[bool] = False  # whether calls leave out more than their pattern does
+    # How to hold less than `state_limit`.
+    state_advice: ClassVar[str] = "keep more layers dense, or use another method"
     # What patch() uses when the caller and the family say nothing: the policy of the source.
     default_dense_steps: ClassVar[int | float] = 0
     default_dense_layers: ClassVar[int | float] = 0
@@ -116,7 +120,11 @@ class Method:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
         return pattern.kept
 
-    def state_size(self, tokens: int, heads: int, head_dim: int) -> int:
+    def at_most(self, pattern: BlockPattern) -> bool:
+        """Whether `kept` is a bound, because the data decide how much less it is."""
+        return False
+
+    def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
         """Bytes kept across steps for one layer and branch of a 16-bit model, batch 1."""
         return 0
 
