@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffpatch import internals, masks, parallel, rebind
+from diffpatch import adapter, composition, internals, masks, parallel, rebind
 from diffpatch.errors import BadParameter, DiffpatchError, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
@@ -148,6 +148,7 @@ class PatchedTransformer:
                 f"no attention module of {type(model).__name__} matches {family.modules!r}:"
                 " this is not the model diffpatch knows under that name"
             )
+        self.learned = self._learned(type(model).__name__)
         self.active = False
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -156,7 +157,7 @@ class PatchedTransformer:
         self._seen: set[int] = set()  # layers called in this forward
         self._last = -1
         self._sample = 0
-        self._warned = False
+        self._warned = self._mixed = False
         self._forwards: set[tuple[Grid, int]] = set()  # since the last backward pass
         self._went_back = False
 
@@ -165,6 +166,20 @@ class PatchedTransformer:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+    def _learned(self, family: str) -> list[adapter.Learned]:
+        """What every layer learned, if the method has a file that says so."""
+        path = self.patch.method.learned_from()
+        if path is None:
+            return [{} for _ in self.modules]
+        layers = [adapter.Layer.of(*named) for named in self.modules]
+        return adapter.load(path, self.name, family, layers)[1]
+
+    def _on(self, device: torch.device, layer: int) -> adapter.Learned:
+        """What a layer learned, moved once to the device that its calls run on."""
+        if any(x.device != device for x in self.learned[layer].values()):
+            self.learned[layer] = {n: x.to(device) for n, x in self.learned[layer].items()}
+        return self.learned[layer]
 
     def install(self) -> None:
         """Swap the processors and start listening to forwards."""
@@ -197,7 +212,7 @@ class PatchedTransformer:
             self.patch.begin_forward()
             self._counted = True
             self._seen.clear()
-        parallel.check(model, [module.processor for _, module in self.modules])
+        self._check_company(model)
         named: Mapping[str, Any] = {
             **dict(zip(self._arguments, args, strict=False)), **kwargs
         }  # fmt: skip
@@ -211,6 +226,19 @@ class PatchedTransformer:
             self.grid, self._why = _NO_GRID, found
         else:
             self.grid = found
+
+    def _check_company(self, model: Any) -> None:
+        """Refuse what else is on and would compute something else than it says."""
+        modules = [module for _, module in self.modules]
+        parallel.check(model, [module.processor for module in modules])
+        composition.check_model(model, self.patch.method, modules)
+        if not self._mixed and composition.mixes_branches(model, self.patch.tracker.branch):
+            logger.warning(
+                "%s keeps one result for all guidance branches of %s, which run in turn: diffusers"
+                " hands the answer for one to the other, patched or not",
+                composition.cache_of(model), self.name,
+            )  # fmt: skip
+            self._mixed = True
 
     def _keep_processors(self) -> None:
         """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""
@@ -289,6 +317,8 @@ class PatchedTransformer:
             seen = masks.read_mask(q, mask, self.family.square_masks)
             pattern, reason = self._pattern(q, mask, grid, layer, step, ranks)
             reason = seen.reason or reason
+            if self.learned[layer] and (ranks > 1 or seen.bias is not None):
+                reason = "learned weights know neither shared heads nor biased keys"
         if reason is not None:
             self._record_dense(q, reason, layer)
             return self._dense(layer, q, k, v, mask, scale)
@@ -301,7 +331,9 @@ class PatchedTransformer:
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         state = patch.state[self.name, layer, patch.tracker.branch, self._sample]
-        call = Call(pattern, scale, seen.keys, patch.backend, step, patch.tracker.total, state)
+        learned = self._on(q.device, layer)
+        total = patch.tracker.total
+        call = Call(pattern, scale, seen.keys, patch.backend, step, total, state, learned)
         done = patch.method.attend(q, k, v, call)
         patch.check_state()
         self._record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.linear_attention_groups import groups
 
 HELD_BYTES = {"cpu": 2**25}  # what the keys, values and states of some groups may take at a time
 HELD_BYTES_ELSEWHERE = 2**28
+
+FEATURES = ("elu", "relu", "softmax", "hedgehog")
+EMPTY = 1e-6  # of a sum over all keys: less than this is nothing
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -53,7 +57,7 @@ def attend_cumulants(
     one = keep.expand(*k.shape[:3], 1)  # 0 where masked, as are k and v
     left, right = torch.cat([k, one], -1), torch.cat([k, v, one], -1)
     out, lse = _nothing(q, k.dtype)
-    for rows, ok, sums in _far_sums(left, right, blocks):
+    for rows, ok, sums, _ in _far_sums(left, right, blocks):
         count = sums[..., -1:, -1:]  # (B, G, K, 1, 1)
         share = count.clamp(min=1.0).reciprocal()
         mean = sums[..., -1:, :-1] * share  # of keys and values, (B, G, K, 1, 2D)
@@ -71,6 +75,62 @@ def attend_cumulants(
         _put(out, rows, ok, value)
         _put(lse[..., None], rows, ok, mass)
     return out, lse
+
+
+def feature_map(x: torch.Tensor, feature: str) -> torch.Tensor:
+    """φ(x), never negative, in the dtype of x: (..., D) -> (..., D), or 2D for "hedgehog".
+
+    "elu" is elu(x) + 1; "softmax" is over the channels; "hedgehog" is the softmax of x and -x.
+    """
+    if feature == "elu":
+        return F.elu(x) + 1
+    if feature == "relu":
+        return x.relu()
+    if feature == "softmax":
+        return x.softmax(-1)
+    return torch.cat([x, -x], -1).softmax(-1)
+
+
+def attend_features(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    feature: str,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """All keys that a query does not visit, weighted by φ(q)·φ(k) instead of exp(q·k).
+
+    The state holds values less their mean, which gives the same result and keeps its precision.
+    A query to which φ gives no weight at all gets the mean of the values.
+
+    Args:
+        q: (B, S, H, D), what φ takes.
+        k: (B, S, K, D), where K divides H.
+        v: (B, S, K, E).
+        blocks: tiles that a query's tile visits, even partly, are left out; one pattern.
+        feature: one of `FEATURES`.
+        key_mask: bool (B, S), False for keys nobody may attend to, or None.
+
+    Returns:
+        (B, S, H, E) in the dtype of q; 0 for queries that visit every key.
+    """
+    keep = _keep(k, key_mask)
+    v, centre = _centred(v, keep)
+    one = keep.expand(*k.shape[:3], 1)
+    left = torch.cat([feature_map(k.to(keep.dtype), feature) * keep, one], -1)
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    for rows, ok, sums, total in _far_sums(left, torch.cat([v, one], -1), blocks):
+        query = feature_map(_by_key_head(q, rows, k.shape[2]), feature)  # (B, G, K, R, F)
+        weighted = query @ sums[..., :-1, :]
+        mass = weighted[..., -1:]
+        # What is left of a sum after the subtraction of all of it is rounding, not weight.
+        blind = mass <= EMPTY * (query @ total[..., :-1, -1:])
+        mean = sums[..., -1:, :-1] / sums[..., -1:, -1:].clamp(min=1.0)
+        value = torch.where(blind, mean, weighted[..., :-1] / mass.masked_fill(blind, 1.0))
+        value = value + centre[:, None, :, None]
+        _put(out, rows, ok, torch.where(sums[..., -1:, -1:] > 0, value, 0.0))
+    return out
 
 
 def _centred(x: torch.Tensor, keep: torch.Tensor) -> Result:
@@ -94,7 +154,7 @@ def _nothing(q: torch.Tensor, wide: torch.dtype) -> Result:
 
 def _far_sums(
     left: torch.Tensor, right: torch.Tensor, blocks: BlockIndex
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """Some groups of queries at a time, and the sums over all keys that these do not visit.
 
     Args:
@@ -103,7 +163,8 @@ def _far_sums(
         blocks: the tiles.
 
     Yields:
-        The queries (G, M), which of them count, and sums (B, G, K, P, R) of left ⊗ right.
+        The queries (G, M), which of them count, the sums (B, G, K, P, R) of left ⊗ right over what
+        they do not visit, and (B, 1, K, P, R) over all that some query does not.
     """
     plan = groups(blocks)
     left, right = (x.transpose(1, 2).contiguous() for x in (left, right))  # (B, K, S, ·)
@@ -123,7 +184,7 @@ def _far_sums(
             if not batch.even:
                 a = a * near_ok[..., None]
             visited = (a.mT @ b).transpose(1, 2)
-            yield batch.rows[piece], batch.rows_ok[piece], total - visited
+            yield batch.rows[piece], batch.rows_ok[piece], total - visited, total
 
 
 def _by_key_head(x: torch.Tensor, rows: torch.Tensor, key_heads: int) -> torch.Tensor:

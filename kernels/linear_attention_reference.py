@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.linear_attention import feature_map
 
 
 def left_out(blocks: BlockIndex) -> torch.Tensor:
@@ -52,3 +53,23 @@ def attend_cumulants(
             tilt = moved[:, size:] * (held / second.clamp(min=1e-30)).sqrt()[:, None]
             out[b, seen, h] = mean_v + tilt
     return out, lse
+
+
+def attend_features(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    feature: str,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear_attention.attend_features` in the dtype of the arguments."""
+    far = left_out(blocks).expand(q.shape[0], 1, -1, -1)
+    if key_mask is not None:
+        far = far & key_mask[:, None, None]
+    q, k = feature_map(q, feature), feature_map(k, feature)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k) * far
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, far.to(q.dtype))
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)

@@ -164,7 +164,11 @@ def test_the_window_keeps_its_size() -> None:
 
 @pytest.mark.parametrize(
     ("params", "message"),
-    [({"far": "moon"}, "one of pool, state"), ({"near": 0}, "near=0"), ({"near": 0.5}, "near=0.5")],
+    [
+        ({"far": "moon"}, "one of pool, state, elu"),
+        ({"near": -1}, "near=-1"),
+        ({"near": 0.5}, "near=0.5"),
+    ],
 )
 def test_bad_parameters(params: dict[str, Any], message: str) -> None:
     with pytest.raises(BadParameter, match=message):

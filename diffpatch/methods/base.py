@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from diffpatch.errors import BadParameter, UnknownMethod, choices
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
+from diffpatch.kernels.block_sparse_work import Work, work_of
 from diffpatch.pattern import BlockPattern
 
 
@@ -27,6 +28,7 @@ class Call:
         step: denoising step of the run, counted in model evaluations.
         total: model evaluations in the run; None where nothing tells.
         state: what the method keeps for this layer and guidance branch; it dies with the run.
+        learned: what the layer learned, from the method's file of weights; empty without one.
     """
 
     pattern: BlockPattern
@@ -36,6 +38,7 @@ class Call:
     step: int = 0
     total: int | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None
@@ -120,6 +123,16 @@ class Method:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
         return pattern.kept
 
+    def work(self, pattern: BlockPattern, age: int, backend: str) -> Work | None:
+        """What a call does in the sparse step number `age` of a run, for a prediction of its time.
+
+        A method that does more than attend to its pattern adds that here, or returns None if no
+        model tells what it costs.
+        """
+        if type(self).attend is not Method.attend:
+            return None
+        return work_of(pattern.blocks, backend)
+
     def at_most(self, pattern: BlockPattern) -> bool:
         """Whether `kept` is a bound, because the data decide how much less it is."""
         return False
@@ -131,6 +144,15 @@ class Method:
     def state_limit(self) -> float:
         """Bytes that the method may keep across the steps of a run, over all layers."""
         return float("inf")
+
+    def learned_from(self) -> str | None:
+        """The file of what the layers of a model learned, or None (see `diffpatch.adapter`)."""
+        return None
+
+    @classmethod
+    def complete(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters given by name, and those that they imply."""
+        return params
 
     def sized(self, amount: float, kind: str = "video") -> Method:
         """This method set to keep about `amount` of the visual pairs of a sparse call.
@@ -156,6 +178,10 @@ class Method:
         if not condition:
             value = getattr(self, parameter)
             raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
+
+
+# A name, a combination of names such as "radial+temporal" or ["radial", "temporal"], or an object.
+MethodLike = str | Method | Sequence[str]
 
 
 def param(default: Any, help: str) -> Any:
@@ -225,16 +251,37 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def make_method(method: str | Method, **params: Any) -> Method:
+def one_method(method: MethodLike) -> str | Method:
+    """A combination given as a list, by its name.
+
+    >>> one_method(["radial", "temporal"])
+    'radial+temporal'
+
+    Raises:
+        BadParameter: the list holds something else than names.
+    """
+    if isinstance(method, str | Method):
+        return method
+    names = [part for part in method if isinstance(part, str)]
+    if len(names) != len(method) or not names:
+        raise BadParameter(
+            f"{method!r} must be a list of names, such as ['radial', 'temporal']; objects are"
+            " combined as Temporal(over=Radial(decay=0.3))"
+        )
+    return "+".join(names)
+
+
+def make_method(method: MethodLike, **params: Any) -> Method:
     """A method object from its name and parameters; an object passes through unless changed.
 
-    ``"radial+temporal"`` is the second method over the first; each parameter goes to the one of the
-    two that has it.
+    ``"radial+temporal"`` or ``["radial", "temporal"]`` is the second method over the first; each
+    parameter goes to the one of the two that has it.
 
     Raises:
         UnknownMethod: no method has that name.
         BadParameter: the method has no such parameter, or its value cannot work.
     """
+    method = one_method(method)
     if isinstance(method, str) and "+" in method:
         return _combine(method, params)
     if isinstance(method, Method):
@@ -250,4 +297,4 @@ def make_method(method: str | Method, **params: Any) -> Method:
             raise BadParameter(f"{cls.name} has no parameter {name!r}: {choices(name, known)}")
     if isinstance(method, Method):
         return dataclasses.replace(method, **params)
-    return cls(**params)
+    return cls(**cls.complete(params))
