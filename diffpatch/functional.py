@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffpatch.grid import TokenGrid
-from diffpatch.methods.base import Call, Method, make_method
+from diffpatch.methods.base import Call, Method, MethodLike, make_method
 from diffpatch.pattern import BlockPattern
 
 
@@ -24,7 +24,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     grid: TokenGrid,
-    method: str | Method = "radial",
+    method: MethodLike = "radial",
     *,
     scale: float | None = None,
     layer: int = 0,

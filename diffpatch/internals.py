@@ -32,6 +32,8 @@ PARALLEL = "_parallel_config"
 ULYSSES_MESH, TENSOR_MESH = "_ulysses_mesh", "_mesh"
 # Exchanges heads for tokens between processes around an attention of our own.
 EXCHANGE = "_templated_context_parallel_attention"
+# What `enable_cache` notes on the model, and where hooks on a module are kept.
+CACHE, HOOKS = "_cache_config", "_diffusers_hook"
 # Some video-to-video pipelines cut their timesteps and tell nobody but this attribute.
 PIPELINE_STEPS = "_num_timesteps"
 

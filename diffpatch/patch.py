@@ -11,7 +11,7 @@ import torch
 from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels.block_sparse import BACKENDS
-from diffpatch.methods.base import Method
+from diffpatch.methods.base import MethodLike
 from diffpatch.pipelines.families import FamilyInfo, families, family_of
 from diffpatch.pipelines.presets import two_experts
 from diffpatch.report import Record, Report
@@ -27,7 +27,7 @@ Grid = TokenGrid | Callable[..., TokenGrid]
 
 def patch(
     target: Target,
-    method: str | Method = "radial",
+    method: MethodLike = "radial",
     *,
     dense_steps: Amount | None = None,
     dense_layers: Amount | Collection[int] | None = None,
@@ -50,7 +50,8 @@ def patch(
 
     Args:
         target: a diffusers pipeline (all its known transformers are patched) or one transformer.
-        method: a name from `methods()` or a method object such as ``Radial(decay=0.5)``.
+        method: a name from `methods()`, a combination such as ``"radial+temporal"`` or ``["radial",
+            "temporal"]`` (see `diffpatch.composition`), or an object such as ``Radial(decay=0.5)``.
         dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
             takes the family's published setting for the method, else the method's own.
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
@@ -122,7 +123,7 @@ def unpatch(target: Target) -> Target:
 
 
 @contextlib.contextmanager
-def patched(target: Target, method: str | Method = "radial", **options: Any) -> Iterator[Target]:
+def patched(target: Target, method: MethodLike = "radial", **options: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; undone on the way out, also after an exception.
 
     A patch that the target carried before is back afterwards, with counts and state of its own that

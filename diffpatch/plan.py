@@ -10,7 +10,7 @@ import torch
 
 from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.grid import TokenGrid
-from diffpatch.methods.base import Method
+from diffpatch.methods.base import MethodLike
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import attention_modules, families, family_of
 from diffpatch.pipelines.presets import two_experts
@@ -100,7 +100,7 @@ class Plan:
 
 def plan(
     target: Any,
-    method: str | Method = "radial",
+    method: MethodLike = "radial",
     *,
     height: int,
     width: int,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from diffpatch import composition
 from diffpatch.errors import BadParameter, choices
-from diffpatch.methods.base import Method, make_method
+from diffpatch.methods.base import Method, MethodLike, make_method, one_method
 from diffpatch.pipelines.families import FamilyInfo
 from diffpatch.pipelines.presets import Preset
 from diffpatch.schedule import Amount, Schedule
@@ -16,7 +17,7 @@ QUALITIES: Mapping[str, float] = {"high": 0.5, "balanced": 0.25, "fast": 0.125}
 
 
 def settle(
-    method: str | Method,
+    method: MethodLike,
     params: Mapping[str, Any],
     family: FamilyInfo | None,
     kind: str,
@@ -34,7 +35,7 @@ def settle(
     from the method itself. A method given as an object already says everything but the schedule.
 
     Args:
-        method: a name, a combination such as "radial+temporal", or an object.
+        method: a name, a combination such as "radial+temporal", as a list too, or an object.
         params: parameters given by the caller.
         family: where presets come from, if known.
         kind: "video" or "image".
@@ -49,7 +50,7 @@ def settle(
     Raises:
         UnknownMethod, BadParameter: the method or a parameter cannot work.
     """
-    preset = Preset()
+    preset, method = Preset(), one_method(method)
     if isinstance(method, str) and family is not None:
         preset = family.presets.get(method.partition("+")[0], preset)
         preset = preset.experts if experts and preset.experts is not None else preset
@@ -61,6 +62,7 @@ def settle(
         )
     if quality is not None:
         chosen = _at_quality(method, chosen, quality, params, preset, kind)
+    composition.check_method(chosen)
     if stepless and chosen.needs_steps:
         raise BadParameter(
             f"{chosen.name} carries results from step to step, but a bare transformer knows no"
