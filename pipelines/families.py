@@ -9,62 +9,22 @@ that the installed diffusers lacks cost nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from diffpatch.pipelines import grids, presets
-from diffpatch.pipelines.grids import REST, GridFunction
-from diffpatch.pipelines.presets import Preset
+from diffpatch.pipelines.families_more import MORE_FAMILIES, REFUSED
+from diffpatch.pipelines.family import BLOCKS, CROSS, IMAGE, JOINT, JOINT_SINGLE, VIDEO, FamilyInfo
+from diffpatch.pipelines.grids import REST
 
-
-@dataclass(frozen=True)
-class FamilyInfo:
-    """One row.
-
-    Attributes:
-        name: what people call it.
-        transformer: diffusers' class name.
-        kind: "video" or "image".
-        modules: regular expression that full-matches the paths of its self-attention modules.
-        grid: reads the token grid from the arguments of the transformer's forward.
-        text: where always-visible tokens stand: "none", "before" or "after".
-        presets: method name -> published setting.
-        note: limits worth knowing.
-        square_masks: whether the model's square masks are products m_i·m_j of one number a token,
-            so that their diagonal says everything.
-        refused: why this family cannot be patched; empty where it can.
-    """
-
-    name: str
-    transformer: str
-    kind: str
-    modules: str = ""
-    grid: GridFunction = grids.unknown
-    text: str = "none"
-    presets: Mapping[str, Preset] = field(default_factory=dict)
-    note: str = ""
-    square_masks: bool = False
-    refused: str = ""
-
-
-_BLOCKS = r"blocks\.\d+\.attn1"
-_CROSS = r"transformer_blocks\.\d+\.attn1"  # text reaches the model through cross-attention, attn2
-_JOINT = r"transformer_blocks\.\d+\.attn"
-_JOINT_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"  # first two streams, then one
-
-_VIDEO = grids.latents("BCFHW")
-_IMAGE = grids.latents("BCHW")
-
-_LINEAR = "its self-attention is already linear in the tokens: there is nothing to leave out"
+__all__ = ["FAMILIES", "FamilyInfo", "attention_modules", "families", "family_of"]
 
 _VIDEO_FAMILIES = (
     FamilyInfo(
         "Wan 2.1 / 2.2",
         "WanTransformer3DModel",
         "video",
-        _BLOCKS,
-        _VIDEO,
+        BLOCKS,
+        VIDEO,
         presets=presets.WAN,
         note="T2V, I2V, TI2V; both experts of 2.2",
     ),
@@ -72,23 +32,23 @@ _VIDEO_FAMILIES = (
         "Wan VACE",
         "WanVACETransformer3DModel",
         "video",
-        r"(vace_)?" + _BLOCKS,
-        _VIDEO,
+        r"(vace_)?" + BLOCKS,
+        VIDEO,
         note="reference images count as frames in front of the video",
     ),
     FamilyInfo(
         "Wan Animate",
         "WanAnimateTransformer3DModel",
         "video",
-        _BLOCKS,
-        _VIDEO,
+        BLOCKS,
+        VIDEO,
         note="the reference image counts as the first frame",
     ),
     FamilyInfo(
         "HunyuanVideo",
         "HunyuanVideoTransformer3DModel",
         "video",
-        _JOINT_SINGLE,
+        JOINT_SINGLE,
         grids.latents("BCFHW", after=grids.text),
         text="after",
         presets=presets.HUNYUAN,
@@ -98,7 +58,7 @@ _VIDEO_FAMILIES = (
         "HunyuanVideo 1.5",
         "HunyuanVideo15Transformer3DModel",
         "video",
-        _JOINT,
+        JOINT,
         grids.latents("BCFHW", after=REST),
         text="after",
         square_masks=True,
@@ -108,7 +68,7 @@ _VIDEO_FAMILIES = (
         "CogVideoX 1.0 / 1.5",
         "CogVideoXTransformer3DModel",
         "video",
-        _CROSS,
+        CROSS,
         grids.latents("BFCHW", before=grids.text),
         text="before",
     ),
@@ -116,7 +76,7 @@ _VIDEO_FAMILIES = (
         "Mochi 1",
         "MochiTransformer3DModel",
         "video",
-        _CROSS,
+        CROSS,
         grids.latents("BCFHW", after=REST),
         text="after",
         presets=presets.MOCHI,
@@ -126,7 +86,7 @@ _VIDEO_FAMILIES = (
         "LTX-Video",
         "LTXVideoTransformer3DModel",
         "video",
-        _CROSS,
+        CROSS,
         grids.placed_video,
         note="condition frames stay always visible",
     ),
@@ -134,7 +94,7 @@ _VIDEO_FAMILIES = (
         "LTX-2",
         "LTX2VideoTransformer3DModel",
         "video",
-        _CROSS,
+        CROSS,
         grids.packed_video,
         note="video self-attention; audio stays as it is, keyframes stay always visible",
     ),
@@ -142,16 +102,16 @@ _VIDEO_FAMILIES = (
         "Cosmos 1 / 2 / 2.5",
         "CosmosTransformer3DModel",
         "video",
-        _CROSS,
-        _VIDEO,
+        CROSS,
+        VIDEO,
         presets=presets.COSMOS,
     ),
     FamilyInfo(
         "SkyReels-V2",
         "SkyReelsV2Transformer3DModel",
         "video",
-        _BLOCKS,
-        _VIDEO,
+        BLOCKS,
+        VIDEO,
         note="T2V, I2V, diffusion forcing; the block-causal mode runs dense",
     ),
     FamilyInfo(
@@ -162,12 +122,12 @@ _VIDEO_FAMILIES = (
         grids.latents("BFHWC"),
         note="NABLA checkpoints are sparse by themselves and run as they are",
     ),
-    FamilyInfo("Allegro", "AllegroTransformer3DModel", "video", _CROSS, _VIDEO),
+    FamilyInfo("Allegro", "AllegroTransformer3DModel", "video", CROSS, VIDEO),
     FamilyInfo(
         "Latte",
         "LatteTransformer3DModel",
         "video",
-        _CROSS,
+        CROSS,
         grids.latents("BC.HW"),
         note="spatial layers, by methods for images; the temporal ones see few tokens, stay dense",
     ),
@@ -178,7 +138,7 @@ _IMAGE_FAMILIES = (
         "Flux.1",
         "FluxTransformer2DModel",
         "image",
-        _JOINT_SINGLE,
+        JOINT_SINGLE,
         grids.image_ids,
         text="before",
         note="dev, schnell, Kontext (reference tokens stay always visible), Fill, Control",
@@ -187,7 +147,7 @@ _IMAGE_FAMILIES = (
         "Flux.2",
         "Flux2Transformer2DModel",
         "image",
-        _JOINT_SINGLE,
+        JOINT_SINGLE,
         grids.image_ids,
         text="before",
         note="dev and Klein; reference images stay always visible, with a KV cache it runs dense",
@@ -200,12 +160,12 @@ _IMAGE_FAMILIES = (
         grids.latents("BCHW", after=REST),
         text="after",
     ),
-    FamilyInfo("PixArt-α / Σ", "PixArtTransformer2DModel", "image", _CROSS, _IMAGE),
+    FamilyInfo("PixArt-α / Σ", "PixArtTransformer2DModel", "image", CROSS, IMAGE),
     FamilyInfo(
         "QwenImage",
         "QwenImageTransformer2DModel",
         "image",
-        _JOINT,
+        JOINT,
         grids.image_shapes,
         text="before",
         note="Edit and Layered: all images but the first stay always visible",
@@ -245,12 +205,12 @@ _IMAGE_FAMILIES = (
         grids.latents("BCHW", before=REST),
         text="before",
     ),
-    FamilyInfo("HunyuanDiT", "HunyuanDiT2DModel", "image", _BLOCKS, _IMAGE),
+    FamilyInfo("HunyuanDiT", "HunyuanDiT2DModel", "image", BLOCKS, IMAGE),
     FamilyInfo(
         "Chroma",
         "ChromaTransformer2DModel",
         "image",
-        _JOINT_SINGLE,
+        JOINT_SINGLE,
         grids.image_ids,
         text="before",
         square_masks=True,
@@ -260,110 +220,13 @@ _IMAGE_FAMILIES = (
         "DiT",
         "DiTTransformer2DModel",
         "image",
-        _CROSS,
-        _IMAGE,
+        CROSS,
+        IMAGE,
         note="class-conditional",
     ),
 )
 
-# Younger or rarer models that follow the pattern of one above.
-_MORE_FAMILIES = (
-    FamilyInfo("ChronoEdit", "ChronoEditTransformer3DModel", "video", _BLOCKS, _VIDEO),
-    FamilyInfo(
-        "AnyFlow",
-        "AnyFlowTransformer3DModel",
-        "video",
-        _BLOCKS,
-        grids.latents("BFCHW"),
-        note="the bidirectional model",
-    ),
-    FamilyInfo(
-        "ConsisID",
-        "ConsisIDTransformer3DModel",
-        "video",
-        _CROSS,
-        grids.latents("BFCHW", before=grids.text),
-        text="before",
-    ),
-    FamilyInfo(
-        "EasyAnimate",
-        "EasyAnimateTransformer3DModel",
-        "video",
-        _CROSS,
-        grids.latents("BCFHW", before=REST),
-        text="before",
-    ),
-    FamilyInfo(
-        "CogView 4",
-        "CogView4Transformer2DModel",
-        "image",
-        _CROSS,
-        grids.latents("BCHW", before=grids.text),
-        text="before",
-        square_masks=True,
-    ),
-    FamilyInfo(
-        "CogView 3 Plus",
-        "CogView3PlusTransformer2DModel",
-        "image",
-        _CROSS,
-        grids.latents("BCHW", before=grids.text),
-        text="before",
-    ),
-    FamilyInfo(
-        "Bria 3.2",
-        "BriaTransformer2DModel",
-        "image",
-        _JOINT_SINGLE,
-        grids.image_ids,
-        text="before",
-    ),
-    FamilyInfo(
-        "LongCat-Image",
-        "LongCatImageTransformer2DModel",
-        "image",
-        _JOINT_SINGLE,
-        grids.image_ids,
-        text="before",
-        note="Edit: the reference image stays always visible",
-    ),
-    FamilyInfo(
-        "Ovis-Image",
-        "OvisImageTransformer2DModel",
-        "image",
-        _JOINT_SINGLE,
-        grids.image_ids,
-        text="before",
-    ),
-    FamilyInfo(
-        "HunyuanImage 2.1",
-        "HunyuanImageTransformer2DModel",
-        "image",
-        _JOINT_SINGLE,
-        grids.latents("BCHW", after=REST),
-        text="after",
-        note="the refiner, whose latents have frames, runs dense",
-    ),
-)
-
-_REFUSED = (
-    FamilyInfo("Sana", "SanaTransformer2DModel", "image", refused=_LINEAR),
-    FamilyInfo("Sana Video", "SanaVideoTransformer3DModel", "video", refused=_LINEAR),
-    FamilyInfo(
-        "Cosmos 3",
-        "Cosmos3OmniTransformer",
-        "video",
-        refused="it packs text, video and sound into one ragged sequence with causal parts",
-    ),
-    FamilyInfo(
-        "FramePack",
-        "HunyuanVideoFramepackTransformer3DModel",
-        "video",
-        refused="its sequence mixes past frames of several scales, which no single grid describes",
-    ),
-)
-
-FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + _MORE_FAMILIES + _REFUSED
+FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + MORE_FAMILIES + REFUSED
 
 
 def families() -> list[FamilyInfo]:
