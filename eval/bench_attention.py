@@ -73,7 +73,7 @@ def bench_attention(
     qkv = case.tensors()
     dense_times = _dense_times(case, qkv)
     fastest = min(dense_times, key=lambda name: dense_times[name])
-    calls: dict[str, Callable[[], Any]] = {"dense": lambda: _dense(fastest, *qkv)}
+    calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense_call(fastest, *qkv)}
     entries: list[dict[str, Any]] = []
     for name, method in methods.items():
         start = time.perf_counter()
@@ -214,10 +214,17 @@ def _method_call(
     return lambda: diffpatch.attention(*qkv, grid, method, backend=backend)
 
 
-def _dense(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def dense_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense attention by one of torch's backends, (B, S, H, D) in and (B, H, S, D) out."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     with sdpa_kernel(getattr(SDPBackend, name)):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def fastest_dense(case: Case, qkv: Tensors) -> str:
+    """The dense backend that is fastest on these tensors."""
+    times = _dense_times(case, qkv)
+    return min(times, key=lambda name: times[name])
 
 
 def _dense_times(case: Case, qkv: Tensors) -> dict[str, float]:
@@ -228,7 +235,7 @@ def _dense_times(case: Case, qkv: Tensors) -> dict[str, float]:
         if name == "MATH" and times and scores > MATH_LIMIT:
             continue
         try:
-            call = functools.partial(_dense, name, *qkv)
+            call = functools.partial(dense_call, name, *qkv)
             times[name] = median(interleaved({name: call}, 3, qkv[0].device)[name])
         except RuntimeError:  # torch has no such kernel for this device, dtype or head size
             continue

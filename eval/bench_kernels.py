@@ -38,6 +38,7 @@ from diffpatch.eval.bench_attention import (
 )
 from diffpatch.eval.bench_variants import LAYOUTS, LOADS, Variants, variant_calls
 from diffpatch.eval.environment import environment
+from diffpatch.eval.sweep_store import write_text
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -279,7 +280,7 @@ def flex_mask(blocks: BlockIndex) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: the table or, with ``--json``, everything on stdout."""
+    """Command line: the table, and with ``--json`` everything, to a file or to stdout."""
     parser = argparse.ArgumentParser(
         prog="diffpatch bench kernels", description="Measure the block-sparse kernels alone."
     )
@@ -290,8 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
     parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print the full result as JSON")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = bench_kernels(
@@ -305,9 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     text = json.dumps(result, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text if options.json else _table(result))
+    print(text if options.json == "-" else _table(result))
+    if options.json not in (None, "-"):
+        write_text(Path(options.json), text + "\n")
+        print(f"wrote {options.json}")
     return 0
 
 

@@ -1,20 +1,19 @@
-"""`diffpatch bench`: how fast one attention call, a whole rendering, or a kernel is here."""
+"""`diffpatch bench`: how fast an attention call, a rendering, a model or a kernel is here."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import arguments, generation, output, progress
-from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.cli.parameters import field_names, method_parameters
-from diffpatch.cli.summary import table
+from diffpatch.cli import arguments, bench_model, generation, progress
+from diffpatch.cli.bench_output import add_common, chosen, finish, times
+from diffpatch.cli.errors import RunError
 from diffpatch.pipelines import loading
+
+__all__ = ["add_parser", "chosen"]  # other commands choose methods in the same way
 
 EXAMPLES = """\
 examples:
@@ -22,6 +21,7 @@ examples:
   diffpatch bench attention --grid 21x45x80 --heads 12 --head-dim 128 --dtype bf16 \\
       --method radial --method neighborhood --json bench.json
   diffpatch bench render --model demo-long --method radial --repeats 3
+  diffpatch bench model --model wan-14b --kept 0.2 --method radial --method neighborhood
   diffpatch bench kernels --help
 """
 PROMPT = "a large red circle moves left over a black background"
@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _add_attention(kinds)
     _add_render(kinds)
+    bench_model.add_parser(kinds)
     kernels = kinds.add_parser("kernels", help="the kernels alone", add_help=False)
     kernels.passes_on = True
     kernels.set_defaults(run=run_kernels)
@@ -63,7 +64,7 @@ def _add_attention(kinds: Any) -> None:
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32", help="(fp32)")
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
     arguments.add_backend_option(parser)
-    _add_common(parser, repeats=5)
+    add_common(parser, repeats=5)
     parser.set_defaults(run=run_attention)
 
 
@@ -78,24 +79,8 @@ def _add_render(kinds: Any) -> None:
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
     arguments.add_method_options(parser)
-    _add_common(parser, repeats=3)
+    add_common(parser, repeats=3)
     parser.set_defaults(run=run_render)
-
-
-def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--method", action="append", help="repeatable (radial)")
-    if not any("--set" in action.option_strings for action in parser._actions):
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE",
-            help="a parameter, for every method that has it",
-        )  # fmt: skip
-    parser.add_argument(
-        "--repeats", type=arguments.number(int, 1), default=repeats, help=f"rounds ({repeats})"
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def grid(text: str) -> diffpatch.TokenGrid:
@@ -110,21 +95,6 @@ def grid(text: str) -> diffpatch.TokenGrid:
         return diffpatch.TokenGrid(frames, height, width)
     except diffpatch.DiffpatchError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The methods asked for, each with those --set parameters that it has."""
-    known, found, used = diffpatch.methods(), {}, set()
-    for name in args.method or ["radial"]:
-        parts = [known[part].cls for part in name.split("+") if part in known]
-        fields = {field for cls in parts for field in field_names(cls)}
-        own = [text for text in args.set if text.partition("=")[0].replace("-", "_") in fields]
-        found[name] = method_parameters(name, own)
-        used |= set(own)
-    for text in args.set:
-        if text not in used:
-            raise UsageError(f"--set {text}: {' and '.join(found)} have no such parameter")
-    return found
 
 
 def run_attention(args: argparse.Namespace) -> int:
@@ -149,13 +119,13 @@ def run_attention(args: argparse.Namespace) -> int:
     rows = [["method", "median", "quartiles", "of dense", "speedup", "kept", "error"]]
     dense = result["dense"]
     rows.append(
-        [f"dense ({dense['backend'].lower()})", *_times(dense["seconds"]), "1.000", "", "", ""]
+        [f"dense ({dense['backend'].lower()})", *times(dense["seconds"]), "1.000", "", "", ""]
     )
     for entry in result["methods"]:
         gain = entry["speedup"]["median"]
         last = [f"{1 / gain:.3f}", f"{gain:.2f}×", f"{entry['kept']:.1%}", f"{entry['error']:.0e}"]
-        rows.append([entry["name"], *_times(entry["seconds"]), *last])
-    _finish(args, result, rows)
+        rows.append([entry["name"], *times(entry["seconds"]), *last])
+    finish(args, result, rows)
     return 0
 
 
@@ -189,7 +159,7 @@ def run_render(args: argparse.Namespace) -> int:
     result = {"model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), **result}
     rows = [["method", "step", "denoising", "total", "speedup", "(total)", "kept", "PSNR", "SSIM"]]
     rows += [_render_row(name, entry) for name, entry in result["variants"].items()]
-    _finish(args, result, rows)
+    finish(args, result, rows)
     return 0
 
 
@@ -217,24 +187,3 @@ def _render_row(name: str, entry: dict[str, Any]) -> list[str]:
         f"{entry['psnr']:.1f}",
         f"{entry['ssim']:.3f}",
     ]
-
-
-def _times(seconds: dict[str, float]) -> list[str]:
-    low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
-    return [f"{seconds['median'] * 1e3:.2f} ms", f"{low:.2f}-{high:.2f}"]
-
-
-def _finish(
-    args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Sequence[str]]
-) -> None:
-    """The table on stdout, the JSON where it was asked for."""
-    if args.json == "-":
-        print(output.to_json(result), end="")
-        return
-    print(table(rows))
-    environment = result["environment"]
-    print(f"{environment['device']}, {environment['threads']} threads, "
-          f"torch {environment['versions']['torch']}")  # fmt: skip
-    if args.json is not None:
-        output.write_text(Path(args.json), output.to_json(result))
-        print(f"wrote {args.json}")
