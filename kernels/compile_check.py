@@ -136,11 +136,16 @@ def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
 
 def check(case: Case) -> Result:
     """Compile one case and look at what came out."""
+    return compiled(case)[0]
+
+
+def compiled(case: Case) -> tuple[Result, Any]:
+    """What `check` finds, and Triton's compiled kernel."""
     config = configuration(case)
     kernel = _compile(case, config)
     registers, stack = _resources(kernel.asm["cubin"])
-    # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one; the
-    # scores of Triton 3.6 in 8 bits do so on sm_100 as well, but not what follows.
+    # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one; so
+    # do 8-bit scores on sm_100 in Triton 3.6, but not what follows them.
     instruction = TENSOR_CORE[case.arch] if config.block_m >= 64 else "mma.sync"
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
@@ -148,7 +153,7 @@ def check(case: Case) -> Result:
     problems = list(_problems(result, instruction))
     if case.specialize and "ttg.warp_specialize(" not in kernel.asm["ttgir"]:
         problems.append("no warps of their own for the loads")
-    return replace(result, problems=tuple(problems))
+    return replace(result, problems=tuple(problems)), kernel
 
 
 def _problems(result: Result, instruction: str) -> Iterator[str]:

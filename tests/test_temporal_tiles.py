@@ -1,0 +1,317 @@
+"""Attention over active tiles, and the temporal modes that decide on them, by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffpatch
+from diffpatch import Dense, Method, Neighborhood, Temporal, TokenGrid, Window
+from diffpatch.kernels import active_tiles, active_tiles_reference, active_tiles_torch
+from diffpatch.kernels.active_tiles import tile_table
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.tile_importance import tile_importance
+from diffpatch.methods import temporal_mask
+from diffpatch.methods.temporal_tiles import always
+from tests.random_blocks import random_blocks, random_qkv
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+SIZES = [5, 8, 3, 8, 7]
+
+
+def drifting(grid: TokenGrid, steps: int, seed: int, sharp: float = 4.0) -> list[Tensors]:
+    """fp64 q, k, v of a few steps, (2, S, 3 or 1, 8), each a little off the one before."""
+    random = torch.Generator().manual_seed(seed)
+
+    def noise(heads: int) -> torch.Tensor:
+        return torch.randn(2, grid.num_tokens, heads, 8, generator=random, dtype=torch.float64)
+
+    now = [sharp * noise(3), noise(1), noise(1)]
+    out = []
+    for _ in range(steps):
+        out.append((now[0], now[1], now[2]))
+        now = [x + 0.2 * noise(x.shape[2]) for x in now]
+    return out
+
+
+def tiles_of(blocks: BlockIndex) -> list[torch.Tensor]:
+    """The tokens of every tile."""
+    return [blocks.order[a:b] for a, b in itertools.pairwise(blocks.starts.tolist())]
+
+
+class LiteAttention:
+    """The rule of arXiv 2511.11062 written over scores: a skip flag for each pair of tiles."""
+
+    def __init__(
+        self, grid: TokenGrid, blocks: BlockIndex, seen: torch.Tensor, frames: int
+    ) -> None:
+        self.tiles, self.seen = tiles_of(blocks), seen
+        count = len(self.tiles)
+        self.skip = torch.zeros(2, 3, count, count, dtype=torch.bool)
+        self.fixed = torch.eye(count, dtype=torch.bool)
+        end = grid.text_before + grid.visual_tokens
+        for i, tile in enumerate(self.tiles):
+            if bool(((tile < grid.text_before) | (tile >= end)).any()):
+                self.fixed[i] = self.fixed[:, i] = True
+            if bool((tile < grid.text_before + frames * grid.frame_tokens).any()) and frames:
+                self.fixed[:, i] = True
+
+    def __call__(
+        self, tensors: Tensors, threshold: float, reverse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output, and the pairs of tokens that were computed, bool (B, H, S, S)."""
+        q, k, v = tensors
+        scores = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~self.seen, -math.inf)
+        computed = torch.zeros_like(scores, dtype=torch.bool)
+        for b, h, i in itertools.product(range(2), range(3), range(len(self.tiles))):
+            rows = self.tiles[i]
+            top = torch.full((len(rows),), -math.inf, dtype=q.dtype)
+            order = list(range(len(self.tiles)))
+            for j in reversed(order) if reverse else order:
+                keys = self.tiles[j]
+                block = scores[b, h][rows][:, keys]
+                if self.skip[b, h, i, j] or bool((block == -math.inf).all()):
+                    continue
+                computed[b, h, rows[:, None], keys] = True
+                local = block.max(1).values
+                stays = [t == -math.inf and m == -math.inf for t, m in zip(top, local, strict=True)]
+                low = (local - top) / math.log(2) <= threshold
+                below = low | torch.tensor(stays)
+                if bool(below.all()) and not self.fixed[i, j]:
+                    self.skip[b, h, i, j] = True
+                top = torch.maximum(top, local)
+        scores = scores.masked_fill(~computed, -math.inf)
+        out = torch.einsum("bhqk,bkd->bqhd", scores.softmax(-1).nan_to_num(), v[:, :, 0])
+        return out, computed & self.seen
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(2, 6)),
+    before=st.integers(0, 5),
+    after=st.integers(0, 3),
+    threshold=st.sampled_from([-6.0, -1.0, 0.0]),
+    order=st.sampled_from(["forward", "reverse", "alternate"]),
+    over=st.sampled_from([Dense(tile=16), Window(window=(-1, 3, 4)), Neighborhood(window=0.6)]),
+    frames=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_skip_is_the_rule_of_liteattention(
+    shape: tuple[int, int, int], before: int, after: int, threshold: float, order: str,
+    over: Method, frames: int, seed: int,
+) -> None:  # fmt: skip
+    grid = TokenGrid(*shape, before, after)
+    method = Temporal(
+        over=over, mode="skip", threshold=threshold, refresh=3, order=order, keep_frames=frames
+    )
+    pattern = method.pattern(grid)
+    blocks, table = pattern.blocks, tile_table(pattern.blocks)
+    state: dict[str, Any] = {}
+    before_bits = None
+    for step, tensors in enumerate(drifting(grid, 5, seed)):
+        if step % 3 == 0:
+            rule = LiteAttention(grid, blocks, pattern.dense()[0], frames)
+        expected, computed = rule(
+            tensors, threshold, {"forward": 0, "reverse": 1}.get(order, step % 2) == 1
+        )
+        call = diffpatch.methods.Call(pattern, step=step, state=state)
+        done = method.attend(*tensors, call)
+        assert torch.allclose(done.out, expected, atol=1e-12)
+        assert float(done.kept) == pytest.approx(computed.double().mean().item(), abs=1e-9)
+        if step % 3 == 0:
+            assert torch.equal(computed, pattern.dense()[0].expand_as(computed))
+        bits = active_tiles.unpack(state["bits"], table.length)
+        assert torch.equal(bits, ~rule.skip[:, :, table.query[0], table.key[0]] & table.valid())
+        if step % 3:
+            assert before_bits is not None and not (bits & ~before_bits).any()
+        before_bits = bits
+
+
+@pytest.mark.parametrize("heads", [None, [0, 1, 0, 2]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_torch_path_is_the_definition(
+    heads: list[int] | None, masked: bool, reverse: bool
+) -> None:
+    blocks = random_blocks(SIZES, kept=0.7, heads=heads, seed=len(heads or []))
+    random = torch.Generator().manual_seed(1)
+    q, k, v = random_qkv(2, sum(SIZES), 4, 8, torch.float64, key_heads=2)
+    table = tile_table(blocks)
+    active = (torch.rand(2, 4, table.length, generator=random) < 0.6) & table.valid()
+    key_mask = torch.rand(2, sum(SIZES), generator=random) < 0.7 if masked else None
+    arguments = (blocks, active, 0.4, key_mask, -1.0, reverse)
+    out, hits = active_tiles_torch.attend(q, k, v, *arguments)
+    expected, found = active_tiles_reference.attend(q, k, v, *arguments)
+    assert hits is not None and found is not None
+    assert torch.allclose(out, expected, atol=1e-12)
+    assert torch.equal(hits, found) and 0 < found.float().mean() < active.float().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_active_is_block_sparse_attention(dtype: torch.dtype) -> None:
+    blocks = random_blocks(SIZES, kept=0.7, heads=[0, 1], seed=3)
+    q, k, v = random_qkv(2, sum(SIZES), 2, 8, dtype)
+    out, hits = active_tiles.attend(q, k, v, blocks, backend="torch")
+    expected = diffpatch.kernels.block_sparse.block_sparse_attention(
+        *(x.double() for x in (q, k, v)), blocks, backend="reference"
+    )
+    assert hits is None and out.dtype == dtype
+    assert (out - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_heads_with_few_scores_at_a_time_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = random_blocks(SIZES, kept=0.7, seed=5)
+    inputs = random_qkv(2, sum(SIZES), 4, 8)
+    expected, _ = active_tiles.attend(*inputs, blocks, backend="torch")
+    monkeypatch.setattr(active_tiles_torch, "MAX_SCORES", 1)
+    assert torch.allclose(active_tiles.attend(*inputs, blocks, backend="torch")[0], expected)
+
+
+def test_gradients_go_through_the_torch_path() -> None:
+    blocks = random_blocks(SIZES, kept=0.7, seed=6)
+    inputs = [x.requires_grad_() for x in random_qkv(1, sum(SIZES), 2, 4, torch.float64)]
+
+    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        out, _ = active_tiles.attend(*inputs, blocks, backend=backend)
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    for a, b in zip(gradients("auto"), gradients("reference"), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        gradients("triton")
+
+
+@pytest.mark.parametrize("length", [1, 8, 13])
+def test_bits_are_packed_and_unpacked(length: int) -> None:
+    flags = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = active_tiles.pack(flags)
+    assert bits.shape == (2, 3, -(-length // 8)) and bits.dtype == torch.uint8
+    assert torch.equal(active_tiles.unpack(bits, length), flags)
+
+
+def tile_masses(
+    q: torch.Tensor, k: torch.Tensor, blocks: BlockIndex, seen: torch.Tensor
+) -> torch.Tensor:
+    """The exact share of attention, (B, H, N, N): the mean over the rows of the softmax's sums."""
+    groups = q.shape[2] // k.shape[2]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(groups, 2)) * 0.3
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
+    tiles = tiles_of(blocks)
+    rows = torch.stack([weights[:, :, t].mean(2) for t in tiles], 2)
+    return torch.stack([rows[..., t].sum(-1) for t in tiles], -1)
+
+
+def test_importance_is_exact_without_pooling_and_close_with_it() -> None:
+    grid = TokenGrid(3, 6, 8, text_after=5)
+    blocks = Window(window=(2, 3, 8)).pattern(grid).blocks
+    # Neighbouring tokens are alike, as in images: noise at a quarter of the resolution.
+    random = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.nn.functional.interpolate(
+            torch.randn(2, h * 6, 37, generator=random), grid.num_tokens, mode="linear"
+        ).view(2, h, 6, -1).permute(0, 3, 1, 2) * 3
+        for h in (4, 2)
+    )  # fmt: skip
+    seen = diffpatch.kernels.block_sparse_reference.dense_mask(blocks)[0]
+    exact = tile_masses(q.double(), k.double(), blocks, _whole_tiles(blocks))
+    assert seen.any()
+    single = tile_importance(q, k, blocks, 0.3, run=1)
+    assert torch.allclose(single.double(), exact, atol=1e-5)
+    pooled = tile_importance(q, k, blocks, 0.3, run=4)
+    fixed = always(blocks, grid, 0)
+    chosen, best = (temporal_mask.choose(x.float(), blocks, fixed, 0.6) for x in (pooled, exact))
+    table = tile_table(blocks)
+    mass = exact[..., table.query[0], table.key[0]]
+    assert (mass * chosen).sum() > 0.97 * (mass * best).sum()
+    key_mask = torch.rand(2, grid.num_tokens, generator=random) < 0.5
+    hidden = tile_importance(q, k, blocks, 0.3, run=1, key_mask=key_mask)
+    masked = _whole_tiles(blocks) & key_mask[:, None, None]
+    assert torch.allclose(
+        hidden.double(), tile_masses(q.double(), k.double(), blocks, masked), atol=1e-5
+    )
+
+
+def _whole_tiles(blocks: BlockIndex) -> torch.Tensor:
+    """bool (S, S): pairs of tokens in visited pairs of tiles, partial ones whole."""
+    table, tiles = tile_table(blocks), tiles_of(blocks)
+    seen = torch.zeros(blocks.num_tokens, blocks.num_tokens, dtype=torch.bool)
+    for i, j in zip(table.query[0].tolist(), table.key[0].tolist(), strict=True):
+        seen[tiles[i][:, None], tiles[j]] = True
+    return seen
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    share=st.floats(0.05, 1.0),
+    per_head=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_choice_is_the_exact_top_of_every_row(
+    sizes: list[int], share: float, per_head: bool, seed: int
+) -> None:
+    heads = [0, 1, 1] if per_head else None
+    blocks = random_blocks(sizes, kept=0.6, heads=heads, seed=seed)
+    table, tiles = tile_table(blocks), len(sizes)
+    random = torch.Generator().manual_seed(seed)
+    importance = torch.rand(2, 3, tiles, tiles, generator=random)
+    pattern = table.pattern.expand(3)
+    fixed = (torch.rand(1, table.length, generator=random) < 0.2) & table.valid()
+    chosen = temporal_mask.choose(importance, blocks, fixed, share)
+    for b, h, i in itertools.product(range(2), range(3), range(tiles)):
+        p = int(pattern[h])
+        row = [e for e in range(table.length) if table.area[p, e] > 0 and table.query[p, e] == i]
+        is_fixed = fixed.expand(len(table.pattern), -1)[h if per_head else 0]
+        must = {e for e in row if is_fixed[e]}
+        count = max(len(must), math.ceil(torch.tensor(len(row)).mul(share).item()))
+        rest = sorted(set(row) - must, key=lambda e: -importance[b, h, i, table.key[p, e]])
+        expected = must | set(rest[: count - len(must)])
+        assert {e for e in range(table.length) if chosen[b, h, e]} & set(row) == expected
+    assert not (chosen & ~table.valid()).any()
+
+
+def test_mask_chooses_now_and_keeps_to_it() -> None:
+    grid = TokenGrid(4, 6, 6, text_before=3)
+    method = Temporal(over=Dense(tile=16), mode="mask", share=0.4, refresh=2)
+    pattern, state = method.pattern(grid), dict[str, Any]()
+    table, chosen = tile_table(pattern.blocks), []
+    for step, (q, k, v) in enumerate(drifting(grid, 4, seed=1, sharp=8.0)):
+        done = method.attend(q, k, v, diffpatch.methods.Call(pattern, step=step, state=state))
+        active = active_tiles.unpack(state["bits"], table.length)
+        chosen.append(active)
+        expected, _ = active_tiles_reference.attend(
+            q, k, v, pattern.blocks, active, 8**-0.5, None, None, False
+        )
+        assert torch.allclose(done.out, expected, atol=1e-12)
+        assert float(done.kept) == pytest.approx(method.kept(pattern, step), abs=1e-9)
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[2], chosen[3])
+    assert not torch.equal(chosen[0], chosen[2])
+    assert not method.at_most(pattern)
+
+
+def test_tiles_of_different_sizes_bound_what_mask_keeps() -> None:
+    grid = TokenGrid(5, 7, 9, text_after=4)
+    method = Temporal(over=Dense(tile=32), mode="mask", share=0.3)
+    pattern = method.pattern(grid)
+    assert method.at_most(pattern)
+    least, most = temporal_mask.bounds(pattern, 0.3, 0)
+    for seed in range(3):
+        q, k, v = drifting(grid, 1, seed)[0]
+        done = method.attend(q, k, v, diffpatch.methods.Call(pattern))
+        assert least <= float(done.kept) <= most == method.kept(pattern, 0)
+
+
+def test_dense_keeps_everything_in_tiles() -> None:
+    for grid in (TokenGrid(3, 5, 7, text_before=2), TokenGrid(1, 9, 9, text_after=130)):
+        pattern = Dense(tile=16).pattern(grid)
+        assert pattern.kept == 1.0 and bool(pattern.dense().all())
+    small, large = TokenGrid(13, 16, 16), TokenGrid(21, 45, 80)
+    assert Dense().pattern(small).blocks.starts.diff().max() <= 128
+    assert Dense().pattern(large).blocks.starts.diff().max() > 128
