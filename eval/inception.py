@@ -167,14 +167,16 @@ class Inception(nn.Module):
         if not path.is_file():
             raise WeightsError(f"there is no file {path}; give FID's Inception as safetensors")
         found = {k: v for k, v in load_file(path).items() if not k.startswith(_IGNORED)}
-        model = cls()
+        with torch.device("meta"):  # drawing weights that are replaced at once takes seconds
+            model = cls()
         wanted = model.state_dict()
         for key, value in wanted.items():
             if key.endswith(_COUNTER):
-                found.setdefault(key, value)
+                found[key] = torch.zeros((), dtype=torch.long)
             elif key not in found or found[key].shape != value.shape:
                 raise WeightsError(
                     f"{path} is not FID's Inception: it has no {key} of shape {tuple(value.shape)}"
                 )
-        model.load_state_dict({key: found[key].to(value.dtype) for key, value in wanted.items()})
+        fitting = {key: found[key].to(value.dtype) for key, value in wanted.items()}
+        model.load_state_dict(fitting, assign=True)
         return model.eval().requires_grad_(False).to(device)

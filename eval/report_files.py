@@ -9,15 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.report import MEASURED, QUALITY, Row, Summary
+from diffpatch.eval.report import MEASURED, METRICS, QUALITY, Row, Summary
 from diffpatch.eval.sweep_store import write_json, write_text
-
-# metric -> heading, digits after the point, unit
-METRICS: dict[str, tuple[str, int, str]] = {
-    "psnr": ("PSNR", 1, ""),
-    "ssim": ("SSIM", 3, ""),
-    "lpips": ("LPIPS", 3, ""),
-}
 
 
 def write_reports(summary: Summary, folder: Path) -> list[Path]:
@@ -45,7 +38,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
     if any(row.attention_error is not None for row in rows):
         found.append("attention error")
     known = {key for row in rows for key in row.quality}
-    found += [heading for key, (heading, _, _) in METRICS.items() if key in known]
+    found += [metric.heading for key, metric in METRICS.items() if key in known]
     return [*found, "runs"]
 
 
@@ -62,8 +55,8 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "attention error": _number(row.attention_error, "{:.1%}"),
         "runs": str(row.runs),
     }
-    for key, (heading, digits, unit) in METRICS.items():
-        values[heading] = _number(row.quality.get(key), f"{{:.{digits}f}}{unit}")
+    for key, metric in METRICS.items():
+        values[metric.heading] = _number(row.quality.get(key), metric.form)
     return [values[heading] for heading in headings]
 
 

@@ -126,10 +126,8 @@ def _attempt(session: Session, run: Run, runs: list[Run], progress: Progress) ->
 
 def _write_plan(store: Store, spec: SweepSpec, runs: list[Run]) -> None:
     """What the report is about; the same from every process."""
-    write_json(
-        store.root / "sweep.json",
-        {"title": spec.title, "bar": dict(spec.bar), "runs": [run.name for run in runs]},
-    )
+    about = {"title": spec.title, "bar": dict(spec.bar), "networks": dict(spec.networks)}
+    write_json(store.root / "sweep.json", about | {"runs": [run.name for run in runs]})
 
 
 def _duration(seconds: float) -> str:

@@ -16,11 +16,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
-from diffpatch.eval import sweep_scores
 from diffpatch.eval.environment import environment
+from diffpatch.eval.quality import load_tools
 from diffpatch.eval.report_clips import save_clip
 from diffpatch.eval.sweep_budget import fit_run
 from diffpatch.eval.sweep_plan import Case, Run
+from diffpatch.eval.sweep_scores import score
 from diffpatch.eval.sweep_spec import Prompt, SweepSpec
 from diffpatch.eval.sweep_store import Store, load_frames, save_frames
 from diffpatch.pipelines import loading, sampling
@@ -85,7 +86,7 @@ class Session:
         if spec.prompts[0].image is not None:
             self.pipe = loading.with_image_input(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
-        self.tools = sweep_scores.load_tools()
+        self.tools = load_tools(**spec.networks)
         self._methods: dict[Any, diffpatch.Method | None] = {}
         self._warm: set[Any] = set()
         self._clock: dict[str, tuple[dict[str, Any], int]] = {}  # dense: clocks, runs since
@@ -144,6 +145,7 @@ class Session:
             "parameters": dict(variant.method.parameters) if variant.method else {},
             "options": _options(run),
             "budget": variant.budget,
+            "judged_by": self.tools.names(),
             "process": {
                 "rank": self.worker.rank, "world": self.worker.world,
                 "host": socket.gethostname(), "pid": os.getpid(),
@@ -159,7 +161,7 @@ class Session:
             "seconds": clocks(sample),
             "shared": self._shared(),
             "kept": 1.0,
-            "quality": sweep_scores.score(frames, None, run.case.prompt.text, self.tools),
+            "quality": score(frames, None, run.case.prompt.text, self.tools),
         }
 
     def _render(self, run: Run, stage: Path) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class Session:
         }
         frames = self._keep(sample, stage)
         text = run.case.prompt.text
-        result["quality"] = sweep_scores.score(frames, reference, text, self.tools)
+        result["quality"] = score(frames, reference, text, self.tools)
         if run.errors:
             result["attention_error"] = self._attention_error(run)
         return result
@@ -193,7 +195,7 @@ class Session:
             "frames_of": run.other_seed.name,
             "dense": {"name": run.dense.name},
             "kept": 1.0,
-            "quality": sweep_scores.score(frames, reference, text, self.tools),
+            "quality": score(frames, reference, text, self.tools),
         }
 
     def _sample(self, run: Run) -> tuple[sampling.Sample, dict[str, Any]]:

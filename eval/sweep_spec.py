@@ -21,7 +21,8 @@ SCHEDULE_KEYS = ("dense_steps", "dense_layers", "dense_last_steps")
 METHOD_KEYS = ("method", "set", "vary", "backend", "budgets", *SCHEDULE_KEYS)
 SIZE_KEYS = ("height", "width", "num_frames")
 FLOORS = ("kernel", "seed")
-BARS = ("psnr", "ssim")  # what a verdict may rest on; higher is better
+BARS = ("psnr", "ssim", "caption_accuracy", "clip_score")  # of a verdict; higher is better
+NETWORKS = ("clip", "lpips")
 RESERVED = {"prompt", "prompts", "generator", "output_type", "callback_on_step_end", "image"}
 
 
@@ -76,6 +77,8 @@ class SweepSpec:
             pass that is not timed.
         dense_every: dense is timed anew after so many timed runs; 0 never.
         bar: the quality that a method must have to be recommended.
+        networks: folders or files of the networks that judge quality, as
+            `diffpatch.eval.quality.load_tools` takes them; empty for those that are shipped.
     """
 
     title: str
@@ -95,6 +98,7 @@ class SweepSpec:
     attention_error: int
     dense_every: int
     bar: Mapping[str, float]
+    networks: Mapping[str, str]
 
 
 KEYS = (*SweepSpec.__dataclass_fields__, "prompt_file")
@@ -141,6 +145,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         attention_error=len(prompts) if error is True else _count(error or 0, "attention_error"),
         dense_every=_count(data.get("dense_every", 8), "dense_every"),
         bar=_bar(data.get("bar", {"psnr": 25})),
+        networks=_networks(data.get("networks", {}), folder),
     )
 
 
@@ -286,6 +291,14 @@ def _bar(value: Any) -> dict[str, float]:
     for key, number in bar.items():
         _typed(number, f"bar: {key}", float)
     return bar
+
+
+def _networks(value: Any, folder: Path) -> dict[str, str]:
+    found = {}
+    for key, name in _mapping(value, "networks", NETWORKS).items():
+        path = folder / _typed(name, f"networks: {key}", str)
+        found[key] = str(path) if path.exists() else name
+    return found
 
 
 def _methods(value: Any) -> tuple[MethodSpec, ...]:

@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         store.forget_failures(before=started)
     try:
         run_sweep(spec, plan, store, worker, lambda text: progress.say(text, args.quiet))
+        if worker.rank:  # the first process waits for all runs, and reports
+            return 0
         with store.alone():
             return _report(args, args.output)
     finally:

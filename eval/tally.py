@@ -1,0 +1,88 @@
+"""The scores and features of many clips: measured one by one, merged in any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffpatch.eval import quality
+from diffpatch.eval.distances import FeatureSet
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What is known about some clips; tallies of different clips merge exactly.
+
+    Attributes:
+        scores: name of a clip -> its metrics.
+        features: their features, for set distances.
+        missing: metric -> why some clip lacks it.
+    """
+
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    features: FeatureSet = field(default_factory=lambda: FeatureSet({}))
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def merge(self, *others: Tally) -> Tally:
+        """All clips together, the same whoever measured which.
+
+        Raises:
+            ValueError: a clip is there twice, or features of two extractors.
+        """
+        parts = [part for part in (self, *others) if part.scores]
+        if not parts:
+            return self
+        features = parts[0].features.merge(*(part.features for part in parts[1:]))
+        scores: dict[str, Mapping[str, float]] = {}
+        missing: dict[str, str] = {}
+        for part in parts:
+            scores |= part.scores
+            missing |= {key: why for key, why in part.missing.items() if key not in missing}
+        return Tally(dict(sorted(scores.items())), features, missing)
+
+    def means(self) -> dict[str, float]:
+        """Every metric's mean over the clips that have it, in the order of names."""
+        values: dict[str, list[float]] = {}
+        for scores in self.scores.values():
+            for metric, value in scores.items():
+                values.setdefault(metric, []).append(value)
+        return {metric: math.fsum(found) / len(found) for metric, found in values.items()}
+
+    def row(self, name: str, reference: Tally | None = None, **more: Any) -> dict[str, Any]:
+        """A line of a result, ready for JSON; with the distance to a reference's features."""
+        sets = {} if reference is None else quality.sets(self.features, reference.features)
+        return {
+            "name": name,
+            **more,
+            "count": len(self.scores),
+            "scores": self.means(),
+            "sets": sets,
+            "items": {key: dict(value) for key, value in self.scores.items()},
+        }
+
+
+def measure(
+    name: str,
+    frames: Tensor,
+    tools: quality.Tools,
+    *,
+    prompt: str | None = None,
+    reference: Tensor | None = None,
+) -> Tally:
+    """Everything about one clip.
+
+    Args:
+        name: of the clip, the same in every set it is compared with.
+        frames: (F, 3, H, W) floats in [0, 1].
+        tools: from :func:`diffpatch.eval.quality.load_tools`.
+        prompt: what it should show.
+        reference: the same clip rendered dense.
+    """
+    scores = {} if reference is None else quality.paired(frames, reference, tools)
+    scores |= quality.alone(frames, prompt, tools)
+    features = FeatureSet({name: tools.extractor(frames)}, tools.extractor.name)
+    return Tally({name: scores}, features, quality.absent(tools, frames=frames, prompt=prompt))

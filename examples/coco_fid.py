@@ -1,0 +1,151 @@
+"""FID, KID and CLIP score on COCO: a text-to-image model dense and with a method.
+
+    python examples/coco_fid.py --model black-forest-labs/FLUX.1-dev --method neighborhood \\
+        --images val2014/ --captions captions_val2014.json --count 5000 -o coco/ \\
+        --features fid_inception.safetensors --clip openai/clip-vit-large-patch14
+
+Pictures go to coco/dense and coco/neighborhood and are not rendered again by a second call; the
+work is shared among the processes of `accelerate launch` or `torchrun`, each of which measures
+nothing: run the same command once more, alone, for the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import generation, media, output, progress
+from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
+from diffpatch.cli.errors import UsageError
+from diffpatch.cli.eval import describe
+from diffpatch.cli.parameters import method_parameters
+from diffpatch.cli.shares import Process
+from diffpatch.eval import items, quality
+from diffpatch.eval.distances import FeatureSet, compare, halves
+from diffpatch.eval.environment import environment
+from diffpatch.eval.tally import Tally, measure
+from diffpatch.pipelines import loading, sampling
+
+
+def read_captions(path: Path, count: int) -> dict[str, str]:
+    """The first captions by picture: COCO's annotations, or what `diffpatch eval` reads."""
+    found = None
+    if path.suffix == ".json":
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(found, dict) and "annotations" in found:
+        names = {image["id"]: Path(image["file_name"]).stem for image in found["images"]}
+        texts: dict[str, str] = {}
+        for entry in found["annotations"]:
+            texts.setdefault(names[entry["image_id"]], entry["caption"].strip())
+    else:
+        texts = items.read_captions(path)
+    return dict(sorted(texts.items())[:count])
+
+
+def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
+    """Renders the pictures that are not there yet, dense and with the method, from equal noise."""
+    process = Process.current()
+    mine = [list(captions)[number] for number in process.share(len(captions))]
+    rows = ["dense", args.method]
+    missing = {row: [n for n in mine if not (args.output / row / f"{n}.png").exists()]
+               for row in rows}  # fmt: skip
+    progress.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
+    if not any(missing.values()):
+        return
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    pipe = loading.load_pipeline(
+        source,
+        dtype=loading.DTYPES.get(args.dtype),
+        device=process.device(args.device),
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
+        compile=args.compile,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    numbers = {name: number for number, name in enumerate(captions)}
+    for row in rows:
+        applied: Any = contextlib.nullcontext()
+        if row != "dense":
+            parameters = method_parameters(args.method, args.set)
+            applied = diffpatch.patched(pipe, args.method, **parameters)
+        with applied:
+            for name in missing[row]:
+                prompt = {"prompt": captions[name]}
+                frames = sampling.sample(pipe, call | prompt, args.seed + numbers[name]).frames
+                with output.staged(args.output / row) as stage:
+                    media.save(media.to_images(frames[:1]), stage / f"{name}.png", 1)
+
+
+def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, Any]:
+    """Set distances to the real pictures, CLIP scores, and the method next to dense."""
+    device = loading.choose_device(args.device)
+    tools = quality.load_tools(args.clip, args.features, args.lpips, device)
+    real = {Path(name).name: path for name, path in items.find_items(args.images).items()}
+    if absent := next((name for name in captions if name not in real), None):
+        raise UsageError(f"{args.images} has no picture {absent}; captions and pictures must fit")
+    features = FeatureSet(
+        {name: tools.extractor(items.read_frames(real[name])) for name in captions},
+        tools.extractor.name,
+    )
+    rows: list[dict[str, Any]] = []
+    if len(captions) > 1:
+        first, second = halves(features)
+        rows.append({"name": "real, halves", "count": len(captions), "scores": {},
+                     "sets": compare(first, second)})  # fmt: skip
+    tally = Tally()
+    for row in ("dense", args.method):
+        parts = []
+        for name, prompt in captions.items():
+            frames = items.read_frames(args.output / row / f"{name}.png")
+            dense = items.read_frames(args.output / "dense" / f"{name}.png")
+            reference = None if row == "dense" else dense
+            parts.append(measure(name, frames, tools, prompt=prompt, reference=reference))
+        tally = Tally().merge(*parts)
+        rows.append(tally.row(row, Tally(tally.scores, features)))
+    notes = ["fd and kd are distances to the real pictures"]
+    if rows[-1]["sets"]["small_sample"]:
+        notes.append("fewer than two pictures per feature: a Fréchet distance says little")
+    return {
+        "rows": rows, "notes": notes, "tools": tools.names(), "missing": dict(tally.missing),
+        "model": args.model, "environment": environment(device),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, renders and measures."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="folder of the real pictures")
+    add("--captions", type=Path, required=True, help="COCO's JSON, or names and captions")
+    add("--count", type=int, default=5000, help="how many of them (5000)")
+    add("-o", "--output", type=Path, required=True, help="folder of what is rendered")
+    add("--method", default="neighborhood", help="of diffpatch")
+    add("--set", action="append", default=[], help="its parameters, key=value")
+    add("--clip", required=True, help="folder or hub id of a CLIP")
+    add("--features", required=True, help="FID's Inception as safetensors, or as diffpatch eval")
+    add("--lpips", type=Path, help="AlexNet and linear heads as safetensors")
+    add_model_options(parser)
+    add_generation_options(parser)
+    try:
+        args = parser.parse_args(argv)
+        progress.hush_libraries()
+        captions = read_captions(args.captions, args.count)
+        render(args, captions)
+        if Process.current().count == 1:
+            result = evaluate(args, captions)
+            output.write_text(args.output / "scores.json", output.to_json(result))
+            print(describe(result))
+    except (UsageError, diffpatch.DiffpatchError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Renders a VBench prompt list as VBench wants it, then reads the scores VBench wrote.
+
+    python examples/vbench_prompts.py render all_dimension.txt -o videos/dense \\
+        --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    python examples/vbench_prompts.py render all_dimension.txt -o videos/radial --method radial \\
+        --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --set decay=1.0
+    # in VBench's own environment: vbench evaluate --videos_path videos/radial ...
+    python examples/vbench_prompts.py read dense_eval_results.json radial_eval_results.json
+
+Rendering goes on where an earlier attempt stopped, and is shared among the processes of
+`accelerate launch` or `torchrun`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import generation, media, output, progress, summary
+from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
+from diffpatch.cli.errors import UsageError
+from diffpatch.cli.parameters import method_parameters
+from diffpatch.cli.shares import Process
+from diffpatch.eval import vbench
+from diffpatch.pipelines import loading, sampling
+
+
+def render(args: argparse.Namespace) -> None:
+    """Renders what is missing, every video from a seed of its own."""
+    parameters = {} if args.method == "dense" else method_parameters(args.method, args.set)
+    process, wanted = Process.current(), vbench.videos(args.prompts, args.samples)
+    missing = [
+        (number, *wanted[number])
+        for number in process.share(len(wanted))
+        if not (args.output / vbench.file_name(*wanted[number])).exists()
+    ]
+    progress.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
+    if not missing:
+        return
+    source = loading.find(args.model)
+    media.check_format("mp4", source.is_video)
+    call = generation.call_arguments(args, source)
+    pipe = loading.load_pipeline(
+        source,
+        dtype=loading.DTYPES.get(args.dtype),
+        device=process.device(args.device),
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
+        compile=args.compile,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    applied: Any = contextlib.nullcontext()
+    if args.method != "dense":
+        applied = diffpatch.patched(pipe, args.method, **parameters)
+    with applied:
+        for number, prompt, index in missing:
+            arguments = generation.fit(call, pipe) | {"prompt": prompt}
+            frames = sampling.sample(pipe, arguments, args.seed + number).frames
+            with output.staged(args.output) as stage:
+                path = stage / vbench.file_name(prompt, index)
+                media.save(
+                    media.to_images(frames), path, generation.frames_per_second(args, source)
+                )
+            progress.say(path.name)
+
+
+def read(args: argparse.Namespace) -> None:
+    """Prints the scores of every result side by side."""
+    results = [vbench.read_result([path]) for path in args.results]
+    names = [path.name.removesuffix("_eval_results.json") for path in args.results]
+    if args.json:
+        print(output.to_json(dict(zip(names, results, strict=True))), end="")
+        return
+    rows = [["", *names]]
+    for name in (*vbench.QUALITY, *vbench.SEMANTIC):
+        found = [result["dimensions"].get(name) for result in results]
+        if any(value is not None for value in found):
+            rows.append([name, *("" if value is None else f"{value:.2%}" for value in found)])
+    for name in ("quality", "semantic", "total"):
+        rows.append([name, *(f"{r[name]:.2%}" if name in r else "incomplete" for r in results)])
+    print(summary.table(rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs one of the two commands."""
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("render", help="make the videos")
+    first.add_argument("prompts", type=Path, help="all_dimension.txt or VBench_full_info.json")
+    first.add_argument("-o", "--output", type=Path, required=True, help="folder of the videos")
+    first.add_argument("--method", default="dense", help="of diffpatch (dense)")
+    first.add_argument("--set", action="append", default=[], help="its parameters, key=value")
+    first.add_argument("--samples", type=int, default=vbench.SAMPLES, help="videos a prompt (5)")
+    first.add_argument("--fps", type=float, help="frames per second")
+    add_model_options(first)
+    add_generation_options(first)
+    first.set_defaults(run=render)
+    second = commands.add_parser("read", help="show the scores")
+    second.add_argument("results", nargs="+", type=Path, help="*_eval_results.json of VBench")
+    second.add_argument("--json", action="store_true", help="print JSON")
+    second.set_defaults(run=read)
+    try:
+        args = parser.parse_args(argv)
+        progress.hush_libraries()
+        args.run(args)
+    except (UsageError, diffpatch.DiffpatchError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
