@@ -30,8 +30,8 @@ any other                      refused, because it is not known what it expects 
 
 A call that a cache skips is not made, so a method does nothing in it and the report does not count
 it. Steps go on counting: the state of ``temporal`` ages by steps, however many calls there were.
-Perturbed-attention guidance (``LayerSkipConfig(skip_attention_scores=True)``) is refused: it reaches
-into torch's own attention, which is not called any more.
+Perturbed-attention guidance (``LayerSkipConfig(skip_attention_scores=True)``) is refused: it goes
+into the attention of torch itself, which is not called any more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from diffpatch import internals
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 
@@ -89,6 +88,8 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
     Raises:
         DiffpatchError: names what is on and what to do.
     """
+    from diffpatch import internals  # imports diffusers, which takes seconds
+
     cache = cache_of(model)
     if cache is not None and cache not in CACHES:
         raise DiffpatchError(
@@ -116,5 +117,7 @@ def mixes_branches(model: Any, branch: int) -> bool:
 
 def cache_of(model: Any) -> str | None:
     """The cache that is enabled on a model, without "Config"; None without one."""
+    from diffpatch import internals
+
     config = getattr(model, internals.CACHE, None)
     return None if config is None else type(config).__name__.removesuffix("Config")
