@@ -78,7 +78,8 @@ def patch(
     """
     # Imports diffusers, which takes seconds, so only here.
     from diffpatch import internals
-    from diffpatch.transformer import Patch, PatchedTransformer
+    from diffpatch.shared import Patch
+    from diffpatch.transformer import PatchedTransformer
 
     internals.check()
     found = _transformers(target, _custom_family(grid, modules))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import (
+from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
     LayerSkipConfig,
@@ -181,7 +181,7 @@ def test_what_cannot_be_combined_is_refused_before_it_computes_anything_wrong() 
         tiny.run()
     tiny.pipe.transformer.disable_cache()
     tiny.pipe.transformer._cache_config = type("WonderCacheConfig", (), {})()
-    with pytest.raises(DiffpatchError, match="WonderCache is enabled .* not known to work"):
+    with pytest.raises(DiffpatchError, match=r"WonderCache is enabled .* not known to work"):
         tiny.run()
 
 

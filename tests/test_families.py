@@ -154,7 +154,7 @@ def test_local_attention_equals_the_familys_own_under_a_mask(subject: Subject) -
     with diffpatch.patched(subject.transformer, LOCAL):
         out = subject.forward()
     assert error(expected, dense) > 5e-5  # else the comparison would say nothing
-    assert error(out, expected) <= 1e-6
+    assert error(out, expected) <= 1e-5  # some models amplify the last bit, on some processors
 
 
 def test_whole_runs_follow_and_are_reported(subject: Subject) -> None:

@@ -37,7 +37,8 @@ def test_a_saved_pipeline_loads_and_gives_the_same_frames(saved: Path) -> None:
     pipe = load_pipeline(source, device="cpu")
     assert pipe.dtype == torch.float32
     model = tiny.wan()
-    assert torch.equal(tiny.Tiny(pipe, model.call).run(), model.run())
+    # Weights in a file's memory are aligned differently, which may change the last bit of a sum.
+    assert torch.allclose(tiny.Tiny(pipe, model.call).run(), model.run(), atol=1e-5)
 
 
 def test_image_pipelines_are_told_from_video_pipelines(tmp_path: Path) -> None:

@@ -208,7 +208,11 @@ def test_saving_a_patched_pipeline_saves_the_original(tmp_path: Any) -> None:
     tiny.pipe.save_pretrained(tmp_path)
     loaded = diffusers.WanPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(Tiny(loaded, tiny.call).run(), before)
+    weights = loaded.transformer.state_dict()
+    assert weights.keys() == tiny.pipe.transformer.state_dict().keys()
+    assert all(torch.equal(weights[k], v) for k, v in tiny.pipe.transformer.state_dict().items())
+    # Weights in a file's memory are aligned differently, which may change the last bit of a sum.
+    assert torch.allclose(Tiny(loaded, tiny.call).run(), before, atol=1e-5)
 
 
 def test_a_scheduler_set_after_patching_is_followed() -> None:
