@@ -16,22 +16,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffpatch.kernels import block_sparse_triton as forward
-from diffpatch.kernels import block_sparse_triton_backward as backward
-from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
-from diffpatch.kernels.quantize import RUN
-from diffpatch.kernels.quantize_triton import quantize_kernel
+from diffpatch.kernels.compile_cases import DTYPES, Case, cases, configuration, specialization
 
 log = logging.getLogger(__name__)
 
@@ -40,33 +35,6 @@ SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 MAIN_ARCHS = (80, 90, 100)  # no byte may spill here
 SPILL_LIMIT = 32  # bytes, elsewhere
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One specialization of a kernel.
-
-    Attributes:
-        arch: the compute capability, 90 for 9.0.
-        kernel: "forward", "int8" (forward with scores in 8 bits), "quantize", or the gradient of
-            "queries" or "keys".
-        dtype: of the tensors.
-        size: the head size.
-        tile: the largest tile, in tokens.
-        key_mask: whether keys are hidden.
-        loads: how the forward kernels are asked to read keys and values.
-        specialize: whether warps of their own do that.
-    """
-
-    arch: int
-    kernel: str
-    dtype: str
-    size: int
-    tile: int
-    key_mask: bool
-    loads: str = "auto"
-    specialize: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,48 +58,6 @@ class Result:
     tensor_cores: int
     buffers: int
     problems: tuple[str, ...] = ()
-
-
-def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
-    """Every case that ships for the given compute capabilities and dtypes.
-
-    fp16 compiles to what bf16 does but for the name of an instruction, so that what may be asked
-    for instead of the kernel's own choice is compiled for bf16 alone.
-    """
-    for arch, dtype in product(archs, dtypes):
-        for size in (64, 96, 128, 256):
-            yield Case(arch, "forward", dtype, size, 128, False)
-        for size in (64, 128):
-            yield Case(arch, "forward", dtype, size, 64, False)
-            yield Case(arch, "forward", dtype, size, 128, True)
-        for kernel, size in product(("queries", "keys"), (64, 128, 256)):
-            if (DTYPES[dtype].itemsize, size) in backward.CONFIGS:
-                yield Case(arch, kernel, dtype, size, tile=128, key_mask=False)
-        if dtype == "bf16":
-            yield from _loads_asked_for(arch)
-        if dtype != "fp32":
-            yield from _int8_cases(arch, dtype)
-
-
-def _loads_asked_for(arch: int) -> Iterator[Case]:
-    for size in (64, 128):
-        yield Case(arch, "forward", "bf16", size, 128, False, "gather")
-    if arch >= 90:
-        for size in (64, 128, 256):
-            yield Case(arch, "forward", "bf16", size, 128, False, "pointer")
-    if arch in forward.SPECIALIZED:
-        for key_mask in (False, True):
-            yield Case(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
-
-
-def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
-    for size in (64, 128, 256):
-        yield Case(arch, "int8", dtype, size, 128, False)
-    yield Case(arch, "int8", dtype, 128, 64, True)
-    yield Case(arch, "quantize", dtype, 128, 128, False)
-    yield Case(arch, "quantize", dtype, 128, 128, True)
-    if arch >= 90:
-        yield Case(arch, "int8", dtype, 128, 128, False, "pointer")
 
 
 def check(case: Case) -> Result:
@@ -172,38 +98,13 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
     depth -= config.loads == "gather"  # the indices of keys are staged like keys
     if case.kernel == "int8" and case.arch == 100 and triton.__version__.startswith("3.6."):
         depth -= 1
-    if case.kernel in ("forward", "int8") and result.buffers < depth:
+    if case.kernel in ("forward", "int8", "active", "skip") and result.buffers < depth:
         yield f"{result.buffers} buffers of keys, {depth} expected"
-
-
-def configuration(case: Case) -> forward.Config:
-    """The configuration that ships for a case."""
-    dtype = DTYPES[case.dtype]
-    if case.kernel == "quantize":
-        return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
-    if case.kernel in ("queries", "keys"):
-        return backward.configuration(dtype, case.size, case.kernel == "keys", case.arch)
-    int8 = case.kernel == "int8"
-    asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
-    return forward.configuration(dtype, case.size, case.tile, case.arch, int8=int8, **asked)
 
 
 def _compile(case: Case, config: forward.Config) -> Any:
     """The kernel as a launch on contiguous tensors would specialize it."""
-    kernel, constants, types = _specialization(case, config)
-    constants |= {
-        "SIZE": case.size,
-        "SIZE_PADDED": forward.padded(case.size),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-    }
-    if case.tile <= config.block_m:
-        constants["parts"] = 1  # integers that are 1 are constants
-    if not case.key_mask:
-        constants["ALLOWED"] = None
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types |= {"ALLOWED": "*u8", "ORDER": "*i64", "scale": "fp32", "scale_log2": "fp32"}
+    kernel, constants, types = specialization(case, config)
     signature = {}
     for name in kernel.arg_names:
         plain = "*i32" if name.isupper() else "i32"
@@ -222,43 +123,6 @@ def _compile(case: Case, config: forward.Config) -> Any:
         "enable_fp_fusion": True,
     }
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-
-
-def _specialization(
-    case: Case, config: forward.Config
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """The kernel of a case, its own constants, and the types of its tensors."""
-    tensor = f"*{case.dtype}"
-    if case.kernel == "quantize":
-        types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
-        return quantize_kernel, {}, types
-    if case.kernel in ("forward", "int8"):
-        return _forward_specialization(case, config)
-    keys = case.kernel == "keys"
-    types = dict.fromkeys(("OWN", "OWN2", "OTHER", "OTHER2"), tensor)
-    types |= dict.fromkeys(("LSE", "DELTA", "GRAD2"), "*fp32")
-    types["GRAD"] = "*fp32" if keys else tensor
-    constants = {"KEYS": keys} if keys else {"KEYS": keys, "GRAD2": None}
-    return backward.gradient_kernel, constants, types
-
-
-def _forward_specialization(
-    case: Case, config: forward.Config
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    int8 = case.kernel == "int8"
-    types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
-    types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
-    for name, dtype in (("K", "i8" if int8 else case.dtype), ("V", case.dtype)):
-        box = f"tensordesc<{dtype}[{config.block_n}, {case.size}]>"
-        types[name] = box if config.loads == "tma" else f"*{dtype}"
-    constants: dict[str, Any] = {
-        "group": 1,
-        "LOADS": config.loads,
-        "SPECIALIZE": config.specialize,
-    }
-    if not int8:
-        constants["KEY_SCALES"] = None
-    return attend_kernel, constants, types
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -297,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         results.append(check(case))
         log.info("%s", _line(results[-1]))
+        if options.write and len(results) % 20 == 0:
+            write(results, options.write)  # what takes minutes is not lost when it is stopped
     failed = sum(bool(result.problems) for result in results)
     log.info("%d of %d cases ship", len(results) - failed, len(results))
     if options.write:
@@ -320,14 +186,25 @@ def _line(result: Result) -> str:
 
 
 def write(results: Sequence[Result], path: Path) -> None:
-    """Put results into a table, a JSON object by version of Triton; other versions stay."""
+    """Put results into a table, a JSON object by version of Triton.
+
+    Other versions stay, and so do the rows of this one that were not compiled now and still ship.
+    """
     table = json.loads(path.read_text()) if path.exists() else {}
-    table[triton.__version__] = [_row(result) for result in results]
+    shipped = {_key(asdict(case)): None for case in cases(list(SHARED_LIMIT))}
+    rows = shipped | {_key(row): row for row in table.get(triton.__version__, [])}
+    rows |= {_key(asdict(result.case)): _row(result) for result in results}
+    table[triton.__version__] = [row for key, row in rows.items() if row and key in shipped]
     versions = []
-    for version, rows in sorted(table.items()):
-        lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    for version, rows_of_it in sorted(table.items()):
+        lines = ",\n".join("  " + json.dumps(row) for row in rows_of_it)
         versions.append(f" {json.dumps(version)}: [\n{lines}\n ]")
     path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells the case of a row from others."""
+    return tuple(row.get(field.name) for field in fields(Case))
 
 
 def _row(result: Result) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, from_masks
+from diffpatch.pattern import BlockPattern, distinct, from_masks
 from diffpatch.tiles import Tiling, choose_tile
 
 
@@ -61,22 +61,21 @@ class Disc(Method):
 def _disc(tiling: Tiling, time: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask ids (V, V) and masks, as `from_masks` takes them, for distances² below `limit`."""
     blocks, kind, seen, whole = _time_blocks(tiling.cuts[0], time)
-    nearest, farthest, shape = _planes(tiling)
-    _, rows, columns = tiling.counts
-    places = rows * columns
+    height, width = (_Axis.of(cuts) for cuts in tiling.cuts[1:])
+    nearest = _both(height.nearest, width.nearest)
+    farthest = _both(height.farthest, width.farthest)
     some = _spread(seen, nearest < limit)
     full = _spread(whole, farthest < limit)
     ids = torch.where(full, -1, -2).int()
     query, key = (some & ~full).nonzero(as_tuple=True)
     # Equal offsets and sizes give equal masks.
-    facts = torch.cat(
-        [kind[query // places, key // places][:, None], shape[query % places, key % places]], 1
-    )
-    unique, which = torch.unique(facts, dim=0, return_inverse=True)
+    q, k = (torch.unravel_index(x, tiling.counts) for x in (query, key))
+    kinds = [table[i, j] for table, i, j in zip((kind, height.kind, width.kind), q, k, strict=True)]
+    unique, which = distinct(kinds, (len(blocks), len(height.facts), len(width.facts)))
     ids[query, key] = which.int()
     masks = torch.zeros(len(unique), tiling.max_tokens, tiling.max_tokens, dtype=torch.bool)
-    for mask, (frames, *plane) in zip(masks, unique.tolist(), strict=True):
-        block = torch.kron(blocks[frames], _plane(plane, limit))
+    for mask, (t, h, w) in zip(masks, unique.tolist(), strict=True):
+        block = torch.kron(blocks[t], _plane(height.facts[h], width.facts[w], limit))
         mask[: block.shape[0], : block.shape[1]] = block.bool()
     return ids, masks
 
@@ -107,36 +106,45 @@ def _time_blocks(
     return blocks, kind, some, full
 
 
-def _planes(tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For every two places of tiles in a frame: the smallest and the largest distance² of two of
-    their tokens, (P, P), and (offset, query size, key size) along height and width, (P, P, 6).
+@dataclass(frozen=True)
+class _Axis:
+    """For every two tiles along one axis, (n, n):
+
+    Attributes:
+        nearest: the smallest distance² of two of their tokens.
+        farthest: the largest.
+        kind: the number of the row of `facts` that is theirs.
+        facts: the distinct (offset of the key tile, query size, key size).
     """
-    near, far, facts = [], [], []
-    for cuts in tiling.cuts[1:]:
+
+    nearest: torch.Tensor
+    farthest: torch.Tensor
+    kind: torch.Tensor
+    facts: list[list[int]]
+
+    @classmethod
+    def of(cls, cuts: Sequence[int]) -> _Axis:
         border = torch.tensor(cuts)
         start, size = border[:-1], border.diff()
-        offset = start - start[:, None]  # of the key tile from the query tile
+        offset, n = start - start[:, None], len(size)
         gap = torch.maximum(offset - size[:, None] + 1, -(offset + size - 1)).clamp(min=0)
         reach = torch.maximum(offset + size - 1, size[:, None] - 1 - offset)
-        near.append(gap**2)
-        far.append(reach**2)
-        n = len(size)
         sizes = size[:, None].expand(n, n), size.expand(n, n)
-        facts.append(torch.stack([offset, *sizes], -1))
-    (rows, columns), places = (len(c) - 1 for c in tiling.cuts[1:]), tiling.counts
-    count = places[1] * places[2]
-
-    def both(height: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
-        return (height[:, None, :, None] + width[None, :, None, :]).reshape(count, count)
-
-    h = facts[0][:, None, :, None].expand(rows, columns, rows, columns, 3)
-    w = facts[1][None, :, None, :].expand(rows, columns, rows, columns, 3)
-    return both(*near), both(*far), torch.cat([h, w], -1).reshape(count, count, 6)
+        columns = [x.flatten() for x in (offset + cuts[-1], *sizes)]
+        facts, kind = distinct(columns, (2 * cuts[-1], cuts[-1] + 1, cuts[-1] + 1))
+        facts[:, 0] -= cuts[-1]
+        return cls(gap**2, reach**2, kind.view(n, n), facts.tolist())
 
 
-def _plane(facts: list[int], limit: float) -> torch.Tensor:
+def _both(height: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """Distances² over the places of a frame, (P, P), from those along its axes."""
+    places = len(height) * len(width)
+    return (height[:, None, :, None] + width[None, :, None, :]).reshape(places, places)
+
+
+def _plane(height: list[int], width: list[int], limit: float) -> torch.Tensor:
     """uint8 (query tokens, key tokens) of one pair of tiles in a frame."""
-    (dy, hq, hk), (dx, wq, wk) = facts[:3], facts[3:]
+    (dy, hq, hk), (dx, wq, wk) = height, width
     rows = (dy + torch.arange(hk) - torch.arange(hq)[:, None]) ** 2
     columns = (dx + torch.arange(wk) - torch.arange(wq)[:, None]) ** 2
     inside = rows[:, None, :, None] + columns[None, :, None, :] < limit

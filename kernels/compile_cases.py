@@ -1,0 +1,179 @@
+"""Every specialization of the Triton kernels that ships, and what a launch of it would fix.
+
+A case names a kernel and what it is compiled for; `configuration` and `specialization` say what
+its launch passes to Triton. `compile_check` compiles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from diffpatch.kernels import active_tiles_triton as active
+from diffpatch.kernels import block_sparse_triton as forward
+from diffpatch.kernels import block_sparse_triton_backward as backward
+from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
+from diffpatch.kernels.quantize import RUN
+from diffpatch.kernels.quantize_triton import quantize_kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialization of a kernel.
+
+    Attributes:
+        arch: the compute capability, 90 for 9.0.
+        kernel: "forward", "int8" (forward with scores in 8 bits), "quantize", the gradient of
+            "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
+            which also finds out what the next step may leave out).
+        dtype: of the tensors.
+        size: the head size.
+        tile: the largest tile, in tokens.
+        key_mask: whether keys are hidden.
+        loads: how the forward kernels are asked to read keys and values.
+        specialize: whether warps of their own do that.
+    """
+
+    arch: int
+    kernel: str
+    dtype: str
+    size: int
+    tile: int
+    key_mask: bool
+    loads: str = "auto"
+    specialize: bool = False
+
+
+def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
+    """Every case that ships for the given compute capabilities and dtypes.
+
+    fp16 compiles to what bf16 does but for the name of an instruction, so that what may be asked
+    for instead of the kernel's own choice is compiled for bf16 alone.
+    """
+    for arch, dtype in product(archs, dtypes):
+        for size in (64, 96, 128, 256):
+            yield Case(arch, "forward", dtype, size, 128, False)
+        for size in (64, 128):
+            yield Case(arch, "forward", dtype, size, 64, False)
+            yield Case(arch, "forward", dtype, size, 128, True)
+        for kernel, size in product(("queries", "keys"), (64, 128, 256)):
+            if (DTYPES[dtype].itemsize, size) in backward.CONFIGS:
+                yield Case(arch, kernel, dtype, size, tile=128, key_mask=False)
+        yield from _active_cases(arch, dtype)
+        if dtype == "bf16":
+            yield from _loads_asked_for(arch)
+        if dtype != "fp32":
+            yield from _int8_cases(arch, dtype)
+
+
+def _loads_asked_for(arch: int) -> Iterator[Case]:
+    for size in (64, 128):
+        yield Case(arch, "forward", "bf16", size, 128, False, "gather")
+    if arch >= 90:
+        for size in (64, 128, 256):
+            yield Case(arch, "forward", "bf16", size, 128, False, "pointer")
+    if arch in forward.SPECIALIZED:
+        for key_mask in (False, True):
+            yield Case(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
+
+
+def _active_cases(arch: int, dtype: str) -> Iterator[Case]:
+    for size in (64, 128, 256):
+        yield Case(arch, "skip", dtype, size, 128, False)
+    yield Case(arch, "active", dtype, 128, 128, False)
+    yield Case(arch, "skip", dtype, 128, 64, True)
+
+
+def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
+    for size in (64, 128, 256):
+        yield Case(arch, "int8", dtype, size, 128, False)
+    yield Case(arch, "int8", dtype, 128, 64, True)
+    yield Case(arch, "quantize", dtype, 128, 128, False)
+    yield Case(arch, "quantize", dtype, 128, 128, True)
+    if arch >= 90:
+        yield Case(arch, "int8", dtype, 128, 128, False, "pointer")
+
+
+def configuration(case: Case) -> forward.Config:
+    """The configuration that ships for a case."""
+    dtype = DTYPES[case.dtype]
+    if case.kernel == "quantize":
+        return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
+    if case.kernel in ("queries", "keys"):
+        return backward.configuration(dtype, case.size, case.kernel == "keys", case.arch)
+    if case.kernel in ("active", "skip"):
+        return active.configuration(dtype, case.size, case.tile, case.arch)
+    int8 = case.kernel == "int8"
+    asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
+    return forward.configuration(dtype, case.size, case.tile, case.arch, int8=int8, **asked)
+
+
+def specialization(
+    case: Case, config: forward.Config
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """What a launch on contiguous tensors fixes.
+
+    Returns:
+        The kernel, the values of its constant arguments, and the types of those tensors and numbers
+        that are not int32.
+    """
+    kernel, own, types = _of_kernel(case, config)
+    constants = own | {
+        "SIZE": case.size,
+        "SIZE_PADDED": forward.padded(case.size),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }
+    if case.tile <= config.block_m:
+        constants["parts"] = 1  # integers that are 1 are constants
+    if not case.key_mask:
+        constants["ALLOWED"] = None
+    types |= {"ALLOWED": "*u8", "ORDER": "*i64", "scale": "fp32", "scale_log2": "fp32"}
+    return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, types
+
+
+def _of_kernel(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The kernel of a case, its own constants, and the types of its tensors."""
+    tensor = f"*{case.dtype}"
+    if case.kernel == "quantize":
+        types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
+        return quantize_kernel, {}, types
+    if case.kernel in ("forward", "int8"):
+        return _forward(case, config)
+    if case.kernel in ("active", "skip"):
+        types = dict.fromkeys(("Q", "K", "V", "OUT"), tensor)
+        types |= {"HITS": "*u8", "threshold": "fp32"}
+        constants = {"group": 1, "SUBS": -(-case.tile // config.block_n)}
+        return (
+            active.attend_active_kernel,
+            constants | _none(case.kernel == "active", "HITS"),
+            types,
+        )
+    keys = case.kernel == "keys"
+    types = dict.fromkeys(("OWN", "OWN2", "OTHER", "OTHER2"), tensor)
+    types |= dict.fromkeys(("LSE", "DELTA", "GRAD2"), "*fp32")
+    types["GRAD"] = "*fp32" if keys else tensor
+    return backward.gradient_kernel, {"KEYS": keys} | _none(not keys, "GRAD2"), types
+
+
+def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    int8 = case.kernel == "int8"
+    types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
+    types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
+    for name, dtype in (("K", "i8" if int8 else case.dtype), ("V", case.dtype)):
+        box = f"tensordesc<{dtype}[{config.block_n}, {case.size}]>"
+        types[name] = box if config.loads == "tma" else f"*{dtype}"
+    constants = {"group": 1, "LOADS": config.loads, "SPECIALIZE": config.specialize}
+    return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
+
+
+def _none(absent: bool, name: str) -> dict[str, Any]:
+    """The constant that stands for a tensor which this case does without."""
+    return {name: None} if absent else {}
