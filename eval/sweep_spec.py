@@ -318,6 +318,8 @@ def _method(item: Any) -> list[MethodSpec]:
     known = diffpatch.methods()
     for part in name.split("+"):
         _choice(part, "methods", known)
+    if name == "dense":
+        raise BadSweep("methods: dense is rendered anyway, for every prompt; drop it")
     hints: dict[str, Any] = {}
     for part in reversed(name.split("+")):
         hints |= typing.get_type_hints(known[part].cls)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -280,42 +279,50 @@ def command(sweep: dict[str, Any], folder: Path) -> list[str]:
     return ["diffpatch", "sweep", write(sweep, folder), "-o", str(folder / "runs")]
 
 
+def start(words: list[str], rank: int) -> subprocess.Popen[bytes]:
+    """One of two processes, as `accelerate launch` and torchrun start them."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}},
+    )
+
+
 def test_processes_share_the_work_and_nothing_is_lost_to_kill_9(
-    sweep: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sweep: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two processes work, a third, this one, holds on to a run; then the two are killed."""
-    runs = tmp_path / "runs"
+    runs, words = tmp_path / "runs", command(sweep, tmp_path)
     [first, *_] = plan_sweep(check_spec(sweep, tmp_path))[sweep["model"]]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     store = Store(runs)
-    with (
-        store.claim(first) as mine,
-        subprocess.Popen(
-            [sys.executable, *launch, *command(sweep, tmp_path)], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        ) as process,
-    ):  # fmt: skip
-        started = time.monotonic()
-        # The other case can be done without the dense run that is held here.
-        while len(results(runs)) < 6 and time.monotonic() < started + 120:
-            time.sleep(0.02)
-        held, others = store.is_pending(first), store.others()
-        os.killpg(process.pid, signal.SIGKILL)
-        errors = process.stderr.read() if process.stderr else ""
-    assert mine and held and others == 2, errors
+    with store.claim(first) as mine:
+        workers = [start(words, rank) for rank in (0, 1)]
+        try:
+            # The other case can be done without the dense run that is held here.
+            limit = time.monotonic() + 90
+            while len(results(runs)) < 6 and time.monotonic() < limit:
+                assert [worker.poll() for worker in workers] == [None, None]
+                time.sleep(0.02)
+            held, others = store.is_pending(first), store.others()
+        finally:
+            for worker in workers:
+                worker.kill()  # SIGKILL: nothing of theirs runs any more
+                worker.wait()
     store.close()
+    assert mine and held and others == 2
     before = results(runs)
     unchanged = stamps(runs)
     assert {result["process"]["world"] for result in before.values()} == {2}
     assert all(result["shared"] for result in before.values() if "shared" in result)
     (runs / f".partial-{first.name}").mkdir(exist_ok=True)  # as if killed in the middle of it
     (runs / f".partial-{first.name}" / "frames.npz").write_bytes(b"half")
-    assert main(command(sweep, tmp_path)[1:]) == 0
-    shown = capsys.readouterr()
+    assert main(words[1:]) == 0
+    shown = capfd.readouterr()
     after = stamps(runs)
     assert len(after) == 12 and {path: after[path] for path in unchanged} == unchanged
     assert not list(runs.glob(".partial-*"))
     assert "rough" in shown.out
-    finished = [line for line in (errors + shown.err).splitlines() if line.startswith("[")]
+    finished = [line for line in shown.err.splitlines() if line.startswith("[")]
     titles = [line.partition("] ")[2].rpartition(": ")[0] for line in finished]
     assert len(titles) == len(set(titles)) >= 6, "a run was done twice"
