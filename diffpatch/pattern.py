@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_AT_ONCE = 1 << 22  # pairs of tiles whose lists are written together: bounds memory
 _UNSEEN = -2  # in tables of mask ids, beside -1 for a full tile
 
 
@@ -143,10 +144,10 @@ def from_axes(
     ids, masks, seen = [], [], 0
     for table in tables:
         mask_ids, own = table.masks(size)
-        ids.append(torch.where(mask_ids >= 0, mask_ids + seen, mask_ids))
+        ids.append(mask_ids if not seen else torch.where(mask_ids >= 0, mask_ids + seen, mask_ids))
         masks.append(own)
         seen += own.shape[0]
-    return _assemble(grid, tiling, keep, torch.stack(ids).int(), torch.cat(masks), head_pattern)
+    return _assemble(grid, tiling, keep, torch.stack(ids), torch.cat(masks), head_pattern)
 
 
 def from_masks(
@@ -209,15 +210,15 @@ class _AxisTable:
         self.full = outer([a.full for a in self.axes])
 
     def masks(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids int64 (V, V), -1 where a tile is full or empty; masks bool (M, size, size))."""
+        """(ids int32 (V, V), -1 where a tile is full or empty; masks bool (M, size, size))."""
         partial = self.any & ~self.full
         query, key = partial.nonzero(as_tuple=True)
         counts = [a.any.shape[0] for a in self.axes]
         q, k = _unravel(query, counts), _unravel(key, counts)
         kinds = [a.kind[i, j] for a, i, j in zip(self.axes, q, k, strict=True)]
         unique, inverse = distinct(kinds, [len(a.blocks) for a in self.axes])
-        ids = torch.full(partial.shape, -1)
-        ids[query, key] = inverse
+        ids = torch.full(partial.shape, -1, dtype=torch.int32)
+        ids[query, key] = inverse.int()
         out = torch.zeros(len(unique), size, size, dtype=torch.bool)
         for mask, (t, h, w) in zip(out, unique.tolist(), strict=True):
             kron = self.axes[0].blocks[t]
@@ -324,25 +325,27 @@ def _index(
     patterns, total = kept.shape[:2]
     tokens = len(order)
     kept, ids = kept.view(-1, total), ids.view(-1, total)
-    # Full tiles first within each row, each half ascending.
-    partial = ids >= 0
-    halves = torch.stack([kept & ~partial, kept & partial], 1)
-    row, inside, col = halves.nonzero(as_tuple=True)
-    mask_id = ids[row, col]
-    lengths = halves.sum(2)
+    seen = torch.cat([masks.flatten(1).view(torch.uint8).sum(1, dtype=torch.int64), sizes[:1]])
+    parts, pairs = [], torch.zeros(patterns, dtype=torch.int64)
+    for rows in torch.arange(len(kept)).split(max(1, _AT_ONCE // total)):
+        # Full tiles first within each row, each half ascending.
+        partial = ids[rows] >= 0
+        halves = torch.stack([kept[rows] & ~partial, kept[rows] & partial], 1)
+        row, inside, col = halves.nonzero(as_tuple=True)
+        mask_id = ids[rows[row], col]
+        area = torch.where(inside == 1, seen[mask_id], sizes[rows[row] % total] * sizes[col])
+        pairs.index_add_(0, rows[row] // total, area)
+        parts.append((col.int(), mask_id, halves.sum(2)))
+    cols, mask_ids, lengths = map(torch.cat, zip(*parts, strict=True))
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.sum(1).cumsum(0)])
-    area = sizes[row % total] * sizes[col]
-    seen = masks.flatten(1).view(torch.uint8).sum(1, dtype=torch.int64)
-    area = torch.where(inside == 1, seen[mask_id], area) if len(masks) else area
-    pairs = torch.zeros(patterns, dtype=torch.int64).index_add_(0, row // total, area)
     heads = torch.tensor(range(patterns) if head_pattern is None else head_pattern)
     blocks = BlockIndex(
         order=order,
         starts=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int(),
         row_ptr=row_ptr.int(),
         full_end=(row_ptr[:-1] + lengths[:, 0]).int(),
-        cols=col.int(),
-        mask_ids=mask_id.int(),
+        cols=cols,
+        mask_ids=mask_ids,
         masks=masks,
         head_pattern=None if head_pattern is None else heads.int(),
     )
