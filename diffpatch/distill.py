@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from diffpatch import adapter
+from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.methods import distilled
 from diffpatch.methods.base import Attended, Call, Method
@@ -27,6 +28,7 @@ from diffpatch.methods.linear import Linear
 from diffpatch.patch import owners, patched
 from diffpatch.pattern import BlockPattern
 
+EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0}  # what is taught and tested
 Progress = Callable[[str, int, float], None]  # gets the stage, the step, and its loss
 
 
@@ -93,13 +95,22 @@ class Distiller:
         method: the form to teach, such as ``Linear(far="hedgehog", allow_untrained=True)``.
         sample: a forward of it, for the sizes of its heads.
         rank: of the corrections of q, k, v and the output, for the second stage; 0 for none.
+
+    Raises:
+        BadParameter: the method sees everything in a sample as small as this one.
     """
 
     def __init__(self, transformer: Any, method: Linear, sample: Forward, rank: int = 8) -> None:
         self.transformer, self.method = transformer, method
-        with patched(transformer, method):
+        with patched(transformer, method, **EVERYWHERE):
             paths = [path for path, _ in owners(transformer)[0].modules]
         calls = self._watch(sample)
+        if len(calls) != len(paths):
+            raise BadParameter(
+                f"{method.name}: {len(paths) - len(calls)} of {len(paths)} layers of the sample see"
+                f" everything exactly with near={method.near}, density={method.density}, so that"
+                " there is nothing to learn: lower them, or sample something larger"
+            )
         features = method.far not in ("pool", "state")
         self.learned = {
             path: distilled.initial(
@@ -113,7 +124,7 @@ class Distiller:
     def _watch(self, sample: Forward) -> list[Any]:
         """What the attention of every layer gets and gives in a dense forward."""
         watch = _Watch(self.method, [])
-        with torch.no_grad(), patched(self.transformer, watch):
+        with torch.no_grad(), patched(self.transformer, watch, **EVERYWHERE):
             self.transformer(*sample.args, **sample.kwargs)
         return watch.seen
 
@@ -179,7 +190,7 @@ class Distiller:
 
     @contextlib.contextmanager
     def _patched(self) -> Iterator[None]:
-        with patched(self.transformer, self.method):
+        with patched(self.transformer, self.method, **EVERYWHERE):
             owners(self.transformer)[0].learned = list(self.learned.values())
             yield
 
