@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch.nn import functional
 
 from diffpatch.eval import contrast, quality
 from diffpatch.eval.distances import frechet
 from diffpatch.pipelines.demo import clips
+from tests.scripts import load_example
 
 
 def drawn(seed: int, count: int, num_frames: int = 9) -> tuple[torch.Tensor, list[str]]:
@@ -60,21 +59,6 @@ def test_frames_know_what_they_show_but_not_how_it_moves(model: contrast.Contras
     assert own.mean() > 0.5 and own.mean() > (frames @ texts.T).mean() + 0.4
 
 
-def corruption(kind: str, strength: float, video: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    if kind == "noise":
-        return video + strength * torch.randn(video.shape, generator=generator)
-    if kind == "blur":
-        side = int(strength)
-        flat = functional.avg_pool2d(video.flatten(1, 2), side, 1, side // 2,
-                                     count_include_pad=False)  # fmt: skip
-        return flat.unflatten(1, video.shape[1:3])
-    shuffled = video.clone()
-    for number in range(int(strength * len(video))):
-        shuffled[number] = video[number][:, torch.randperm(video.shape[2], generator=generator)]
-    return shuffled
-
-
 @pytest.mark.parametrize(
     ("kind", "strengths"),
     [("noise", (0.05, 0.1, 0.2, 0.4)), ("blur", (3, 5, 9)), ("shuffled", (0.6, 1.0))],
@@ -85,7 +69,9 @@ def test_the_distance_of_sets_rises_with_damage(
     count = 140 if kind == "shuffled" else 60  # order in time is told from few features
     real, other = model.features(drawn(10, count)[0]), drawn(11, count)[0]
     floor = frechet(real, model.features(other))
-    found = [frechet(real, model.features(corruption(kind, s, other))) for s in strengths]
+    damage, generator = load_example("train_contrast").damage, torch.Generator().manual_seed(5)
+    damaged = [damage(other, kind, strength, generator) for strength in strengths]
+    found = [frechet(real, model.features(video)) for video in damaged]
     assert [floor, *found] == sorted([floor, *found])
     assert found[-1] > (1.3 if kind == "shuffled" else 5) * floor
 
@@ -137,11 +123,20 @@ def test_training_lowers_the_loss() -> None:
     assert len(set(script.neighbors(specs[0]))) == 1 + 7 + 4 + 5 + 1 + 5
 
 
-def load_example(name: str) -> ModuleType:
-    """Imports a script from the folder of examples."""
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_check_is_measured_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, weights = load_example("train_contrast"), tmp_path / "w.safetensors"
+    words = ["--out", str(weights), "--record", str(tmp_path / "r.json"), "--check", "6"]
+    script.main([*words, "--steps", "1", "--batch", "2"])
+    untrained = json.loads((tmp_path / "r.json").read_text())
+    assert untrained["training"]["steps"] == 1 and weights.is_file()
+    assert untrained["check"]["retrieval"]["13"]["first"] < 0.5
+    weights.write_bytes(contrast.WEIGHTS.read_bytes())
+    script.main([*words, "--check-only"])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["training"] is None and "noise 0.6" in capsys.readouterr().out
+    by = {(entry["kind"], entry["strength"]): entry for entry in found["check"]["damage"]}
+    assert by["none", 0.0]["first"] >= 5 / 6
+    for worst in (("noise", 0.6), ("blur", 17), ("pixels", 16), ("frozen", 1.0)):
+        assert by[worst]["clip_score"] < by["none", 0.0]["clip_score"] - 5

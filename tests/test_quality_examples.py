@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,18 +12,9 @@ from PIL import Image
 
 from diffpatch.eval import items, vbench
 from tests import tiny, tiny_eval
+from tests.scripts import load_example
 
 WORDS = ["a cat", "a red dog", "two birds", "a fox in snow", "the sea"]
-
-
-def load_example(name: str) -> ModuleType:
-    """Imports a script from the folder of examples."""
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
