@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from diffpatch.pipelines import grids
-from diffpatch.pipelines.family import BLOCKS, CROSS, JOINT_SINGLE, VIDEO, FamilyInfo
+from diffpatch.pipelines.family import (
+    BLOCKS,
+    CROSS,
+    IMAGE,
+    JOINT,
+    JOINT_SINGLE,
+    VIDEO,
+    FamilyInfo,
+)
 from diffpatch.pipelines.grids import REST
 
 LINEAR = "its self-attention is already linear in the tokens: there is nothing to leave out"
@@ -86,11 +94,123 @@ MORE_FAMILIES = (
         text="after",
         note="the refiner, whose latents have frames, runs dense",
     ),
+    FamilyInfo(
+        "Bria FIBO",
+        "BriaFiboTransformer2DModel",
+        "image",
+        JOINT_SINGLE,
+        grids.image_ids,
+        text="before",
+        note="Edit: the image to edit stays always visible",
+    ),
+    FamilyInfo(
+        "Bria FIBO 2",
+        "BriaFibo2Transformer2DModel",
+        "image",
+        r"layers\.\d+\.attention",
+        grids.summed_text,
+        text="before",
+        note="prompts of different lengths in one batch run dense",
+    ),
+    FamilyInfo(
+        "GLM-Image",
+        "GlmImageTransformer2DModel",
+        "image",
+        CROSS,
+        grids.uncached(grids.latents("BCHW", before=grids.text)),
+        text="before",
+        square_masks=True,
+        note="editing, which caches the keys of the image to edit, runs dense",
+    ),
+    FamilyInfo(
+        "ERNIE-Image",
+        "ErnieImageTransformer2DModel",
+        "image",
+        r"layers\.\d+\.self_attention",
+        grids.latents("BCHW", after=REST),
+        text="after",
+    ),
+    FamilyInfo(
+        "Motif-Video",
+        "MotifVideoTransformer3DModel",
+        "video",
+        JOINT_SINGLE,
+        grids.latents("BCFHW", after=REST),
+        text="after",
+        note="in decoder layers the tokens of the encoder stay always visible",
+    ),
+    FamilyInfo(
+        "JoyImage Edit",
+        "JoyImageEditTransformer3DModel",
+        "image",
+        r"double_blocks\.\d+\.attn",
+        grids.image_items,
+        text="after",
+        note="reference images stay always visible",
+    ),
+    FamilyInfo(
+        "JoyImage Edit Plus",
+        "JoyImageEditPlusTransformer3DModel",
+        "image",
+        r"double_blocks\.\d+\.attn",
+        grids.image_patches,
+        text="after",
+        note="reference images stay always visible",
+    ),
+    FamilyInfo(
+        "Krea 2",
+        "Krea2Transformer2DModel",
+        "image",
+        JOINT,
+        grids.joint_ids,
+        text="before",
+    ),
+    FamilyInfo(
+        "Kandinsky 6",
+        "Kandinsky6Transformer3DModel",
+        "video",
+        r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        grids.latents("BFHWC"),
+        note="audio stays as it is; a reference frame counts as the last frame",
+    ),
+    FamilyInfo(
+        "Flux.3",
+        "Flux3Transformer2DModel",
+        "image",
+        r"mode_blocks\.image\.\d+\.attn|single_transformer_blocks\.\d+\.attn",
+        grids.streams,
+        text="before",
+        note="with reference images the first layers, the image alone, run dense",
+    ),
+    FamilyInfo("Lumina-Next", "LuminaNextDiT2DModel", "image", r"layers\.\d+\.attn1", IMAGE),
 )
+
+SOUND = "it makes sound, whose tokens are a line and not the grid of an image or video"
+QUERIES = "only the image asks in its attention: the text has keys and no queries"
+PIECES = "it makes one piece of a video after the other, over keys cached from those before"
 
 REFUSED = (
     FamilyInfo("Sana", "SanaTransformer2DModel", "image", refused=LINEAR),
     FamilyInfo("Sana Video", "SanaVideoTransformer3DModel", "video", refused=LINEAR),
+    FamilyInfo(
+        "Sana-WM",
+        "SanaWMTransformer3DModel",
+        "video",
+        refused="most of its layers are linear in the tokens, and none has a processor to swap",
+    ),
+    FamilyInfo(
+        "Sana-WM refiner",
+        "SanaWMLTX2RefinerTransformer3DModel",
+        "video",
+        refused=PIECES,
+    ),
+    FamilyInfo("AnyFlow FAR", "AnyFlowFARTransformer3DModel", "video", refused=PIECES),
+    FamilyInfo(
+        "Wan Animate 2",
+        "WanAnimate2Transformer3DModel",
+        "video",
+        refused="every frame asks cached keys of its own reference frame, by a BlockMask",
+    ),
     FamilyInfo(
         "Cosmos 3",
         "Cosmos3OmniTransformer",
@@ -98,9 +218,52 @@ REFUSED = (
         refused="it packs text, video and sound into one ragged sequence with causal parts",
     ),
     FamilyInfo(
+        "MiniMax-H3",
+        "MiniMaxH3Transformer3DModel",
+        "video",
+        refused="it packs text, video and sound into one sequence in an order given by lists",
+    ),
+    FamilyInfo(
         "FramePack",
         "HunyuanVideoFramepackTransformer3DModel",
         "video",
         refused="its sequence mixes past frames of several scales, which no single grid describes",
     ),
+    FamilyInfo(
+        "Helios",
+        "HeliosTransformer3DModel",
+        "video",
+        refused="its sequence mixes past frames of several scales, which no single grid describes",
+    ),
+    FamilyInfo(
+        "Kandinsky 6 SR",
+        "Kandinsky6SRTransformer3DModel",
+        "video",
+        refused="its attention is sparse by itself, in windows",
+    ),
+    FamilyInfo("PRX", "PRXTransformer2DModel", "image", refused=QUERIES),
+    FamilyInfo("Nucleus-Image", "NucleusMoEImageTransformer2DModel", "image", refused=QUERIES),
+    FamilyInfo(
+        "OmniGen",
+        "OmniGenTransformer2DModel",
+        "image",
+        refused="its text is causal, by a mask of tokens × tokens that differs from call to call",
+    ),
+    FamilyInfo(
+        "Ideogram 4",
+        "Ideogram4Transformer2DModel",
+        "image",
+        refused="it packs several samples into one sequence, by a mask of tokens × tokens",
+    ),
+    FamilyInfo(
+        "Qwen-Image 2.1",
+        "QwenImage21Transformer2DModel",
+        "image",
+        refused="its text is causal, and its image asks keys cached from it",
+    ),
+    FamilyInfo("ACE-Step", "AceStepTransformer1DModel", "audio", refused=SOUND),
+    FamilyInfo("LongCat-Audio", "LongCatAudioDiTTransformer", "audio", refused=SOUND),
+    FamilyInfo("MiniMax Music 3", "MiniMaxMusic3Transformer1DModel", "audio", refused=SOUND),
+    FamilyInfo("Stable Audio", "StableAudioDiTModel", "audio", refused=SOUND),
+    FamilyInfo("Stable Audio 3", "StableAudio3DiTModel", "audio", refused=SOUND),
 )

@@ -61,18 +61,32 @@ def image_ids(model: Any, args: Arguments) -> Grid | str:
     """
     if args.get("kv_cache_mode") is not None:
         return "cached reference images stand between text and image"
-
-    def read(ids: torch.Tensor) -> list[int]:
-        # Counts, not largest values: in bfloat16 the 300th row has the number of the 299th.
-        ids = ids[0] if ids.ndim == 3 else ids
-        image, row, column = (ids[:, :3] == ids[:1, :3]).unbind(1)
-        counts = ((image & column).sum(), (image & row).sum(), image.sum())
-        return torch.stack(counts).tolist()
-
     ids = args["img_ids"]
-    height, width, tokens = _once(ids, read)
+    height, width, tokens = _once(ids, _size_of_ids)
     # Where these are not height × width tokens, the sequence does not hold the grid.
     return 1, height, width, text(args), ids.shape[-2] - tokens
+
+
+def joint_ids(model: Any, args: Arguments) -> Grid | str:
+    """The same with ``position_ids`` of text and image in one tensor (Krea 2)."""
+    ids, before = args["position_ids"], text(args)
+    height, width, tokens = _once(ids, lambda ids: _size_of_ids(ids[before:]))
+    return 1, height, width, before, ids.shape[0] - before - tokens
+
+
+def streams(model: Any, args: Arguments) -> Grid | str:
+    """The image alone in the first blocks, in the others between text and references (Flux 3)."""
+    height, width, _ = _once(args["img_ids"], _size_of_ids)
+    references = args.get("image_cond_hidden_states")
+    return 1, height, width, REST, 0 if references is None else references.shape[1]
+
+
+def _size_of_ids(ids: torch.Tensor) -> list[int]:
+    """[height, width, tokens] of the first image among ids (S, ≥ 3) or (B, S, ≥ 3)."""
+    # Counts, not largest values: in bfloat16 the 300th row has the number of the 299th.
+    ids = ids[0] if ids.ndim == 3 else ids
+    image, row, column = (ids[:, :3] == ids[:1, :3]).unbind(1)
+    return torch.stack([(image & column).sum(), (image & row).sum(), image.sum()]).tolist()
 
 
 def image_shapes(model: Any, args: Arguments) -> Grid | str:
@@ -142,6 +156,47 @@ def image_list(model: Any, args: Arguments) -> Grid | str:
     frames, height, width = shapes.pop()
     patch, patch_t = args.get("patch_size", 2), args.get("f_patch_size", 1)
     return frames // patch_t, height // patch, width // patch, 0, REST
+
+
+def image_items(model: Any, args: Arguments) -> Grid | str:
+    """Latents (B, C, F, H, W), or (B, items, C, F, H, W) of which the model puts the last in front.
+
+    The items before it are references; they and the text stand behind (JoyImage).
+    """
+    t, h, w = _patch_size(model.config)
+    frames, height, width = args["hidden_states"].shape[-3:]
+    return frames // t, height // h, width // w, 0, REST
+
+
+def image_patches(model: Any, args: Arguments) -> Grid | str:
+    """Patches of several images, whose sizes ``shape_list`` tells: the first is the generated one."""
+    sizes = {tuple(images[0]) for images in args["shape_list"]}
+    if len(sizes) > 1:
+        return "images of different shapes in one batch"
+    frames, height, width = sizes.pop()
+    return frames, height, width, 0, REST
+
+
+def summed_text(model: Any, args: Arguments) -> Grid | str:
+    """A prompt summed up in front of the image, reference images behind (Bria FIBO 2)."""
+    latents, mask = args["hidden_states"], args.get("encoder_attention_mask")
+    if mask is not None and len(latents) > 1:
+        return "prompts of different lengths, which may put the text behind the image"
+    p = model.config.patch_size
+    references = [(x.shape[2] // p) * (x.shape[3] // p) for x in args.get("context_latents") or []]
+    return 1, latents.shape[2] // p, latents.shape[3] // p, REST, sum(references)
+
+
+def uncached(read: GridFunction) -> GridFunction:
+    """As `read`, unless keys of reference images come out of a cache (GLM-Image)."""
+
+    def look(model: Any, args: Arguments) -> Grid | str:
+        caches = args.get("kv_caches")
+        if caches is not None and caches[0].mode is not None:
+            return "reference images are cached keys"
+        return read(model, args)
+
+    return look
 
 
 def _patch_size(config: Any) -> tuple[int, int, int]:

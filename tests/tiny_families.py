@@ -107,6 +107,13 @@ def listed(args: Arguments, frame: int, row: int, column: int) -> Arguments:
     return args | {"x": changed}
 
 
+def last_item(args: Arguments, frame: int, row: int, column: int) -> Arguments:
+    """For JoyImage, whose latents are of several images, the generated one last."""
+    changed = args["hidden_states"].clone()
+    changed[:, -1, :, frame, 2 * row, 2 * column] += 1
+    return args | {"hidden_states": changed}
+
+
 def _paths(*names: str, each: int = 2) -> tuple[str, ...]:
     return tuple(n.format(i) for n in names for i in range(each))
 
@@ -308,5 +315,73 @@ CASES: dict[str, Case] = {
         IMAGE,
         _bchw,
         after=frozenset({12}),
+    ),
+    "bria-fibo": Case(
+        more.bria_fibo, "BriaFiboTransformer2DModel", TWO_KINDS, IMAGE, _packed_image, before=8
+    ),
+    "bria-fibo2": Case(
+        more.bria_fibo2,
+        "BriaFibo2Transformer2DModel",
+        _paths("layers.{}.attention"),
+        IMAGE,
+        _bchw,
+        before=8,
+        after=frozenset({6}),
+    ),
+    "glm-image": Case(more.glm_image, "GlmImageTransformer2DModel", CROSS, IMAGE, _bchw, before=8),
+    "ernie-image": Case(
+        more.ernie_image,
+        "ErnieImageTransformer2DModel",
+        _paths("layers.{}.self_attention"),
+        IMAGE,
+        _bchw,
+        after=TEXT,
+    ),
+    "motif-video": Case(
+        more.motif_video,
+        "MotifVideoTransformer3DModel",
+        ("transformer_blocks.0.attn", *_paths("single_transformer_blocks.{}.attn")),
+        VIDEO,
+        _bcfhw,
+        after=frozenset({8, 72}),
+    ),
+    "joy-image": Case(
+        more.joy_image,
+        "JoyImageEditTransformer3DModel",
+        _paths("double_blocks.{}.attn"),
+        IMAGE,
+        last_item,
+        after=frozenset({24 + 8}),
+    ),
+    "joy-image-plus": Case(
+        more.joy_image_plus,
+        "JoyImageEditPlusTransformer3DModel",
+        _paths("double_blocks.{}.attn"),
+        IMAGE,
+        _packed_image,
+        after=frozenset({6 + 2 + 8}),
+    ),
+    "krea2": Case(more.krea2, "Krea2Transformer2DModel", JOINT, IMAGE, _packed_image, before=8),
+    "kandinsky6": Case(
+        more.kandinsky6,
+        "Kandinsky6Transformer3DModel",
+        _paths("visual_transformer_blocks.{}.video_dec_block.self_attention"),
+        VIDEO,
+        latents("BFHWC"),
+    ),
+    "flux3": Case(
+        more.flux3,
+        "Flux3Transformer2DModel",
+        _paths("mode_blocks.image.{}.attn", "single_transformer_blocks.{}.attn", each=1),
+        IMAGE,
+        _packed_image,
+        before=None,
+    ),
+    "lumina-next": Case(
+        more.lumina_next,
+        "LuminaNextDiT2DModel",
+        _paths("layers.{}.attn1"),
+        IMAGE,
+        _bchw,
     ),
 }
