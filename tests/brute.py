@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -35,3 +36,45 @@ def brute_force(grid: TokenGrid, rule: Rule) -> torch.Tensor:
 def check(pattern: BlockPattern, expected: torch.Tensor) -> None:
     assert torch.equal(pattern.dense()[0], expected)
     assert pattern.kept == pytest.approx(expected.float().mean().item(), abs=1e-6)
+
+
+def border(i: int, length: int, count: int) -> int:
+    """The i-th border of an axis cut into `count` equal parts: the nearest integer, halves down."""
+    return math.ceil((2 * i * length - count) / (2 * count))
+
+
+def gna(q: int, k: int, length: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
+    """Generalized Neighborhood Attention along one axis, written as the paper's text says it."""
+    if q % dilation != k % dilation:
+        return False
+    size = math.ceil((length - q % dilation) / dilation)
+    q, k = q // dilation, k // dilation
+    if causal:
+        leader = min(q // stride * stride + stride - 1, size - 1)
+        return max(leader - window + 1, 0) <= k <= q
+    leader = min(q // stride * stride + stride // 2, size - 1)
+    start = leader - window // 2
+    start = min(max(start, 0), size - window)
+    return start <= k < start + window
+
+
+def published_by_hand(grid: TokenGrid, decay: float, sink: bool) -> torch.Tensor:
+    """The measured rule block by block from the token mask of every pair of frames."""
+    f, s, n = grid.num_frames, grid.frame_tokens, grid.visual_tokens
+    blocks = math.ceil(n / 128)
+    keep = torch.eye(blocks, dtype=torch.bool)
+    for i, j in itertools.product(range(f), repeat=2):
+        d = abs(i - j)
+        width = 2 ** int(math.log2(s)) / 2 ** int(math.log2(max(d, 1)))
+        pair = (torch.arange(s)[:, None] - torch.arange(s)).abs() <= max(decay * width, 128)
+        if d <= 1 or (sink and j == 0):
+            pair[:] = True
+        elif width < 128 and d % int(128 / width):
+            pair[:] = False
+        mask = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
+        mask[i * s : (i + 1) * s, j * s : (j + 1) * s] = pair
+        rows = torch.tensor([min(128, n - b * 128) for b in range(blocks)])
+        density = mask.view(blocks, 128, -1).sum(1) / rows[:, None]  # (block, key token)
+        density = density.view(blocks, blocks, 128)
+        keep |= (density > 1 / 3).sum(-1) > 0.6 * (density > 0).sum(-1)
+    return keep

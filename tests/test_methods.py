@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
@@ -14,28 +13,7 @@ from hypothesis import strategies as st
 import diffpatch
 from diffpatch import BadParameter, Neighborhood, Radial, TokenGrid, UnknownMethod, Window
 from diffpatch.methods import radial_rules
-
-
-def published_by_hand(grid: TokenGrid, decay: float, sink: bool) -> torch.Tensor:
-    """The measured rule block by block from the token mask of every pair of frames."""
-    f, s, n = grid.num_frames, grid.frame_tokens, grid.visual_tokens
-    blocks = math.ceil(n / 128)
-    keep = torch.eye(blocks, dtype=torch.bool)
-    for i, j in itertools.product(range(f), repeat=2):
-        d = abs(i - j)
-        width = 2 ** int(math.log2(s)) / 2 ** int(math.log2(max(d, 1)))
-        pair = (torch.arange(s)[:, None] - torch.arange(s)).abs() <= max(decay * width, 128)
-        if d <= 1 or (sink and j == 0):
-            pair[:] = True
-        elif width < 128 and d % int(128 / width):
-            pair[:] = False
-        mask = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
-        mask[i * s : (i + 1) * s, j * s : (j + 1) * s] = pair
-        rows = torch.tensor([min(128, n - b * 128) for b in range(blocks)])
-        density = mask.view(blocks, 128, -1).sum(1) / rows[:, None]  # (block, key token)
-        density = density.view(blocks, blocks, 128)
-        keep |= (density > 1 / 3).sum(-1) > 0.6 * (density > 0).sum(-1)
-    return keep
+from tests.brute import published_by_hand
 
 
 @pytest.mark.parametrize("decay", [0.2, 1.0])

@@ -12,23 +12,7 @@ import diffpatch
 from diffpatch import BadParameter, Disc, Neighborhood, SlidingTile, TokenGrid
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.methods.neighborhood import entropy_scale
-from tests.brute import GRIDS, Position, brute_force, check
-
-
-def gna(q: int, k: int, length: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
-    """Generalized Neighborhood Attention along one axis, written as the paper's text says it."""
-    if q % dilation != k % dilation:
-        return False
-    size = math.ceil((length - q % dilation) / dilation)
-    q, k = q // dilation, k // dilation
-    if causal:
-        leader = min(q // stride * stride + stride - 1, size - 1)
-        return max(leader - window + 1, 0) <= k <= q
-    leader = min(q // stride * stride + stride // 2, size - 1)
-    start = leader - window // 2
-    start = min(max(start, 0), size - window)
-    return start <= k < start + window
-
+from tests.brute import GRIDS, Position, brute_force, check, gna
 
 NEIGHBORHOODS = [
     (Neighborhood(window=(3, 3, 5), stride=1), TokenGrid(3, 5, 7)),
