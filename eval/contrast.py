@@ -87,7 +87,11 @@ class Contrast(nn.Module):
 
     def embed_frames(self, frames: Tensor) -> Tensor:
         """Unit vectors ``[N, 64]`` of single frames ``[N, 3, H, W]`` in [-1, 1], motion unseen."""
-        return functional.normalize(self.frame_head(self._seen(frames.float())).float(), dim=-1)
+        return functional.normalize(self.frame_features(frames), dim=-1)
+
+    def frame_features(self, frames: Tensor) -> Tensor:
+        """The same before normalisation: ``[N, 64]`` float32."""
+        return self.frame_head(self._seen(frames.float())).float()
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors ``[N, 64]`` of captions.

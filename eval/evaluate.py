@@ -6,6 +6,7 @@ Every result has a floor: what dense against dense gives, below which no differe
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffpatch import patched, report
 from diffpatch.eval import items
-from diffpatch.eval.distances import FeatureSet, compare, halves
+from diffpatch.eval.distances import compare, halves
 from diffpatch.eval.environment import environment
 from diffpatch.eval.quality import Tools
 from diffpatch.eval.tally import Tally, measure
+from diffpatch.eval.team import Team
 from diffpatch.pipelines.sampling import sample, warm_up
 
 Say = Callable[[str], None]
+Keep = Callable[[str, int, torch.Tensor], None]
 OTHER_NOISE = 1_000_003  # added to a seed for the floor of other noise
 ARITHMETIC, NOISE = "dense, other arithmetic", "dense, other noise"
 HALVES = "reference, halves"
@@ -34,6 +37,7 @@ def evaluate_folders(
     *,
     floor: Path | None = None,
     captions: Mapping[str, str] | None = None,
+    team: Team = Team(),  # noqa: B008
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Compare folders of pictures or clips with a reference folder, file by file and as sets.
@@ -46,6 +50,7 @@ def evaluate_folders(
             the distance between the two halves of the reference, and there is none for pairs.
         captions: prompts by the names in the reference folder; missing ones are looked up in the
             render.json beside a file.
+        team: the processes that share the files; all of them return the whole result.
         say: told what comes next.
 
     Raises:
@@ -59,17 +64,17 @@ def evaluate_folders(
     prompts = {name: texts.get(name) or items.prompt_beside(path) for name, path in dense.items()}
     used = {path: name for name, path in dense.items()}
     say(f"measuring {len(dense)} of {reference}")
-    base = Tally().merge(*(
+    base = _together(team, [
         measure(name, items.read_frames(path), tools, prompt=prompts[name])
-        for name, path in dense.items()
-    ))  # fmt: skip
+        for name, path in team.mine(list(dense.items()))
+    ])  # fmt: skip
     rows = [base.row("reference", role="reference")]
     if floor is None and len(dense) > 1:
-        rows.append(_halves(base.features))
+        rows.append(_halves(base))
     for row, found in pairs.items():
         say(f"measuring {len(found)} of {chosen[row]}")
         parts = []
-        for own, other in found.values():
+        for own, other in team.mine(list(found.values())):
             name = used[other]
             frames, wanted = items.read_frames(own), items.read_frames(other)
             if frames.shape != wanted.shape:
@@ -78,7 +83,7 @@ def evaluate_folders(
                 )
             parts.append(measure(name, frames, tools, prompt=prompts[name], reference=wanted))
         role = "floor" if row == "floor" and floor is not None else "candidate"
-        rows.append(Tally().merge(*parts).row(row, base, role=role, folder=str(chosen[row])))
+        rows.append(_together(team, parts).row(row, base, role=role, folder=str(chosen[row])))
     files = [path for found in pairs.values() for pair in found.values() for path in pair]
     notes.append(_lossy(files))
     return _result("folders", rows, tools, base.missing, [note for note in notes if note])
@@ -92,6 +97,8 @@ def evaluate_model(
     tools: Tools,
     *,
     seed: int = 0,
+    team: Team = Team(),  # noqa: B008
+    keep: Keep = lambda row, number, frames: None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Render every prompt dense and with each method, and compare in memory.
@@ -107,6 +114,8 @@ def evaluate_model(
         methods: method name -> options for `diffpatch.patch`.
         tools: the networks.
         seed: of the first clip.
+        team: the processes that share the prompts; all of them return the whole result.
+        keep: given the row, the number of the prompt and the frames of every clip.
         say: told what comes next.
     """
     call = dict(call)
@@ -115,8 +124,8 @@ def evaluate_model(
         with patched(pipe, name, **{**options, "dense_steps": 0, "dense_last_steps": 0}):
             warm_up(pipe, call | {"prompt": prompts[0]}, seed)
     tallies: dict[str, list[Tally]] = {n: [] for n in ("dense", ARITHMETIC, NOISE, *methods)}
-    kept: dict[str, float] = {}
-    for number, prompt in enumerate(prompts):
+    kept: dict[str, dict[int, float]] = {name: {} for name in methods}
+    for number, prompt in team.mine(list(enumerate(prompts))):
         name, one = f"{number:04d}", call | {"prompt": prompt}
         reference: torch.Tensor | None = None
         for row, parts in tallies.items():
@@ -125,15 +134,18 @@ def evaluate_model(
             with _variant(pipe, row, methods):
                 frames = sample(pipe, one, start).frames
                 if row in methods:
-                    kept[row] = report(pipe).kept
+                    kept[row][number] = report(pipe).kept
+            keep(row, number, frames)
             parts.append(measure(name, frames, tools, prompt=prompt, reference=reference))
             reference = frames if reference is None else reference
-    merged = {row: Tally().merge(*parts) for row, parts in tallies.items()}
+    merged = {row: _together(team, parts) for row, parts in tallies.items()}
+    shares = {row: {n: s for part in team.gather(own) for n, s in part.items()}
+              for row, own in kept.items()}  # fmt: skip
     base = merged["dense"]
     rows = [base.row("dense", role="reference", kept=1.0)]
     rows += [merged[row].row(row, base, role="floor", kept=1.0) for row in (ARITHMETIC, NOISE)]
     rows += [
-        merged[row].row(row, base, role="method", kept=kept[row], options=dict(options))
+        merged[row].row(row, base, role="method", kept=_mean(shares[row]), options=dict(options))
         for row, options in methods.items()
     ]
     result = _result("model", rows, tools, base.missing, [], pipe._execution_device)
@@ -156,11 +168,20 @@ def _variant(pipe: Any, row: str, methods: Mapping[str, Mapping[str, Any]]) -> I
         yield
 
 
-def _halves(features: FeatureSet) -> dict[str, Any]:
-    first, second = halves(features)
+def _together(team: Team, parts: Sequence[Tally]) -> Tally:
+    """The clips of all processes."""
+    return Tally().merge(*team.gather(Tally().merge(*parts)))
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return math.fsum(values.values()) / len(values)
+
+
+def _halves(base: Tally) -> dict[str, Any]:
+    sets = {maker: compare(*halves(found)) for maker, found in base.features.items()}
     return {
-        "name": HALVES, "role": "floor", "count": len(features.rows), "scores": {},
-        "sets": compare(first, second), "items": {},
+        "name": HALVES, "role": "floor", "count": len(base.scores), "scores": {},
+        "sets": sets, "items": {},
     }  # fmt: skip
 
 
@@ -188,7 +209,7 @@ def _result(
     notes: list[str],
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    if any(row["sets"].get("small_sample") for row in rows):
+    if any(found["small_sample"] for row in rows for found in row["sets"].values()):
         notes = [*notes, SMALL]
     return {
         "kind": kind,

@@ -1,8 +1,8 @@
 """What set distances compare: a clip (F, 3, H, W) in [0, 1] as rows of features.
 
 `load_features` takes the shipped networks by name and any other by path or hub id. Networks for
-videos give a row a clip (Fréchet distance on them is FVD-style), networks for images a row a frame.
-A function of your own is an extractor as soon as it has a `name`.
+videos give a row a clip (Fréchet distance on them is FVD-style), networks for images a row a frame
+(FID-style). A function of your own is an extractor as soon as it has a `name` and a `row`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffpatch.eval.clip import (
     revision_of,
 )
 
-SHIPPED = ("contrast", "judge")
+SHIPPED = ("contrast", "frames", "judge")
 IMAGE_MODELS = ("clip", "clip_vision_model", "dinov2", "dinov2_with_registers", "siglip")
 VIDEO_MODELS = ("videomae", "vjepa2")
 
@@ -33,35 +33,41 @@ class Extractor(Protocol):
 
     Attributes:
         name: part of every result, as distances on other features cannot be compared with it.
+        row: what a row of features describes, "clip" or "frame".
     """
 
     name: str
+    row: str
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames (F, 3, H, W) in [0, 1] -> features (n, D), on the CPU."""
 
 
 class DemoFeatures:
-    """A network that ships with diffpatch, one row a clip: the contrastive model or the judge."""
+    """What ships with diffpatch: clips or frames by the contrastive model, clips by the judge."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         """Loads the network by its name, one of :data:`SHIPPED`."""
         from diffpatch.eval.contrast import load_contrast
         from diffpatch.eval.judge import load_judge
 
-        self.name = name
+        self.name, self.row = name, "frame" if name == "frames" else "clip"
         self.device = torch.device(device)
-        model: Any = load_contrast() if name == "contrast" else load_judge()
+        model: Any = load_judge() if name == "judge" else load_contrast()
         self.model = model.to(self.device)
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> Tensor:
         video = 2 * frames.float().to(self.device) - 1
+        if self.row == "frame":
+            return self.model.frame_features(video).cpu()
         return self.model.features(video.transpose(0, 1)[None]).float().cpu()
 
 
 class ImageFeatures:
     """A transformers vision model, a row a frame: its pooled output (DINOv2: the class token)."""
+
+    row = "frame"
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         """Loads the model and its preprocessing from a folder or the hub."""
@@ -81,6 +87,8 @@ class ImageFeatures:
 
 class VideoFeatures:
     """A transformers video model, a row a clip: the mean of its last tokens."""
+
+    row = "clip"
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         """Loads the model and its preprocessing from a folder or the hub."""
@@ -108,8 +116,9 @@ def load_features(source: str | Path, device: torch.device | str = "cpu") -> Ext
     """An extractor by name or by place.
 
     Args:
-        source: "contrast" or "judge"; a folder or hub id of a transformers model (CLIP, DINOv2,
-            SigLIP, VideoMAE, V-JEPA 2); or a safetensors file with the weights of FID's Inception.
+        source: "contrast", "frames" or "judge"; a folder or hub id of a transformers model (CLIP,
+            DINOv2, SigLIP, VideoMAE, V-JEPA 2); or a safetensors file with the weights of FID's
+            Inception.
         device: where to compute.
 
     Raises:

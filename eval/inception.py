@@ -122,6 +122,7 @@ class Inception(nn.Module):
     """Frames (F, 3, H, W) in [0, 1] -> features (F, 2048), on the CPU."""
 
     name = "inception (FID, 2048)"
+    row = "frame"
 
     def __init__(self) -> None:
         """Builds the network without weights worth anything; see :meth:`load`."""

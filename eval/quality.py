@@ -8,6 +8,7 @@ Clips are frames (F, 3, H, W) in [0, 1], as the pipeline decoded them, not read 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ class Tools:
 
     Attributes:
         clip: scores frames against texts and against each other.
-        extractor: gives the features of set distances.
+        extractors: give the features of set distances.
         lpips: None without weights.
         device: where LPIPS and the judge compute.
     """
 
     clip: TextImage
-    extractor: Extractor
+    extractors: tuple[Extractor, ...]
     lpips: Lpips | None = None
     device: torch.device = torch.device("cpu")
 
@@ -49,7 +50,7 @@ class Tools:
         """What made the numbers, for result files: scores of other networks cannot be compared."""
         return {
             "clip": self.clip.name,
-            "features": self.extractor.name,
+            "features": ", ".join(extractor.name for extractor in self.extractors),
             **({"lpips": "alex, version 0.1, inputs in [-1, 1]"} if self.lpips else {}),
             "ssim": "Gaussian window 11×11, sigma 1.5, data range 1",
             "averages": "per frame, then over frames, then over clips",
@@ -58,7 +59,7 @@ class Tools:
 
 def load_tools(
     clip: str | Path = "contrast",
-    features: str | Path = "contrast",
+    features: str | Path | Sequence[str | Path] = "contrast",
     lpips: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Tools:
@@ -66,8 +67,9 @@ def load_tools(
 
     Args:
         clip: "contrast" (shipped, knows the demo's captions), or a folder or hub id of a CLIP.
-        features: "contrast" or "judge" (both shipped), a folder or hub id of CLIP, DINOv2, SigLIP,
-            VideoMAE or V-JEPA 2, or a safetensors file with FID's Inception.
+        features: one or several of "contrast", "frames" and "judge" (shipped), a folder or hub id
+            of CLIP, DINOv2, SigLIP, VideoMAE or V-JEPA 2, or a safetensors file with FID's
+            Inception.
         lpips: a safetensors file, or a folder of them, with AlexNet and the linear heads.
         device: where to compute.
 
@@ -75,9 +77,9 @@ def load_tools(
         WeightsError: something cannot be loaded.
     """
     network = None if lpips is None else load_lpips(lpips, device)
-    return Tools(
-        load_clip(clip, device), load_features(features, device), network, torch.device(device)
-    )
+    wanted = [features] if isinstance(features, str | Path) else features
+    extractors = tuple(load_features(source, device) for source in dict.fromkeys(wanted))
+    return Tools(load_clip(clip, device), extractors, network, torch.device(device))
 
 
 def paired(frames: Tensor, reference: Tensor, tools: Tools | None = None) -> dict[str, float]:
@@ -142,7 +144,7 @@ def sets(candidate: Tensor | FeatureSet, reference: Tensor | FeatureSet) -> dict
     """Fréchet and kernel distance of two sets; see :func:`diffpatch.eval.distances.compare`.
 
     Args:
-        candidate: features (N, D), such as `tools.extractor(frames)` of every clip together, or a
+        candidate: features (N, D), such as those an extractor gives of every clip together, or a
             FeatureSet, which several processes can fill and merge.
         reference: the same of the references.
 

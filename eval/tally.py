@@ -19,24 +19,29 @@ class Tally:
 
     Attributes:
         scores: name of a clip -> its metrics.
-        features: their features, for set distances.
+        features: their features by the name of the extractor, for set distances.
         missing: metric -> why some clip lacks it.
     """
 
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    features: FeatureSet = field(default_factory=lambda: FeatureSet({}))
+    features: Mapping[str, FeatureSet] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def merge(self, *others: Tally) -> Tally:
         """All clips together, the same whoever measured which.
 
         Raises:
-            ValueError: a clip is there twice, or features of two extractors.
+            ValueError: a clip is there twice, or features of other extractors.
         """
         parts = [part for part in (self, *others) if part.scores]
         if not parts:
             return self
-        features = parts[0].features.merge(*(part.features for part in parts[1:]))
+        if len(makers := {tuple(part.features) for part in parts}) > 1:
+            raise ValueError(f"features of {' and '.join(map(str, makers))} cannot be merged")
+        features = {
+            maker: own.merge(*(part.features[maker] for part in parts[1:]))
+            for maker, own in parts[0].features.items()
+        }
         scores: dict[str, Mapping[str, float]] = {}
         missing: dict[str, str] = {}
         for part in parts:
@@ -53,8 +58,9 @@ class Tally:
         return {metric: math.fsum(found) / len(found) for metric, found in values.items()}
 
     def row(self, name: str, reference: Tally | None = None, **more: Any) -> dict[str, Any]:
-        """A line of a result, ready for JSON; with the distance to a reference's features."""
-        sets = {} if reference is None else quality.sets(self.features, reference.features)
+        """A line of a result, ready for JSON; with the distances to a reference's features."""
+        others = {} if reference is None else reference.features
+        sets = {maker: quality.sets(self.features[maker], other) for maker, other in others.items()}
         return {
             "name": name,
             **more,
@@ -84,5 +90,5 @@ def measure(
     """
     scores = {} if reference is None else quality.paired(frames, reference, tools)
     scores |= quality.alone(frames, prompt, tools)
-    features = FeatureSet({name: tools.extractor(frames)}, tools.extractor.name)
+    features = {e.name: FeatureSet({name: e(frames)}, e.name) for e in tools.extractors}
     return Tally({name: scores}, features, quality.absent(tools, frames=frames, prompt=prompt))

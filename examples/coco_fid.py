@@ -22,7 +22,7 @@ import diffpatch
 from diffpatch.cli import generation, media, output, progress
 from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.eval import describe
+from diffpatch.cli.eval_table import describe
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.shares import Process
 from diffpatch.eval import items, quality
@@ -89,15 +89,16 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
     real = {Path(name).name: path for name, path in items.find_items(args.images).items()}
     if absent := next((name for name in captions if name not in real), None):
         raise UsageError(f"{args.images} has no picture {absent}; captions and pictures must fit")
-    features = FeatureSet(
-        {name: tools.extractor(items.read_frames(real[name])) for name in captions},
-        tools.extractor.name,
-    )
+    features = {
+        extract.name: FeatureSet(
+            {name: extract(items.read_frames(real[name])) for name in captions}, extract.name
+        )
+        for extract in tools.extractors
+    }
     rows: list[dict[str, Any]] = []
     if len(captions) > 1:
-        first, second = halves(features)
-        rows.append({"name": "real, halves", "count": len(captions), "scores": {},
-                     "sets": compare(first, second)})  # fmt: skip
+        sets = {maker: compare(*halves(found)) for maker, found in features.items()}
+        rows.append({"name": "real, halves", "count": len(captions), "scores": {}, "sets": sets})
     tally = Tally()
     for row in ("dense", args.method):
         parts = []
@@ -109,7 +110,7 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
         tally = Tally().merge(*parts)
         rows.append(tally.row(row, Tally(tally.scores, features)))
     notes = ["fd and kd are distances to the real pictures"]
-    if rows[-1]["sets"]["small_sample"]:
+    if any(found["small_sample"] for found in rows[-1]["sets"].values()):
         notes.append("fewer than two pictures per feature: a Fréchet distance says little")
     return {
         "rows": rows, "notes": notes, "tools": tools.names(), "missing": dict(tally.missing),
@@ -128,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--method", default="neighborhood", help="of diffpatch")
     add("--set", action="append", default=[], help="its parameters, key=value")
     add("--clip", required=True, help="folder or hub id of a CLIP")
-    add("--features", required=True, help="FID's Inception as safetensors, or as diffpatch eval")
+    add("--features", action="append", required=True, help="FID's Inception as safetensors, or as "
+        "diffpatch eval; repeatable")  # fmt: skip
     add("--lpips", type=Path, help="AlexNet and linear heads as safetensors")
     add_model_options(parser)
     add_generation_options(parser)

@@ -64,11 +64,11 @@ def test_a_folder_against_itself_is_perfect(
     result = run([str(tmp_path / "dense"), "--reference", str(tmp_path / "dense")], capsys)
     found = rows(result)
     assert list(found) == ["reference", "reference, halves", "dense"]
-    scores, sets = found["dense"]["scores"], found["dense"]["sets"]
+    scores, sets = found["dense"]["scores"], found["dense"]["sets"]["contrast"]
     assert scores["psnr"] == 100 and scores["ssim"] == pytest.approx(1, abs=1e-6)
     assert scores["relative_l1"] == 0 and scores["clip_i"] == pytest.approx(1, abs=1e-6)
     assert sets["fd"] == pytest.approx(0, abs=1e-6) and sets["small_sample"]
-    assert found["reference, halves"]["sets"]["fd"] > 0
+    assert all(floor["fd"] > 0 for floor in found["reference, halves"]["sets"].values())
     assert any("lossy" in note for note in result["notes"]) == (suffix in (".webp", ".gif", ".mp4"))
 
 
@@ -82,7 +82,9 @@ def test_scores_are_those_of_the_frames(tmp_path: Path, capsys: pytest.CaptureFi
     found = rows(result)
     assert list(found) == ["reference", "floor", "quiet", "loud"]
     assert found["floor"]["role"] == "floor" and found["floor"]["scores"]["psnr"] == 100
-    assert found["quiet"]["sets"]["fd"] < found["loud"]["sets"]["fd"]
+    for maker, count in (("contrast", 4), ("frames", 36)):
+        quiet, loud = found["quiet"]["sets"][maker], found["loud"]["sets"][maker]
+        assert quiet["fd"] < loud["fd"] and quiet["count"] == count
     for name in ("quiet", "loud"):
         files = sorted((tmp_path / name).iterdir())
         expected = [psnr(torch.from_numpy(np.load(path)), frames(seed)).mean
@@ -143,7 +145,8 @@ def test_pictures_are_sets_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = [str(tmp_path / "dense"), "--reference", str(tmp_path / "dense")]
     result = run([*words, "--features", str(tmp_path / "dinov2")], capsys)
     row = rows(result)["dense"]
-    assert row["count"] == row["sets"]["count"] == 5 and row["sets"]["features"] == 32
+    [sets] = row["sets"].values()
+    assert row["count"] == sets["count"] == 5 and sets["features"] == 32
     assert "single frame" in result["missing"]["flicker"] and "notes" in result
     assert result["tools"]["features"] == str(tmp_path / "dinov2")
 

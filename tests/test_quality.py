@@ -15,6 +15,7 @@ from diffpatch.eval.distances import FeatureSet
 from diffpatch.eval.features import load_features
 from diffpatch.eval.inception import Inception
 from diffpatch.eval.perceptual import Lpips, load_lpips, lpips
+from diffpatch.eval.tally import Tally, measure
 from diffpatch.pipelines.demo import clips
 from tests import tiny_eval
 
@@ -107,7 +108,8 @@ def test_bf16_clips_are_measured(tools: quality.Tools) -> None:
 
 
 def test_sets_of_tensors_and_of_named_features_agree(tools: quality.Tools) -> None:
-    rows = {str(seed): tools.extractor(drawn(seed=seed)) for seed in range(6)}
+    [extractor] = tools.extractors
+    rows = {str(seed): extractor(drawn(seed=seed)) for seed in range(6)}
     named, stacked = FeatureSet(rows, "contrast"), torch.cat(list(rows.values()))
     result = quality.sets(named, named)
     assert result == quality.sets(stacked, stacked)
@@ -144,11 +146,33 @@ def test_features_of_a_folder(folder: Path, name: str, shape: tuple[int, int]) -
     assert not torch.equal(extractor(frames), extractor(frames.flip(0)))
 
 
-@pytest.mark.parametrize("name", ["contrast", "judge"])
-def test_shipped_features_have_a_row_a_clip(name: str) -> None:
-    extractor = load_features(name)
-    assert extractor.name == name
-    assert extractor(drawn()).shape == ((1, 128) if name == "contrast" else (1, 96))
+@pytest.mark.parametrize(
+    ("name", "shape"), [("contrast", (1, 128)), ("judge", (1, 96)), ("frames", (9, 64))]
+)
+def test_shipped_features(name: str, shape: tuple[int, int]) -> None:
+    """A row a clip for FVD-style distances, a row a frame for FID-style ones."""
+    extractor, clip = load_features(name), drawn()
+    found = extractor(clip)
+    assert extractor.name == name and found.shape == shape
+    assert extractor.row == ("frame" if len(found) > 1 else "clip")
+    swapped = extractor(clip.flip(0))
+    if extractor.row == "frame":  # every frame by itself: their order changes no distance
+        torch.testing.assert_close(swapped, found.flip(0))
+    else:
+        assert not torch.allclose(swapped, found)
+
+
+def test_several_extractors_measure_the_same_clips() -> None:
+    tools = quality.load_tools(features=["frames", "contrast", "frames"])
+    assert tools.names()["features"] == "frames, contrast"
+    tallies = [measure(str(seed), drawn(seed=seed), tools) for seed in range(3)]
+    whole = tallies[2].merge(*tallies[:2])
+    sets = whole.row("x", Tally().merge(*tallies))["sets"]
+    assert {name: found["count"] for name, found in sets.items()} == {"frames": 27, "contrast": 3}
+    assert all(found["fd"] == pytest.approx(0, abs=1e-6) for found in sets.values())
+    other = measure("3", drawn(seed=3), quality.load_tools())
+    with pytest.raises(ValueError, match="cannot be merged"):
+        whole.merge(other)
 
 
 def test_lpips_compares_normalised_activations(folder: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffpatch.cli import arguments, bench, generation, output, progress
+from diffpatch.cli import arguments, bench, eval_vbench, generation, output, progress
 from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.cli.summary import table
+from diffpatch.cli.eval_table import describe
+from diffpatch.cli.shares import Process
 from diffpatch.eval import quality
+from diffpatch.eval.team import Team
 from diffpatch.pipelines import loading, sampling
 from diffpatch.pipelines.demo import clips
 
@@ -23,21 +25,12 @@ examples:
   diffpatch eval --model demo --method radial --method window --count 8
   diffpatch eval -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --method radial --prompt-file prompts.txt \\
       --clip openai/clip-vit-large-patch14 --features facebook/dinov2-base --lpips lpips/
+  accelerate launch --num_processes 8 -m diffpatch eval -m demo --method radial --count 64
+  diffpatch eval --vbench-results dense=a_eval_results.json --vbench-results radial=b.json
 """
 CAPTIONS = 8  # drawn for the demo where no prompts are given
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("psnr", "PSNR", ".2f"),
-    ("ssim", "SSIM", ".4f"),
-    ("ms_ssim", "MS-SSIM", ".4f"),
-    ("lpips", "LPIPS", ".4f"),
-    ("clip_i", "CLIP-I", ".4f"),
-    ("clip_score", "CLIP", ".2f"),
-    ("temporal_consistency", "CLIP-T", ".4f"),
-    ("flicker", "flicker", ".4f"),
-    ("caption_accuracy", "caption", ".1%"),
-    ("fd", "FD", ".2f"),
-    ("kd", "KD", ".4f"),
-)
+FEATURES = ("contrast", "frames")
+_MEASURES = ("folders", "reference", "prompt", "prompt_file", "count", "method", "vbench_export")
 
 
 def add_parser(commands: Any) -> None:
@@ -74,11 +67,13 @@ def add_parser(commands: Any) -> None:
         help="contrast (the demo's captions only), or a folder or hub id of a CLIP",
     )  # fmt: skip
     group.add_argument(
-        "--features", default="contrast", metavar="MODEL",
-        help="for set distances: contrast, judge, a folder or hub id of CLIP, DINOv2, SigLIP, "
-        "VideoMAE or V-JEPA 2, or FID's Inception as safetensors",
+        "--features", action="append", metavar="MODEL",
+        help="for set distances, repeatable: contrast (clips), frames (single ones), judge, a "
+        "folder or hub id of CLIP, DINOv2, SigLIP, VideoMAE or V-JEPA 2, or FID's Inception as "
+        "safetensors (contrast and frames)",
     )  # fmt: skip
     group.add_argument("--lpips", type=Path, help="AlexNet and linear heads as safetensors")
+    eval_vbench.add_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
@@ -92,47 +87,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-"):
         output.check_free([Path(args.json)], overwrite=True)
     progress.hush_libraries()
-    result = _folders(args) if args.folders or args.reference else _model(args)
-    if args.json == "-":
-        print(output.to_json(result), end="")
+    process = Process.current()
+    results = eval_vbench.read_results(args.vbench_results)
+    only_read = results and not any(getattr(args, name) for name in _MEASURES)
+    if args.floor is not None and not args.folders:
+        raise UsageError("--floor is for folders; give the folders and --reference")
+    result: dict[str, Any] = {}
+    if not only_read:
+        measure = _folders if args.folders or args.reference else _model
+        result = measure(args, process)
+    if process.rank > 0:  # every process has the whole result; one tells it
         return 0
-    print(describe(result))
+    return _tell(args, result, results)
+
+
+def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, Any]) -> int:
+    text = output.to_json(result | ({"vbench": vbench} if vbench else {}))
+    if args.json == "-":
+        print(text, end="")
+        return 0
+    shown = [describe(result)] if result else []
+    print("\n".join([*shown, *([eval_vbench.describe(vbench)] if vbench else [])]))
     if args.json is not None:
-        output.write_text(Path(args.json), output.to_json(result))
+        output.write_text(Path(args.json), text)
         print(f"wrote {args.json}")
     return 0
 
 
-def describe(result: dict[str, Any]) -> str:
-    """The result as a table, with what is missing or to be taken with care below it."""
-    rows = result["rows"]
-    values = [row["scores"] | row["sets"] for row in rows]
-    used = [column for column in COLUMNS if any(column[0] in found for found in values)]
-    kept = any("kept" in row for row in rows)
-    lines: list[Sequence[str]] = [
-        ["", "clips", *(["kept"] if kept else []), *(label for _, label, _ in used)]
-    ]
-    for row, found in zip(rows, values, strict=True):
-        share = [f"{row['kept']:.1%}" if "kept" in row else ""] if kept else []
-        flag = "*" if found.get("small_sample") else ""
-        cells = [
-            format(found[key], form) + flag * (key == "fd") if key in found else ""
-            for key, _, form in used
-        ]
-        lines.append([row["name"], str(row["count"]), *share, *cells])
-    names = ", ".join(f"{key}: {value}" for key, value in result["tools"].items()
-                      if key in ("clip", "features"))  # fmt: skip
-    missing = [f"no {key}: {why}" for key, why in result["missing"].items()]
-    marked = [("* " if "Fréchet" in note else "") + note for note in result["notes"]]
-    return "\n".join([table(lines), names, *missing, *marked])
+def _tools(args: argparse.Namespace, device: str | None) -> quality.Tools:
+    chosen = loading.choose_device(device)
+    return quality.load_tools(args.clip, args.features or FEATURES, args.lpips, chosen)
 
 
-def _tools(args: argparse.Namespace) -> quality.Tools:
-    device = loading.choose_device(args.device)
-    return quality.load_tools(args.clip, args.features, args.lpips, device)
+def _say(args: argparse.Namespace, process: Process) -> Callable[[str], None]:
+    return lambda text: progress.say(text, args.quiet or process.rank > 0)
 
 
-def _folders(args: argparse.Namespace) -> dict[str, Any]:
+def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     from diffpatch.eval import evaluate, items
 
     for option in ("prompt", "prompt_file", "count", "method"):
@@ -141,47 +132,55 @@ def _folders(args: argparse.Namespace) -> dict[str, Any]:
     if not args.folders or args.reference is None:
         raise UsageError("folders are compared with another: diffpatch eval OUT --reference DENSE")
     names = [path.name or str(path) for path in args.folders]
-    if len(set(names)) < len(names) or "floor" in names:
+    if len(set(names)) < len(names) or {"floor", "reference"} & set(names):
         names = [str(path) for path in args.folders]
+    folders = dict(zip(names, args.folders, strict=True))
     captions = None if args.captions is None else items.read_captions(args.captions)
+    team = Team(process.rank, process.count)
+    if args.vbench_export is not None:
+        fps = float(args.fps or generation.DEMO_FPS)
+        eval_vbench.export_folders(args.vbench_export, folders, args.reference, captions, fps, team)
     return evaluate.evaluate_folders(
-        dict(zip(names, args.folders, strict=True)),
+        folders,
         args.reference,
-        _tools(args),
+        _tools(args, process.device(args.device)),
         floor=args.floor,
         captions=captions,
-        say=lambda text: progress.say(text, args.quiet),
+        team=team,
+        say=_say(args, process),
     )
 
 
-def _model(args: argparse.Namespace) -> dict[str, Any]:
+def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     from diffpatch.eval import evaluate
 
-    for option in ("floor", "captions"):
-        if getattr(args, option):
-            raise UsageError(f"--{option} is for folders; give the folders and --reference")
+    if args.captions is not None:
+        raise UsageError("--captions is for folders; give the folders and --reference")
     methods = bench.chosen(args)
     shared = {name: getattr(args, name) for name in _SHARED}
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     generation.check_dense_steps(args, generation.steps_of(call, source))
-    prompts, tools = _prompts(args, source), _tools(args)
+    prompts, device = _prompts(args, source), process.device(args.device)
+    team, tools = Team(process.rank, process.count), _tools(args, device)
+    options: dict[str, Any] = {"seed": args.seed, "team": team, "say": _say(args, process)}
+    if args.vbench_export is not None:
+        if not source.is_video:
+            raise UsageError(f"--vbench-export is for videos; {args.model} makes images")
+        fps = generation.frames_per_second(args, source)
+        rows = ["dense", evaluate.ARITHMETIC, evaluate.NOISE, *methods]
+        options["keep"] = eval_vbench.Export.of(args.vbench_export, prompts, fps, rows, team).write
     pipe = loading.load_pipeline(
-        source, dtype=loading.DTYPES.get(args.dtype), device=args.device, offload=args.offload,
+        source, dtype=loading.DTYPES.get(args.dtype), device=device, offload=args.offload,
         vae_tiling=args.vae_tiling, compile=args.compile,
     )  # fmt: skip
     if args.image is not None:
         pipe = loading.with_image_input(pipe)
     pipe.set_progress_bar_config(disable=True)
+    applied = {name: shared | values for name, values in methods.items()}
     try:
         result = evaluate.evaluate_model(
-            pipe,
-            generation.fit(call, pipe),
-            prompts,
-            {name: shared | values for name, values in methods.items()},
-            tools,
-            seed=args.seed,
-            say=lambda text: progress.say(text, args.quiet),
+            pipe, generation.fit(call, pipe), prompts, applied, tools, **options
         )
     except sampling.NonFiniteOutput as error:
         raise RunError(f"{error}; check the weights, or try --dtype bf16 or fp32") from error
