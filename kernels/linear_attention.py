@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
+from diffpatch.kernels import linear_attention_reference
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.linear_attention_groups import groups
+from diffpatch.kernels.linear_backend import choose_kernel
+from diffpatch.kernels.linear_features import feature_map
 
 HELD_BYTES = {"cpu": 2**25}  # what the keys, values and states of some groups may take at a time
 HELD_BYTES_ELSEWHERE = 2**28
-
-FEATURES = ("elu", "relu", "softmax", "hedgehog")
 EMPTY = 1e-6  # of a sum over all keys: less than this is nothing
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -31,6 +31,7 @@ def attend_cumulants(
     blocks: BlockIndex,
     scale: float,
     key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> Result:
     """All keys that a query does not visit, by their first and second moments.
 
@@ -46,11 +47,33 @@ def attend_cumulants(
         blocks: tiles that a query's tile visits, even partly, are left out; one pattern.
         scale: the factor on q·k.
         key_mask: bool (B, S), False for keys nobody may attend to, or None.
+        backend: "triton", "torch", "reference" (in memory quadratic), or "auto".
 
     Returns:
         The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H) (fp64
         for fp64); 0 and -inf for queries that visit every key.
     """
+    used = choose_kernel(blocks, backend, q, k, v)
+    if used == "triton":
+        from diffpatch.kernels import linear_attention_triton
+
+        return linear_attention_triton.attend_cumulants(q, k, v, blocks, scale, key_mask)
+    if used == "reference":
+        x, y, z = _wide(q, k, v)
+        out, lse = linear_attention_reference.attend_cumulants(x, y, z, blocks, scale, key_mask)
+        return out.to(q.dtype), lse
+    return _cumulants(q, k, v, blocks, scale, key_mask)
+
+
+def _cumulants(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+) -> Result:
+    """`attend_cumulants` in PyTorch."""
     size = q.shape[-1]
     keep = _keep(k, key_mask)
     (k, centre_k), (v, centre_v) = _centred(k, keep), _centred(v, keep)
@@ -77,20 +100,6 @@ def attend_cumulants(
     return out, lse
 
 
-def feature_map(x: torch.Tensor, feature: str) -> torch.Tensor:
-    """φ(x), never negative, in the dtype of x: (..., D) -> (..., D), or 2D for "hedgehog".
-
-    "elu" is elu(x) + 1; "softmax" is over the channels; "hedgehog" is the softmax of x and -x.
-    """
-    if feature == "elu":
-        return F.elu(x) + 1
-    if feature == "relu":
-        return x.relu()
-    if feature == "softmax":
-        return x.softmax(-1)
-    return torch.cat([x, -x], -1).softmax(-1)
-
-
 def attend_features(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,6 +107,7 @@ def attend_features(
     blocks: BlockIndex,
     feature: str,
     key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """All keys that a query does not visit, weighted by φ(q)·φ(k) instead of exp(q·k).
 
@@ -109,12 +119,36 @@ def attend_features(
         k: (B, S, K, D), where K divides H.
         v: (B, S, K, E).
         blocks: tiles that a query's tile visits, even partly, are left out; one pattern.
-        feature: one of `FEATURES`.
+        feature: one of `linear_features.FEATURES`.
         key_mask: bool (B, S), False for keys nobody may attend to, or None.
+        backend: "triton", "torch", "reference" (in memory quadratic), or "auto".
 
     Returns:
         (B, S, H, E) in the dtype of q; 0 for queries that visit every key.
     """
+    used = choose_kernel(blocks, backend, q, k, v)
+    if used == "reference":
+        x, y, z = _wide(q, k, v)
+        whole = linear_attention_reference.attend_features(x, y, z, blocks, feature, key_mask)
+        return whole.to(q.dtype)
+    if used == "triton":
+        from diffpatch.kernels import linear_attention_triton
+
+        x, y = (feature_map(t.float(), feature).to(t.dtype) for t in (q, k))
+        if x.shape[-1] <= linear_attention_triton.MAX_SIZE:
+            return linear_attention_triton.attend_features(x, y, v, blocks, key_mask)
+    return _features(q, k, v, blocks, feature, key_mask)
+
+
+def _features(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    feature: str,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """`attend_features` in PyTorch."""
     keep = _keep(k, key_mask)
     v, centre = _centred(v, keep)
     one = keep.expand(*k.shape[:3], 1)
@@ -131,6 +165,10 @@ def attend_features(
         value = value + centre[:, None, :, None]
         _put(out, rows, ok, torch.where(sums[..., -1:, -1:] > 0, value, 0.0))
     return out
+
+
+def _wide(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs)
 
 
 def _centred(x: torch.Tensor, keep: torch.Tensor) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.linear_attention import feature_map
+from diffpatch.kernels.linear_features import feature_map
 
 
 def left_out(blocks: BlockIndex) -> torch.Tensor:

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.linear_backend import choose_kernel
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
 SCORE_BYTES = {"cpu": 2**20}
 SCORE_BYTES_ELSEWHERE = 2**26
+LOWEST = -1e30  # finite, so that -inf less the maximum of nothing is -inf
+TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,7 @@ def pool(
     *,
     second_order: bool = True,
     key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> VirtualTokens:
     """Pool keys and values over runs of at most `size` tokens of each tile, in tile order.
 
@@ -58,25 +62,57 @@ def pool(
         size: most tokens a virtual token stands for.
         second_order: whether to keep the variance of the keys.
         key_mask: bool (B, S), True where a key counts.
+        backend: "triton", "torch", "reference" (which is torch), or "auto".
     """
-    index, valid, tile = blocks.derived(("runs", size), lambda b: _runs(b, size))
-    weight = valid.expand(k.shape[0], *valid.shape)
+    runs = blocks.derived(("runs", size), lambda b: _runs(b, size))
+    if choose_kernel(blocks, backend, k, v) == "triton":
+        from diffpatch.kernels import virtual_tokens_triton as kernels
+
+        return VirtualTokens(
+            *kernels.pool(k, v, blocks, runs.first, second_order, key_mask), runs.tile
+        )
+    weight = runs.valid.expand(k.shape[0], *runs.valid.shape)
     if key_mask is not None:
-        weight = weight & key_mask[:, index]
+        weight = weight & key_mask[:, runs.index]
     count = weight.sum(-1).float()  # (B, V)
-    share = (weight / count.clamp(min=1)[..., None]).to(k.dtype)[..., None, None]  # (B, V, L, 1, 1)
-    gathered = k[:, index]
-    mean = (gathered * share).float().sum(2)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    share = (weight / count.clamp(min=1)[..., None]).to(wide)[..., None, :]  # (B, V, 1, L)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
+
+    def gathered(x: torch.Tensor) -> torch.Tensor:
+        x = x[:, runs.index].to(wide)  # (B, V, L, K, D)
+        return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
+
+    keys = gathered(k)
+    centre = mean(keys)
     variance = None
     if second_order:
-        spread = (gathered.float() - mean[:, :, None]).square()
-        variance = (spread * share.float()).sum(2).to(k.dtype)
-    values = (v[:, index] * share).float().sum(2).to(v.dtype)
-    return VirtualTokens(mean.to(k.dtype), values, variance, count.log(), tile)
+        largest = torch.finfo(k.dtype).max
+        variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
+    values = mean(gathered(v))[:, :, 0].to(v.dtype)
+    return VirtualTokens(centre[:, :, 0].to(k.dtype), values, variance, count.log(), runs.tile)
 
 
-def _runs(blocks: BlockIndex, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sequence indices (V, L) of each run, which of them are real, and the tile (V,) of the run."""
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """The runs of tokens that are pooled, on the device of the blocks.
+
+    Attributes:
+        index: int64 (V, L), the tokens of each run, as sequence indices.
+        valid: bool (V, L), which of them are real.
+        tile: int64 (V,), the tile each run lies in.
+        first: int32 (V + 1,), where each run begins in tile order.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    tile: torch.Tensor
+    first: torch.Tensor
+
+
+def _runs(blocks: BlockIndex, size: int) -> _Runs:
     starts = blocks.starts.cpu().long()
     first, last, tile = [], [], []
     for i, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
@@ -88,8 +124,8 @@ def _runs(blocks: BlockIndex, size: int) -> tuple[torch.Tensor, torch.Tensor, to
     place = torch.tensor(first)[:, None] + torch.arange(size)
     valid = place < torch.tensor(last)[:, None]
     index = blocks.order.cpu()[place.clamp(max=blocks.num_tokens - 1)]
-    device = blocks.device
-    return index.to(device), valid.to(device), torch.tensor(tile, device=device)
+    begins = torch.tensor([*first, blocks.num_tokens], dtype=torch.int32)
+    return _Runs(*(x.to(blocks.device) for x in (index, valid, torch.tensor(tile), begins)))
 
 
 def _visits(blocks: BlockIndex) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +143,12 @@ def _visits(blocks: BlockIndex) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attend_virtual(
-    q: torch.Tensor, tokens: VirtualTokens, blocks: BlockIndex, scale: float
+    q: torch.Tensor,
+    tokens: VirtualTokens,
+    blocks: BlockIndex,
+    scale: float,
+    near: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to the virtual tokens of the tiles it does not visit.
 
@@ -116,38 +157,65 @@ def attend_virtual(
         tokens: what `pool` made of the keys and values; K heads, K divides H.
         blocks: tiles that a query's tile visits, even partly, are left out.
         scale: the factor on q·k.
+        near: the exact part, an output (B, S, H, D) and its log-sum-exp (B, S, H), to be in the
+            same softmax; None for the virtual tokens alone.
+        backend: "triton", "torch", "reference" (which is torch), or "auto".
 
     Returns:
-        The output (B, S, H, D) and its natural log-sum-exp fp32 (B, S, H).
+        The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
+    if choose_kernel(blocks, backend, q, tokens.keys, tokens.values) == "triton":
+        from diffpatch.kernels import virtual_tokens_triton as kernels
+
+        # How many runs there are says what they are, so that the key needs no more.
+        seen = blocks.derived(
+            ("seen runs", len(tokens.tile)),
+            lambda b: kernels.pack(_visits(b)[0][:, :, tokens.tile].flatten(0, 1)),
+        )
+        return kernels.attend(
+            q, tokens.keys, tokens.values, tokens.variance, tokens.log_count, seen, blocks, scale,
+            near,
+        )  # fmt: skip
+    far = _attend_torch(q, tokens, blocks, scale)
+    return far if near is None else merge(*near, *far)
+
+
+def _attend_torch(
+    q: torch.Tensor, tokens: VirtualTokens, blocks: BlockIndex, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Everything in fp32: scores are few, and 16-bit products would be converted again anyway."""
     batch, length, heads, _ = q.shape
-    visits, tile_of = blocks.derived("visits", _visits)
-    pattern = torch.zeros(heads, dtype=torch.long, device=q.device)
-    if blocks.head_pattern is not None:
-        pattern = blocks.head_pattern.long()
+    wide = torch.promote_types(q.dtype, torch.float32)
     groups = heads // tokens.keys.shape[2]
-    k, v = (x.transpose(1, 2).repeat_interleave(groups, 1) for x in (tokens.keys, tokens.values))
-    spread = tokens.variance
-    if spread is not None:
-        spread = spread.transpose(1, 2).repeat_interleave(groups, 1)
-    cap = tokens.log_count[:, None, None, :]  # (B, 1, 1, V)
+
+    def of_heads(x: torch.Tensor) -> torch.Tensor:
+        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, V, D)
+
+    k, v = of_heads(tokens.keys).mT * scale, of_heads(tokens.values)
+    spread = None if tokens.variance is None else of_heads(tokens.variance).mT * (0.5 * scale**2)
+    log_count = tokens.log_count.to(wide)[:, None, None, :]  # (B, 1, 1, V)
+    visits, tile_of = blocks.derived("visits", _visits)
+    hidden = torch.zeros(visits[:, :, tokens.tile].shape, dtype=wide, device=q.device)
+    hidden.masked_fill_(visits[:, :, tokens.tile], float("-inf"))  # (P, N, V)
     held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
-    rows = max(1, held // (4 * batch * heads * k.shape[2]))
-    out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=torch.float32)
+    rows = max(1, held // (wide.itemsize * batch * heads * v.shape[2]))
+    out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=wide)
     for begin in range(0, length, rows):
         piece = slice(begin, min(begin + rows, length))
-        queries = q[:, piece].transpose(1, 2)  # (B, H, R, D)
-        scores = (queries @ k.transpose(-1, -2)).float() * scale + cap
+        x = q[:, piece].transpose(1, 2).to(wide)  # (B, H, R, D)
+        bias = hidden[:, tile_of[piece]]  # (P, R, V)
+        if blocks.head_pattern is not None:
+            bias = bias[blocks.head_pattern.long()]
+        scores = x @ k
         if spread is not None:
-            second = (queries.square() @ spread.transpose(-1, -2)).float() * (0.5 * scale**2)
-            scores = scores + torch.minimum(second, cap.clamp(min=0))
-        seen = visits[:, tile_of[piece]][:, :, tokens.tile]  # (P, R, V)
-        scores = scores.masked_fill(seen[pattern], float("-inf"))
-        total = scores.logsumexp(-1)  # (B, H, R)
-        safe = total.masked_fill(total == float("-inf"), 0.0)
-        weights = (scores - safe[..., None]).exp()
-        out[:, piece] = (weights.to(v.dtype) @ v).transpose(1, 2)
-        lse[:, piece] = total.transpose(1, 2)
+            scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
+        scores = (scores + log_count).add_(bias)
+        # Constant for the gradients: the maximum drops out of what follows.
+        top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[:, piece] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
+        lse[:, piece] = (total.log() + top)[..., 0].transpose(1, 2)
     return out, lse
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import diffpatch
 from diffpatch import BadParameter, Linear, TokenGrid, adapter
 from diffpatch.distill import Distiller, recording
-from diffpatch.kernels import linear_attention, linear_attention_reference
+from diffpatch.kernels import linear_attention, linear_attention_reference, linear_features
 from diffpatch.methods import distilled
 from diffpatch.methods.base import Call
 from tests.random_blocks import random_qkv
@@ -23,7 +23,7 @@ GRIDS = [TokenGrid(5, 7, 9), TokenGrid(4, 6, 11, text_before=5)]
 UNTRAINED = Linear(far="hedgehog", near=32, allow_untrained=True)
 
 
-@pytest.mark.parametrize("feature", linear_attention.FEATURES)
+@pytest.mark.parametrize("feature", linear_features.FEATURES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_features_are_their_formula(grid: TokenGrid, feature: str) -> None:
     q, k, v = random_qkv(2, grid.num_tokens, 4, 16, torch.float64, key_heads=2)
@@ -42,7 +42,7 @@ def test_features_are_their_formula(grid: TokenGrid, feature: str) -> None:
         assert (out - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("feature", linear_attention.FEATURES)
+@pytest.mark.parametrize("feature", linear_features.FEATURES)
 def test_feature_maps_are_refused_untrained(feature: str) -> None:
     with pytest.raises(BadParameter, match="little more than the mean of the values"):
         diffpatch.make_method("linear", far=feature)

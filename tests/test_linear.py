@@ -56,7 +56,7 @@ def by_definition(
 def test_a_window_and_a_state_are_their_formula(grid: TokenGrid, masked: bool) -> None:
     qkv, mask = inputs(grid), a_key_mask(grid) if masked else None
     expected = by_definition(qkv, grid, STATE, mask)
-    call = Call(STATE.pattern(grid), key_mask=mask, backend="reference")
+    call = Call(STATE.pattern(grid), key_mask=mask, backend="torch")
     assert (STATE.attend(*qkv, call).out - expected).abs().max() < 1e-10
     q, k, v = (x.float() for x in qkv)
     assert (STATE.attend(q, k, v, call).out - expected).abs().max() < 1e-5

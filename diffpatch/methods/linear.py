@@ -14,14 +14,14 @@ import torch
 from diffpatch import adapter
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
-from diffpatch.kernels import linear_attention, virtual_tokens
+from diffpatch.kernels import linear_attention, linear_features, virtual_tokens
 from diffpatch.kernels.block_sparse_work import Work, work_of
 from diffpatch.methods import axis, distilled
 from diffpatch.methods.base import Attended, Call, Method, param, register
 from diffpatch.pattern import BlockPattern, from_tiles
 from diffpatch.tiles import Tiling, choose_tile
 
-FARS = ("pool", "state", *linear_attention.FEATURES)
+FARS = ("pool", "state", *linear_features.FEATURES)
 NEAR = 1024  # tokens of a window of fixed size
 
 
@@ -74,7 +74,7 @@ class Linear(Method):
 
     @property
     def _features(self) -> bool:
-        return self.far in linear_attention.FEATURES
+        return self.far in linear_features.FEATURES
 
     @classmethod
     def complete(cls, params: dict[str, Any]) -> dict[str, Any]:
@@ -139,29 +139,31 @@ class Linear(Method):
                 " diffpatch.patch, or give a layer's tensors in Call.learned"
             )
         q, k, v = (distilled.corrected(x, n, learned) for x, n in ((q, "q"), (k, "k"), (v, "v")))
+        blocks = call.pattern.on(q.device)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         near, near_lse, used = call.sparse(q, k, v)
-        far, far_lse = self._far(q, k, v, call)
+        # Where the exact part runs in Triton the rest decides for itself: it has no gradients.
+        backend = "auto" if used.startswith("triton") else used.removesuffix("-int8")
+        if self.far == "pool":
+            tokens = virtual_tokens.pool(
+                k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask,
+                backend=backend,
+            )  # fmt: skip
+            both = (near, near_lse)
+            out, _ = virtual_tokens.attend_virtual(q, tokens, blocks, scale, both, backend)
+            return Attended(distilled.corrected(out, "out", learned), call.pattern.kept, used)
+        far, far_lse = linear_attention.attend_cumulants(
+            q, k, v, blocks, scale, call.key_mask, backend
+        )
         if self._features:
             x, y = distilled.mapped(q, "q", learned), distilled.mapped(k, "k", learned)
-            blocks = call.pattern.on(q.device)
-            features = linear_attention.attend_features(x, y, v, blocks, self.far, call.key_mask)
+            features = linear_attention.attend_features(
+                x, y, v, blocks, self.far, call.key_mask, backend
+            )
             out = distilled.mixed(near, near_lse, far, far_lse, features, learned)
         else:
             out, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
         return Attended(distilled.corrected(out, "out", learned), call.pattern.kept, used)
-
-    def _far(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to all that the pattern leaves out: (B, S, H, D), its log-sum-exp (B, S, H)."""
-        blocks = call.pattern.on(q.device)
-        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        if self.far != "pool":
-            return linear_attention.attend_cumulants(q, k, v, blocks, scale, call.key_mask)
-        tokens = virtual_tokens.pool(
-            k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask
-        )
-        return virtual_tokens.attend_virtual(q, tokens, blocks, scale)
 
 
 def _boxes(counts: tuple[int, int, int], share: float) -> torch.Tensor:

@@ -1,0 +1,283 @@
+"""Virtual tokens in Triton, for GPUs: one kernel pools keys and values, one attends to them.
+
+The second goes on with the softmax of the exact part: it begins with that part's output and
+log-sum-exp, so that near and far share one softmax and nothing has to be merged afterwards. All
+queries of a program lie in one tile, so that which runs they leave out is a bit for each run.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel takes and returns are Triton's values and has no Python types)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from diffpatch.kernels.blocks import BlockIndex
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+START = tl.constexpr(-1.0e30)  # a finite start of the running maximum, see block_sparse_triton
+LARGEST = tl.constexpr(60000.0)  # of a squared query, which fp16 could not hold
+WORD = 32
+POOLED_ROWS = 64  # tokens that the pooling kernel reads at a time
+
+
+class Config(NamedTuple):
+    """Queries and virtual tokens of a step, warps of a program, and steps in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes an element, padded head size) -> configuration. A step holds three things of the size of
+# keys (keys, values, variances) where plain attention holds two.
+CONFIGS = {
+    (2, 64): Config(128, 64, 8, 2),
+    (2, 128): Config(64, 32, 4, 2),
+    (2, 256): Config(64, 32, 8, 1),
+    (4, 64): Config(32, 32, 8, 1),
+    (4, 128): Config(16, 32, 8, 1),
+    (4, 256): Config(16, 16, 8, 1),
+}
+
+
+def configuration(dtype: torch.dtype, size: int) -> Config:
+    """The configuration that ships for a dtype and a head size up to 256."""
+    return CONFIGS[dtype.itemsize, padded(size)]
+
+
+def padded(size: int) -> int:
+    """The channels the kernels compute for a head size: a power of two, 64 at least."""
+    return max(64, triton.next_power_of_2(size))
+
+
+@triton.jit
+def pool_kernel(
+    K, V, KEYS, VALUES, VARIANCE, LOG_COUNT, ORDER, FIRST, ALLOWED,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    tokens, heads, runs,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: the means, the variance and the count of one run, one head, one batch entry.
+
+    KEYS, VALUES and VARIANCE (B, V, heads, SIZE) and LOG_COUNT (B, V) are contiguous; FIRST (V + 1)
+    says where in ORDER each run begins.
+    """
+    run = tl.program_id(0)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    channel = tl.arange(0, SIZE_PADDED)
+    row = tl.arange(0, ROWS)
+    begin, end = tl.load(FIRST + run), tl.load(FIRST + run + 1)
+    key = tl.zeros([SIZE_PADDED], tl.float32)
+    value = tl.zeros([SIZE_PADDED], tl.float32)
+    count = 0.0
+    for start in range(begin, end, ROWS):
+        held = start + row < end
+        token = tl.load(ORDER + start + row, mask=held, other=0)
+        if ALLOWED is not None:
+            held = held & (tl.load(ALLOWED + batch * tokens + token, mask=held, other=0) != 0)
+        read = held[:, None] & (channel < SIZE)[None, :]
+        k_at = K + batch * stride_kb + head * stride_kh + token[:, None] * stride_ks
+        v_at = V + batch * stride_vb + head * stride_vh + token[:, None] * stride_vs
+        key += tl.sum(tl.load(k_at + channel[None, :], mask=read, other=0.0).to(tl.float32), 0)
+        value += tl.sum(tl.load(v_at + channel[None, :], mask=read, other=0.0).to(tl.float32), 0)
+        count += tl.sum(held.to(tl.float32), 0)
+    share = 1.0 / tl.maximum(count, 1.0)
+    key = key * share
+    at = ((batch * runs + run) * heads + head) * SIZE + channel
+    tl.store(KEYS + at, key.to(KEYS.dtype.element_ty), mask=channel < SIZE)
+    tl.store(VALUES + at, (value * share).to(VALUES.dtype.element_ty), mask=channel < SIZE)
+    if head == 0:
+        tl.store(LOG_COUNT + batch * runs + run, tl.where(count > 0, tl.log(count), -float("inf")))
+    if VARIANCE is not None:
+        spread = tl.zeros([SIZE_PADDED], tl.float32)
+        for start in range(begin, end, ROWS):
+            held = start + row < end
+            token = tl.load(ORDER + start + row, mask=held, other=0)
+            if ALLOWED is not None:
+                held = held & (tl.load(ALLOWED + batch * tokens + token, mask=held, other=0) != 0)
+            read = held[:, None] & (channel < SIZE)[None, :]
+            k_at = K + batch * stride_kb + head * stride_kh + token[:, None] * stride_ks
+            k = tl.load(k_at + channel[None, :], mask=read, other=0.0).to(tl.float32)
+            k = tl.where(read, k - key[None, :], 0.0)
+            spread += tl.sum(k * k, 0)
+        spread = tl.minimum(spread * share, LARGEST)
+        tl.store(VARIANCE + at, spread.to(VARIANCE.dtype.element_ty), mask=channel < SIZE)
+
+
+@triton.jit
+def virtual_kernel(
+    Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SEEN, NEAR, NEAR_LSE, OUT, LSE,
+    ORDER, STARTS, HEAD_PATTERN,
+    scale, scale_log2, log2_e, stride_qb, stride_qs, stride_qh,
+    tokens, heads, group, tiles, parts, runs, words,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one tile, for one head of one batch entry.
+
+    KEYS, VALUES and VARIANCE (B, V, heads / group, SIZE), LOG_COUNT (B, V), NEAR and OUT
+    (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H) are contiguous, and so are the channels of Q. Bit
+    v % 32 of word v // 32 of SEEN (P * tiles, words) says that a tile sees run v exactly.
+    """
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    tile = tl.program_id(0) // parts
+    row = tile
+    if HEAD_PATTERN is not None:
+        row += tl.load(HEAD_PATTERN + head) * tiles
+    in_tile = (tl.program_id(0) % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.load(STARTS + tile)
+    held = in_tile < tl.load(STARTS + tile + 1) - first
+    token = tl.load(ORDER + first + in_tile, mask=held, other=0)
+    channel = tl.arange(0, SIZE_PADDED)
+    stored = held[:, None] & (channel < SIZE)[None, :]
+    at_row = (batch * tokens + token) * heads + head
+    at_out = at_row[:, None] * SIZE + channel[None, :]
+    q_at = Q + batch * stride_qb + head * stride_qh + token[:, None] * stride_qs + channel[None, :]
+    q = tl.load(q_at, mask=stored, other=0.0)
+    scaled = q.to(tl.float32) * scale
+    squared = tl.minimum(scaled * scaled, LARGEST).to(q.dtype)
+
+    acc = tl.zeros([BLOCK_M, SIZE_PADDED], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], START, tl.float32)
+    if NEAR is not None:
+        lse = tl.load(NEAR_LSE + at_row, mask=held, other=-float("inf"))
+        begun = lse > -float("inf")
+        top = tl.where(begun, lse * log2_e, START)
+        total = begun.to(tl.float32)
+        acc = tl.load(NEAR + at_out, mask=stored, other=0.0).to(tl.float32)
+
+    key_heads = heads // group
+    offsets = tl.arange(0, BLOCK_N)
+    base = (batch * runs * key_heads + head // group) * SIZE + channel[None, :]
+    for start in tl.range(0, runs, BLOCK_N, num_stages=STAGES):
+        run = start + offsets
+        inside = run < runs
+        read = inside[:, None] & (channel < SIZE)[None, :]
+        at = base + run[:, None].to(tl.int64) * (key_heads * SIZE)
+        k = tl.load(KEYS + at, mask=read, other=0.0)
+        log_count = tl.load(LOG_COUNT + batch * runs + run, mask=inside, other=-float("inf"))
+        word = tl.load(SEEN + row.to(tl.int64) * words + run // 32, mask=inside, other=0)
+        log_count = tl.where(((word >> (run % 32)) & 1) != 0, -float("inf"), log_count * log2_e)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + log_count[None, :]
+        if VARIANCE is not None:
+            spread = tl.load(VARIANCE + at, mask=read, other=0.0)
+            second = tl.dot(squared, tl.trans(spread), input_precision="ieee") * (0.5 * log2_e)
+            scores += tl.minimum(second, tl.maximum(log_count, 0.0)[None, :])
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(VALUES + at, mask=read, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
+    tl.store(OUT + at_out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=stored)
+    lse = tl.where(blind, -float("inf"), (top + tl.log2(total)) * LN_2)
+    tl.store(LSE + at_row, lse, mask=held)
+
+
+def pool(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    first: torch.Tensor,
+    second_order: bool,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Pool keys and values, each read once, but the keys twice for their variance.
+
+    Args:
+        k: (B, S, K, D), fp32, bf16 or fp16.
+        v: (B, S, K, D).
+        blocks: the tiles.
+        first: int32 (V + 1,), where each run begins in tile order.
+        second_order: whether to make the variance.
+        key_mask: bool (B, S), True where a key counts; or None.
+
+    Returns:
+        Mean keys and values (B, V, K, D), the variance of the keys or None, and the log of the
+        counts, fp32 (B, V).
+    """
+    batch, tokens, heads, size = k.shape
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    runs = first.shape[0] - 1
+    keys, values = (torch.empty(batch, runs, heads, size, dtype=k.dtype, device=k.device)
+                    for _ in range(2))  # fmt: skip
+    variance = torch.empty_like(keys) if second_order else None
+    log_count = torch.empty(batch, runs, dtype=torch.float32, device=k.device)
+    allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    pool_kernel[(runs, batch * heads)](
+        k, v, keys, values, variance, log_count, blocks.order, first, allowed,
+        *k.stride()[:3], *v.stride()[:3], tokens, heads, runs,
+        SIZE=size, SIZE_PADDED=padded(size), ROWS=POOLED_ROWS, num_warps=4,
+    )  # fmt: skip
+    return keys, values, variance, log_count
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    variance: torch.Tensor | None,
+    log_count: torch.Tensor,
+    seen: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    near: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the virtual tokens that no tile of a query sees, after that to `near`.
+
+    Args:
+        q: (B, S, H, D), fp32, bf16 or fp16.
+        keys: (B, V, K, D) contiguous, where K divides H.
+        values: (B, V, K, D).
+        variance: (B, V, K, D) or None.
+        log_count: fp32 (B, V), -inf for runs that do not count.
+        seen: int32 (P * N, V / 32), bits as `pack` makes them.
+        blocks: the tiles and the patterns of the heads.
+        scale: the factor on q·k.
+        near: an output (B, S, H, D) and its natural log-sum-exp fp32 (B, S, H) to go on with.
+
+    Returns:
+        The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H).
+    """
+    batch, tokens, heads, size = q.shape
+    config = configuration(q.dtype, size)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    begun, begun_lse = (None, None) if near is None else (x.contiguous() for x in near)
+    parts = -(-blocks.max_tile // config.block_m)
+    virtual_kernel[(blocks.num_tiles * parts, batch * heads)](
+        q, keys, values, variance, log_count, seen, begun, begun_lse, out, lse,
+        blocks.order, blocks.starts, blocks.head_pattern,
+        scale, scale * LOG2_E, LOG2_E, *q.stride()[:3],
+        tokens, heads, heads // keys.shape[2], blocks.num_tiles, parts, keys.shape[1],
+        seen.shape[1],
+        SIZE=size, SIZE_PADDED=padded(size),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def pack(seen: torch.Tensor) -> torch.Tensor:
+    """Booleans (rows, V) as int32 words (rows, ceil(V / 32)), bit 0 first."""
+    rows, count = seen.shape
+    grown = seen.new_zeros(rows, -(-count // WORD) * WORD)
+    grown[:, :count] = seen
+    bits = torch.arange(WORD, device=seen.device)
+    words = (grown.view(rows, -1, WORD).long() << bits).sum(-1)
+    return (words - ((words >> (WORD - 1)) << WORD)).int()
