@@ -90,3 +90,11 @@ def with_outliers(x: torch.Tensor, channel: int = 3, factor: float = 30.0) -> to
     return torch.cat(
         [x[..., :channel], x[..., channel : channel + 1] * factor, x[..., channel + 1 :]], -1
     )
+
+
+# What trained models do to queries and keys that normal noise does not.
+HARD_INPUTS = {
+    "noise": lambda q, k: (q, k),
+    "sharp": lambda q, k: (8.0 * q, k),  # a few keys have all the weight
+    "outliers": lambda q, k: (with_outliers(q), with_outliers(k)),
+}

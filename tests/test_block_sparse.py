@@ -20,7 +20,7 @@ from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_r
 from diffpatch.kernels.block_sparse_plan import plans
 from diffpatch.kernels.block_sparse_reference import dense_mask
 from diffpatch.kernels.blocks import BlockIndex
-from tests.random_blocks import random_blocks, random_qkv, with_outliers
+from tests.random_blocks import HARD_INPUTS, random_blocks, random_qkv
 
 SIZES = [37, 64, 20, 64, 64, 5, 64, 33]
 
@@ -115,12 +115,11 @@ def test_torch_equals_the_reference_on_any_blocks(
 
 @pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("outliers", [False, True])
-def test_error_is_that_of_dense_attention(size: int, dtype: torch.dtype, outliers: bool) -> None:
+@pytest.mark.parametrize("inputs", HARD_INPUTS)
+def test_error_is_that_of_dense_attention(size: int, dtype: torch.dtype, inputs: str) -> None:
     blocks = random_blocks(SIZES, kept=0.6, partial=0.3, seed=5)
     q, k, v = random_qkv(1, sum(SIZES), 2, size, dtype)
-    if outliers:
-        q, k = with_outliers(q), with_outliers(k)
+    q, k = HARD_INPUTS[inputs](q, k)
     exact, exact_lse = attend(q.double(), k.double(), v.double(), blocks, backend="reference")
     mask = dense_mask(blocks)[0]
     seen = mask.any(-1)

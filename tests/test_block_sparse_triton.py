@@ -27,7 +27,7 @@ from diffpatch.kernels.block_sparse_lists import SubBlocks, sub_blocks
 from diffpatch.kernels.block_sparse_reference import dense_mask
 from diffpatch.kernels.blocks import BlockIndex
 from tests.pretend_gpu import pretend_gpu
-from tests.random_blocks import random_blocks, random_qkv, with_outliers
+from tests.random_blocks import HARD_INPUTS, random_blocks, random_qkv
 from tests.triton_interpreter import interpreted
 
 SIZES = [64, 64, 40, 64, 17]
@@ -236,13 +236,11 @@ def test_two_runs_agree_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("outliers", [False, True])
-def test_error_is_at_most_half_above_that_of_dense_attention(
-    dtype: torch.dtype, outliers: bool
-) -> None:
+@pytest.mark.parametrize("hard", HARD_INPUTS)
+def test_error_is_at_most_half_above_that_of_dense_attention(dtype: torch.dtype, hard: str) -> None:
     blocks = random_blocks([64, 64, 64], kept=0.8, partial=0.3, seed=8)
     q, k, v = random_qkv(1, 192, 1, 64, dtype)
-    inputs = (with_outliers(q), with_outliers(k), v) if outliers else (q, k, v)
+    inputs = (*HARD_INPUTS[hard](q, k), v)
     expected, _ = exact(inputs, blocks)
     mask = dense_mask(blocks)[0]
     seen = mask.any(-1)

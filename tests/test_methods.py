@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+import time
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffpatch
-from diffpatch import BadParameter, Neighborhood, Radial, TokenGrid, UnknownMethod, Window
+from diffpatch import (
+    BadParameter,
+    Disc,
+    Neighborhood,
+    Radial,
+    SlidingTile,
+    TokenGrid,
+    UnknownMethod,
+    Window,
+)
 from diffpatch.methods import radial_rules
 from tests.brute import published_by_hand
 
@@ -91,10 +104,67 @@ def test_any_grid_gives_a_sound_pattern(
     assert bool(mask[:before].all()) and bool(mask[:, :before].all())
 
 
-def test_a_large_grid_is_planned_in_tiles_not_tokens() -> None:
-    pattern = Window(window=(5, 12, 16)).pattern(TokenGrid(61, 60, 106))  # 387,960 tokens
-    assert pattern.kept == pytest.approx(960 / 387_960, rel=0.1)
-    assert pattern.blocks.cols.numel() < 10_000_000
+WAN = TokenGrid(21, 45, 80)  # 75,600 tokens
+STATIC: dict[str, diffpatch.Method] = {
+    "radial": Radial(),
+    "radial published": Radial(rule="published"),
+    "neighborhood": Neighborhood(),
+    "neighborhood by token": Neighborhood(window=(11, 23, 25), stride=1),
+    "neighborhood by head": Neighborhood(heads=((-1, 0.3, 0.3), (0.3, -1, -1))),
+    "neighborhood dilated": Neighborhood(window=0.3, stride=1, dilation=3),
+    "window": Window(window=0.5, shift="random"),
+    "window by head": Window.cross(4),
+    "sliding tile": SlidingTile(),
+    "disc": Disc(),
+    "disc in time": Disc(radius=16, time=0.3),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_pattern_of_a_720p_video_takes_a_tenth_of_a_second(name: str) -> None:
+    method, taken = STATIC[name], []
+    for _ in range(3):
+        begin = time.process_time()
+        method.pattern(WAN, method.variant(1, 3))
+        taken.append(time.process_time() - begin)
+    assert min(taken) < 0.3  # 0.02 to 0.08 s where it was written; other machines are slower
+
+
+def test_a_pattern_is_made_once() -> None:
+    from tests.tiny import wan
+
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "neighborhood", window=0.5, stride=1, dense_steps=0)
+    with mock.patch.object(
+        Neighborhood, "pattern", autospec=True, side_effect=Neighborhood.pattern
+    ) as made:
+        tiny.run()
+        tiny.run()
+    report = diffpatch.report(tiny.pipe)
+    assert report.dense_calls == 0 and made.call_count == 1
+
+
+MILLION = """
+import resource, sys
+import torch
+from diffpatch import Neighborhood, Radial, TokenGrid, Window
+
+torch.set_num_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+grid = TokenGrid(80, 90, 140, text_after=512)
+for method in (Radial(), Neighborhood(), Neighborhood((9, 17, 25), stride=1), Window()):
+    pattern = method.pattern(grid, method.variant(1, 1))
+    assert 0 < pattern.kept < 0.5 and pattern.blocks.num_tokens > 1e6
+    del pattern
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_million_tokens_are_planned_in_tiles_not_tokens() -> None:
+    """Peak memory of a process of its own, in KiB: 1.5 GiB, where 10¹² pairs would take 931."""
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2.5 * 2**20
 
 
 def test_draw_shows_the_tile_map() -> None:

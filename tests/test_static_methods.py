@@ -67,7 +67,8 @@ def along_axes(tables: list[list[list[bool]]]) -> Rule:
 @st.composite
 def neighborhoods(draw: st.DrawFn, grid: TokenGrid) -> tuple[Neighborhood, Rule]:
     """A setting for all heads, and its rule."""
-    sizes, tables = [], []
+    sizes: list[tuple[Any, ...]] = []
+    tables = []
     for length in grid.shape:
         dilation = draw(st.integers(1, min(3, length)))
         window = draw(st.integers(1, length // dilation))
@@ -76,9 +77,7 @@ def neighborhoods(draw: st.DrawFn, grid: TokenGrid) -> tuple[Neighborhood, Rule]
         sizes.append((-1 if whole else window, stride, dilation, causal))
         axis = (length, window, stride, dilation, causal)
         tables.append([[gna(q, k, *axis) for k in range(length)] for q in range(length)])
-    window, stride, dilation, causal = zip(*sizes, strict=True)
-    method = Neighborhood(window=window, stride=stride, dilation=dilation, causal=causal)
-    return method, along_axes(tables)
+    return Neighborhood(*zip(*sizes, strict=True)), along_axes(tables)
 
 
 @random_settings
