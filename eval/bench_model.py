@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.budget import fit_budget
+from diffpatch.errors import BadParameter
 from diffpatch.eval.bench_attention import (
     DENSE,
     MATH_LIMIT,
@@ -105,8 +107,9 @@ def bench_model(
 
     Raises:
         WrongResult: a method's output is wrong, so that no speed is reported at all.
-        DiffpatchError: a model, size or method cannot work.
+        DiffpatchError: a model, size or method cannot work, or the memory does not suffice.
     """
+    check_memory(case)
     say(f"creating {case.shape.name}")
     model = random_models.build(
         case.shape, layers=case.layers, dtype=case.dtype, device=case.device
@@ -152,6 +155,52 @@ def bench_model(
         "methods": entries,
         "environment": environment(case.device),
     }
+
+
+def check_memory(case: ModelCase) -> None:
+    """Refuse a model that is larger than the memory that is free.
+
+    Raises:
+        BadParameter: says how much is needed, and how many layers would fit.
+    """
+    weights, rest = needed_bytes(case)
+    free = free_bytes(case.device)
+    if free is None or weights + rest <= free:
+        return
+    count = case.layers or case.shape.layers
+    fit = int((free - rest) / weights * count)
+    fewer = f"fewer layers ({fit} fit)" if fit > 0 else "a smaller size"
+    raise BadParameter(
+        f"{case.shape.name} with {count} layers needs about {(weights + rest) / 2**30:.1f} GiB for"
+        f" {case.grid.num_tokens} tokens in {str(case.dtype).removeprefix('torch.')}, and"
+        f" {free / 2**30:.1f} GiB are free: time {fewer}, or in a smaller dtype"
+    )
+
+
+def needed_bytes(case: ModelCase) -> tuple[float, float]:
+    """Memory for the weights, exactly, and for one layer's activations, roughly."""
+    model = random_models.build(
+        case.shape, layers=case.layers, dtype=case.dtype, device=torch.device("meta")
+    )
+    weights = sum(parameter.numel() for parameter in model.parameters()) * case.dtype.itemsize
+    shape, dim = case.shape, case.shape.heads * case.shape.head_dim
+    # At its widest a layer holds the feed-forward's inside, or q, k, v and their rotated copies,
+    # beside a few versions of its input, of which normalisations keep one in fp32.
+    wide = max(2 * shape.ffn, 6 * dim) + 4 * dim
+    tokens = case.batch * case.grid.num_tokens
+    return float(weights), float(tokens * (wide * case.dtype.itemsize + 4 * dim))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a device; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found and device.type == "cpu" else None
 
 
 class _Stage:
