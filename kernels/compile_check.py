@@ -152,12 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have")
     parser.add_argument("--write", type=Path, help="put the results of this Triton into a table")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    known = _rows(options.write) if options.missing and options.write else {}
     results = []
     for case in cases(options.arch, options.dtype):
         if options.kernel and case.kernel not in options.kernel:
+            continue
+        row = known.get(_key(asdict(case)))
+        if row and row["config"] == configuration(case)._asdict():
             continue
         results.append(check(case))
         log.info("%s", _line(results[-1]))
@@ -192,7 +197,7 @@ def write(results: Sequence[Result], path: Path) -> None:
     """
     table = json.loads(path.read_text()) if path.exists() else {}
     shipped = {_key(asdict(case)): None for case in cases(list(SHARED_LIMIT))}
-    rows = shipped | {_key(row): row for row in table.get(triton.__version__, [])}
+    rows = shipped | _rows(path)
     rows |= {_key(asdict(result.case)): _row(result) for result in results}
     table[triton.__version__] = [row for key, row in rows.items() if row and key in shipped]
     versions = []
@@ -200,6 +205,12 @@ def write(results: Sequence[Result], path: Path) -> None:
         lines = ",\n".join("  " + json.dumps(row) for row in rows_of_it)
         versions.append(f" {json.dumps(version)}: [\n{lines}\n ]")
     path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def _rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What a table has of this version of Triton, by case."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    return {_key(row): row for row in table.get(triton.__version__, [])}
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from diffpatch.kernels import compile_check
-from diffpatch.kernels.compile_check import Case
+from diffpatch.kernels.compile_cases import Case, cases, configuration
 
 TABLE = Path(compile_check.__file__).resolve().parents[1] / "eval/results/compile_table.json"
+FIELDS = [field.name for field in dataclasses.fields(Case)]
 SAMPLE = {
     "what most GPUs run": Case(90, "forward", "bf16", 128, 128, False),
     "a smaller GPU": Case(89, "forward", "fp16", 96, 128, False),
@@ -23,6 +27,7 @@ SAMPLE = {
     "keys where they are": Case(90, "forward", "bf16", 128, 128, False, "gather"),
     "scores in 8 bits": Case(90, "int8", "bf16", 128, 128, False),
     "keys to 8 bits": Case(90, "quantize", "bf16", 128, 128, True),
+    "tiles for the next step": Case(90, "skip", "bf16", 128, 128, False),
     "gradient of queries": Case(90, "queries", "bf16", 128, 128, False),
     "gradient of keys": Case(90, "keys", "bf16", 128, 128, False),
 }
@@ -67,30 +72,34 @@ def table() -> dict[str, list[dict[str, Any]]]:
 def test_everything_compiled_on_the_oldest_supported_triton_and_a_current_one() -> None:
     versions = table()
     assert "3.6.0" in versions and len(versions) > 1
+    shipped = {case: configuration(case)._asdict() for case in cases([*compile_check.SHARED_LIMIT])}
     for rows in versions.values():
-        assert {row["arch"] for row in rows} == set(compile_check.SHARED_LIMIT)
+        compiled = {Case(**{name: row[name] for name in FIELDS}): row["config"] for row in rows}
+        assert compiled == shipped, "run python -m diffpatch.kernels.compile_check --missing"
         assert not [row for row in rows if row["problems"]]
         for row in rows:
             spilled = 0 if row["arch"] in (80, 90, 100) else 32
             assert row["stack"] <= spilled
             assert row["shared"] <= compile_check.SHARED_LIMIT[row["arch"]]
+            multiplies = row["dtype"] != "fp32" and row["kernel"] != "quantize"
+            assert row["tensor_cores"] > 0 or not multiplies
 
 
 def test_the_table_keeps_other_versions(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text('{"3.0.0": [{"arch": 80}]}')
     case = Case(90, "quantize", "bf16", 128, 128, False)
-    config = compile_check.configuration(case)
+    config = configuration(case)
     compile_check.write([compile_check.Result(case, config, 1, 2, 3, 4, 5)], path)
     written = json.loads(path.read_text())
-    (row,) = written.pop(compile_check.triton.__version__)
+    (row,) = written.pop(triton.__version__)
     assert row["arch"] == 90 and row["shared"] == 3 and row["config"]["block_m"] == config.block_m
     assert written == {"3.0.0": [{"arch": 80}]}
 
 
 def test_spills_and_missing_instructions_are_problems() -> None:
     case = Case(90, "forward", "bf16", 128, 128, False)
-    bad = compile_check.Result(case, compile_check.configuration(case), 255, 8, 300000, 0, 1)
+    bad = compile_check.Result(case, configuration(case), 255, 8, 300000, 0, 1)
     problems = " ".join(compile_check._problems(bad, "wgmma"))
     assert "8 bytes of stack" in problems and "no wgmma" in problems
     assert "300000 bytes of shared memory" in problems and "1 buffers" in problems
