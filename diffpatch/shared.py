@@ -90,6 +90,11 @@ class Patch:
         self.record = Record()
         self.state.clear()
 
+    def forget(self, transformer: str) -> None:
+        """Forget the state of one transformer; its counts stay."""
+        for key in [key for key in self.state if key[0] == transformer]:
+            del self.state[key]
+
     def check_state(self) -> None:
         """Refuse politely before the state of a run outgrows what the method may hold."""
         limit = self.method.state_limit()

@@ -16,6 +16,7 @@ from diffpatch.errors import DiffpatchError, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
 from diffpatch.methods.base import Call
+from diffpatch.methods.temporal_frames import FrameClock
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import FamilyInfo, attention_modules
 from diffpatch.pipelines.grids import REST, Grid
@@ -53,6 +54,7 @@ class PatchedTransformer:
         self._last = -1
         self._sample = 0
         self._warned = self._mixed = False
+        self._frames = FrameClock()
         self._forwards: set[tuple[Grid, int]] = set()  # since the last backward pass
         self._went_back = False
 
@@ -122,6 +124,14 @@ class PatchedTransformer:
             self.grid, self._why = _NO_GRID, found
         else:
             self.grid = found
+        if not torch.compiler.is_compiling():
+            self._forget_moved_frames(named)
+
+    def _forget_moved_frames(self, arguments: Mapping[str, Any]) -> None:
+        patch = self.patch
+        first = patch.method.needs_steps and patch.tracker.branch == 0
+        if first and self._frames.moved(arguments):
+            patch.forget(self.name)
 
     def _check_company(self, model: Any) -> None:
         """Refuse what else is on and would compute something else than it says."""

@@ -80,6 +80,18 @@ def skyreels() -> Tiny:
     return pipeline("SkyReelsV2Pipeline", {"transformer": model} | NO_TEXT, **call)
 
 
+def skyreels_forcing() -> Tiny:
+    """SkyReels-V2 by diffusion forcing, in two parts that overlap."""
+    model = make("SkyReelsV2Transformer3DModel", **_WAN)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    parts = {"transformer": model, "scheduler": scheduler} | NO_TEXT
+    call = prompts() | GUIDED | SIZE | {"num_frames": 17, "prompt": None}
+    window = {"base_num_frames": 9, "overlap_history": 1, "addnoise_condition": 20}
+    return pipeline("SkyReelsV2DiffusionForcingPipeline", parts, **call, **window)
+
+
 def hunyuan() -> Tiny:
     """HunyuanVideo: 8 text tokens behind, of which 3 are padding under a key mask."""
     model = make(
