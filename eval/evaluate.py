@@ -86,7 +86,7 @@ def evaluate_folders(
         rows.append(_together(team, parts).row(row, base, role=role, folder=str(chosen[row])))
     files = [path for found in pairs.values() for pair in found.values() for path in pair]
     notes.append(_lossy(files))
-    return _result("folders", rows, tools, base.missing, [note for note in notes if note])
+    return _result("folders", rows, tools, base.reasons(), [note for note in notes if note])
 
 
 def evaluate_model(
@@ -148,7 +148,7 @@ def evaluate_model(
         merged[row].row(row, base, role="method", kept=_mean(shares[row]), options=dict(options))
         for row, options in methods.items()
     ]
-    result = _result("model", rows, tools, base.missing, [], pipe._execution_device)
+    result = _result("model", rows, tools, base.reasons(), [], pipe._execution_device)
     plain = {key: value for key, value in call.items() if isinstance(value, str | int | float)}
     return {"prompts": list(prompts), "seed": seed, "call": plain, **result}
 

@@ -20,12 +20,12 @@ class Tally:
     Attributes:
         scores: name of a clip -> its metrics.
         features: their features by the name of the extractor, for set distances.
-        missing: metric -> why some clip lacks it.
+        missing: name of a clip -> metric -> why it lacks that.
     """
 
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     features: Mapping[str, FeatureSet] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def merge(self, *others: Tally) -> Tally:
         """All clips together, the same whoever measured which.
@@ -43,11 +43,11 @@ class Tally:
             for maker, own in parts[0].features.items()
         }
         scores: dict[str, Mapping[str, float]] = {}
-        missing: dict[str, str] = {}
+        missing: dict[str, Mapping[str, str]] = {}
         for part in parts:
             scores |= part.scores
-            missing |= {key: why for key, why in part.missing.items() if key not in missing}
-        return Tally(dict(sorted(scores.items())), features, missing)
+            missing |= part.missing
+        return Tally(dict(sorted(scores.items())), features, dict(sorted(missing.items())))
 
     def means(self) -> dict[str, float]:
         """Every metric's mean over the clips that have it, in the order of names."""
@@ -56,6 +56,18 @@ class Tally:
             for metric, value in scores.items():
                 values.setdefault(metric, []).append(value)
         return {metric: math.fsum(found) / len(found) for metric, found in values.items()}
+
+    def reasons(self) -> dict[str, str]:
+        """Metric -> why clips lack it: the reason of the first, and of how many if not of all."""
+        found: dict[str, list[str]] = {}
+        for reasons in self.missing.values():
+            for metric, why in reasons.items():
+                found.setdefault(metric, []).append(why)
+        total = len(self.scores)
+        return {
+            metric: whys[0] + (f" ({len(whys)} of {total} clips)" if len(whys) < total else "")
+            for metric, whys in found.items()
+        }
 
     def row(self, name: str, reference: Tally | None = None, **more: Any) -> dict[str, Any]:
         """A line of a result, ready for JSON; with the distances to a reference's features."""
@@ -91,4 +103,5 @@ def measure(
     scores = {} if reference is None else quality.paired(frames, reference, tools)
     scores |= quality.alone(frames, prompt, tools)
     features = {e.name: FeatureSet({name: e(frames)}, e.name) for e in tools.extractors}
-    return Tally({name: scores}, features, quality.absent(tools, frames=frames, prompt=prompt))
+    missing = {name: quality.absent(tools, frames=frames, prompt=prompt)}
+    return Tally({name: scores}, features, missing)

@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
     if any(found["small_sample"] for found in rows[-1]["sets"].values()):
         notes.append("fewer than two pictures per feature: a Fréchet distance says little")
     return {
-        "rows": rows, "notes": notes, "tools": tools.names(), "missing": dict(tally.missing),
+        "rows": rows, "notes": notes, "tools": tools.names(), "missing": tally.reasons(),
         "model": args.model, "environment": environment(device),
     }  # fmt: skip
 
