@@ -1,30 +1,38 @@
-"""What a method will gain, before anything runs: grid, kept pairs, share of attention, bounds."""
+"""What a method will gain, before anything runs: grid, kept pairs, costs, bounds, seconds."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffpatch.errors import BadParameter, UnknownFamily
+from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
-from diffpatch.methods.base import MethodLike
+from diffpatch.kernels.block_sparse_work import Work
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.methods.base import Method, MethodLike
 from diffpatch.pattern import BlockPattern
-from diffpatch.pipelines.families import attention_modules, families, family_of
-from diffpatch.pipelines.presets import two_experts
-from diffpatch.pipelines.shapes import ModelShape, shape_of, shape_of_pipeline
-from diffpatch.schedule import Amount
+from diffpatch.pipelines.families import families
+from diffpatch.pipelines.find_shape import find_shape
+from diffpatch.pipelines.shapes import ModelShape
+from diffpatch.prediction import Prediction, predict
+from diffpatch.profiles import DeviceProfile, load_profile
+from diffpatch.schedule import Amount, BoundSchedule
 from diffpatch.settings import settle
+
+BACKEND = "triton"  # whose padding is counted where no device says which backend runs
 
 
 @dataclass(frozen=True)
 class Plan:
     """The cost of a run with a method, next to the same run dense.
 
-    Speedups are bounds: they assume that kept pairs cost what dense pairs cost and that everything
-    counts by its floating-point operations. Real ones are lower; `diffpatch bench` measures them.
+    The speedups are bounds: they assume that kept pairs cost what dense pairs cost and that
+    everything counts by its floating-point operations. `predicted` is what a device makes of them.
 
     Attributes:
         model: the model planned for.
@@ -33,6 +41,8 @@ class Plan:
         tokens: length of the self-attention sequence.
         kept: query-key pairs computed over the whole run, dense steps and layers included.
         kept_sparse: the same over the sparse calls alone.
+        kept_per_step: the same of every step.
+        kept_per_layer: and of every layer.
         dense_steps: denoising steps that stay dense.
         dense_layers: layers that stay dense.
         steps: denoising steps.
@@ -40,8 +50,19 @@ class Plan:
         attention_share: share of dense self-attention in the operations of a step.
         attention_speedup: bound on the speedup of all self-attention of the run.
         step_speedup: bound on the speedup of the run's transformer (Amdahl).
+        dense_step_flops: floating-point operations of a dense step, all guidance branches.
+        step_flops: of a step with the method, the mean over the run.
+        visited: pairs in the tiles that a sparse call visits, as a fraction of all pairs; what is
+            more than `kept_sparse` lies in tiles of which only a part is kept. None if the method
+            does more than visit tiles.
+        computed: pairs that the backend computes in a sparse call, as a fraction of all: also what
+            it fills up to whole blocks, or computes for several tiles together. None: no model.
+        backend: the backend that `computed` is about.
         partial_share: visited tiles that need an element mask, as a fraction.
         state_bytes: memory held across steps, over all layers and guidance branches.
+        predicted: seconds and speedups on a device; None without a profile, or where the data
+            decide or no model tells what the method costs.
+        patterns: the patterns of the sparse calls.
         at_most: whether the run may keep less than this says, because the data decide.
     """
 
@@ -51,6 +72,8 @@ class Plan:
     tokens: int
     kept: float
     kept_sparse: float
+    kept_per_step: tuple[float, ...]
+    kept_per_layer: tuple[float, ...]
     dense_steps: int
     dense_layers: int
     steps: int
@@ -58,44 +81,103 @@ class Plan:
     attention_share: float
     attention_speedup: float
     step_speedup: float
+    dense_step_flops: float
+    step_flops: float
+    visited: float | None
+    computed: float | None
+    backend: str
     partial_share: float
     state_bytes: int
+    predicted: Prediction | None = None
     patterns: tuple[BlockPattern, ...] = ()
     at_most: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the patterns, ready for JSON."""
-        fields = {k: v for k, v in vars(self).items() if k not in ("patterns", "grid")}
-        return fields | {"grid": asdict(self.grid)}
+        fields = {k: v for k, v in vars(self).items() if k not in ("patterns", "grid", "predicted")}
+        predicted = None if self.predicted is None else asdict(self.predicted)
+        return fields | {"grid": asdict(self.grid), "predicted": predicted}
 
-    def draw(self, size: int = 512) -> Any:
-        """The tile map of the first pattern, as a PIL image."""
-        return self.patterns[0].draw(size)
+    def draw(self, kind: str = "tiles", query: Sequence[int] | None = None) -> Any:
+        """A picture of the first pattern, as a PIL image.
+
+        Args:
+            kind: "tiles" (kept fraction of every pair of tiles), "query" (what one query sees) or
+                "distance" (kept fraction by the distance between frames).
+            query: (frame, row, column) for kind "query"; None takes the middle of the grid.
+
+        Raises:
+            BadParameter: no such kind or query, or the run is dense.
+        """
+        from diffpatch.drawing import draw
+
+        if not self.patterns:
+            raise BadParameter(f"{self.method} on {self.model} runs dense: there is no pattern")
+        title = f"{self.method} on {self.model}"
+        return draw(self.patterns[0], kind, title=title, query=query)
 
     def __str__(self) -> str:
-        state = f"\n  state      {self.state_bytes / 2**20:.0f} MiB" if self.state_bytes else ""
         most = "at most " if self.at_most else ""
+        lines = [
+            f"{self.method} on {self.model}",
+            f"  grid       {self.grid} = {self.tokens:,} tokens",
+            f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
+            f" {self.kept:.1%} in the run",
+            f"  by step    {runs(self.kept_per_step)}",
+            f"  by layer   {runs(self.kept_per_layer)}",
+            f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
+            f" {self.layers} layers",
+            *self._waste(),
+            f"  attention  {self.attention_share:.0%} of a dense step's operations",
+            f"  a step     {self.dense_step_flops / 1e12:,.4g} TFLOP dense,"
+            f" {self.step_flops / 1e12:,.4g} TFLOP in the mean of the run",
+            self._bound(),
+        ]
+        if self.predicted is not None:
+            lines.append(f"  predicted  {self.predicted}")
+        if self.state_bytes:
+            lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB")
+        return "\n".join(lines)
+
+    def _waste(self) -> list[str]:
+        """What is computed beyond the kept pairs, in a line or none."""
+        parts = []
+        if self.visited is not None:
+            parts.append(
+                f"{self.visited:.1%} of the pairs in the tiles visited ({self.partial_share:.0%} of"
+                " them in part)"
+            )
+        if self.computed is not None:
+            parts.append(f"{self.computed:.1%} computed by the {self.backend} backend")
+        return [f"  tiles      {', '.join(parts)}"] if parts else []
+
+    def _bound(self) -> str:
         if self.at_most:
-            bound = (
+            return (
                 "  speedup    the data decide; by operations"
                 f" {self.attention_speedup:.2f}× for attention and {self.step_speedup:.2f}× for the"
                 " transformer if no more is left out"
             )
-        else:
-            bound = (
-                f"  at most    {self.attention_speedup:.2f}× for attention,"
-                f" {self.step_speedup:.2f}× for the transformer (by operations, uncalibrated)"
-            )
         return (
-            f"{self.method} on {self.model}\n"
-            f"  grid       {self.grid} = {self.tokens:,} tokens\n"
-            f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
-            f" {self.kept:.1%} in the run\n"
-            f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
-            f" {self.layers} layers\n"
-            f"  attention  {self.attention_share:.0%} of a dense step's operations\n"
-            f"{bound}{state}"
+            f"  at most    {self.attention_speedup:.2f}× for attention,"
+            f" {self.step_speedup:.2f}× for the transformer (by operations)"
         )
+
+
+def runs(values: Sequence[float], most: int = 4) -> str:
+    """Equal neighbours counted; only the range, where they change often.
+
+    >>> runs([1.0, 1.0, 0.25]), runs([0.2, 0.3] * 4)
+    ('2 × 100.0%, 1 × 25.0%', '8 × 20.0% to 30.0%')
+    """
+    groups = [
+        (len(list(same)), text) for text, same in itertools.groupby(f"{v:.1%}" for v in values)
+    ]
+    if len(groups) <= most:
+        return ", ".join(f"{count} × {text}" for count, text in groups)
+    lead = f"{groups[0][0]} × {groups[0][1]}, " if groups[0][0] > 1 else ""
+    rest = values[groups[0][0] :] if lead else values
+    return f"{lead}{len(rest)} × {min(rest):.1%} to {max(rest):.1%}"
 
 
 def plan(
@@ -112,12 +194,15 @@ def plan(
     quality: str | None = None,
     text_tokens: int | None = None,
     branches: int = 2,
+    profile: str | Path | DeviceProfile | None = None,
+    dtype: str | None = None,
     **params: Any,
 ) -> Plan:
     """What a run would cost with a method; needs no weights and runs no model.
 
     Args:
-        target: a pipeline, or the name of a built-in model shape such as "wan-14b".
+        target: a pipeline or transformer, the name of a built-in model shape such as "wan-14b", a
+            folder that save_pretrained wrote, a transformer's config.json, or a hub id.
         method: as in `patch`, with the same published defaults.
         height: pixels.
         width: pixels.
@@ -128,14 +213,19 @@ def plan(
         dense_last_steps: as in `patch`.
         quality: as in `patch`.
         text_tokens: text tokens in the self-attention sequence; None takes the model's usual.
-        branches: guidance branches, for the memory of state.
+        branches: guidance branches: forwards of a step, each with state of its own.
+        profile: a device to predict times for: a name such as "h100", or a file that
+            `diffpatch bench profile --json FILE` wrote; None for bounds alone.
+        dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
         **params: parameters of the method.
 
     Raises:
         BadParameter: the sizes do not fit the model, or a parameter cannot work.
         UnknownFamily: the target is no known model.
+        ModelError: the target names a model that cannot be read.
     """
-    shape = _shape(target)
+    shape = find_shape(target)
+    device = None if profile is None else load_profile(profile)
     family = next((f for f in families() if f.transformer == shape.family), None)
     chosen, schedule = settle(
         method,
@@ -157,31 +247,29 @@ def plan(
     sides = (text, 0) if shape.text_before else (0, text)
     grid = TokenGrid(frames, rows, columns, *sides)
 
-    made: dict[Any, BlockPattern] = {}
-    kept: list[float] = []  # of every (step, layer)
-    sparse: list[float] = []  # of those that are not dense
-    holds: dict[int, BlockPattern] = {}  # by layer, what state is about
-    for step, layer in itertools.product(range(num_inference_steps), range(shape.layers)):
-        if bound.reason(step, layer):
-            kept.append(1.0)
-            continue
-        variant = chosen.variant(layer, step)
-        if variant not in made:
-            made[variant] = chosen.pattern(grid, variant)
-        holds.setdefault(layer, made[variant])
-        kept.append(chosen.kept(made[variant], step - bound.first))
-        sparse.append(kept[-1])
-    mean = sum(kept) / len(kept)
+    backend = BACKEND if device is None else device.backend
+    run = _Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
+    kept = torch.tensor(run.kept, dtype=torch.float64).view(num_inference_steps, -1)
+    mean = sum(run.kept) / len(run.kept)
     attention = shape.attention_flops(grid.num_tokens)
-    share = attention / (attention + shape.linear_flops(grid.num_tokens))
-    visits = torch.cat([p.blocks.mask_ids for p in made.values()]) if made else torch.zeros(0)
+    rest = shape.linear_flops(grid.num_tokens)
+    share = attention / (attention + rest)
+    patterns, at_most = tuple(run.made.values()), any(map(chosen.at_most, run.made.values()))
+    predicted = None
+    if device is not None and run.modelled and not at_most:
+        predicted = predict(
+            device, shape, grid.num_tokens, run.work,
+            steps=num_inference_steps, branches=branches, dtype=dtype,
+        )  # fmt: skip
     return Plan(
         model=shape.name,
         method=str(chosen),
         grid=grid,
         tokens=grid.num_tokens,
         kept=mean,
-        kept_sparse=sum(sparse) / len(sparse) if sparse else 1.0,
+        kept_sparse=sum(run.sparse) / len(run.sparse) if run.sparse else 1.0,
+        kept_per_step=tuple(kept.mean(1).tolist()),
+        kept_per_layer=tuple(kept.mean(0).tolist()),
         dense_steps=sum(bool(bound.reason(s, -1)) for s in range(num_inference_steps)),
         dense_layers=len(bound.layers),
         steps=num_inference_steps,
@@ -189,30 +277,99 @@ def plan(
         attention_share=share,
         attention_speedup=1 / mean,
         step_speedup=1 / (1 - share + share * mean),
-        partial_share=float((visits >= 0).float().mean()) if len(visits) else 0.0,
-        state_bytes=sum(chosen.state_size(p, shape.heads, shape.head_dim) for p in holds.values())
-        * branches,
-        patterns=tuple(made.values()),
-        at_most=any(chosen.at_most(pattern) for pattern in made.values()),
+        dense_step_flops=branches * shape.layers * (attention + rest),
+        step_flops=branches * shape.layers * (attention * mean + rest),
+        visited=run.visited(),
+        computed=run.computed(),
+        backend=backend,
+        partial_share=run.partial_share(),
+        state_bytes=run.state_size(shape) * branches,
+        predicted=predicted,
+        patterns=patterns,
+        at_most=at_most,
     )
 
 
-def _shape(target: Any) -> ModelShape:
-    if isinstance(target, ModelShape):
-        return target
-    if isinstance(target, str):
-        try:
-            return shape_of(target)
-        except KeyError as error:
-            raise UnknownFamily(str(error.args[0])) from None
-    for component in getattr(target, "components", {}).values():
-        model = getattr(component, "_orig_mod", component)
-        family = family_of(model) if isinstance(model, torch.nn.Module) else None
-        if family is not None and not family.refused:
-            paths = [path for path, _ in attention_modules(model, family)]
-            shape = shape_of_pipeline(target, model, paths, family)
-            return replace(shape, experts=two_experts(target))
-    raise UnknownFamily(
-        f"{type(target).__name__} holds no transformer that diffpatch can plan for;"
-        " name a built-in model shape such as 'wan-14b'"
-    )
+class _Run:
+    """The attention calls of one guidance branch, counted one by one.
+
+    Attributes:
+        kept: of every (step, layer).
+        sparse: of those that are not dense.
+        work: of every (step, layer), None where it is dense.
+        modelled: whether every sparse call has a model of its work.
+        made: the patterns by variant.
+        used: of every sparse call, its pattern.
+        holds: by layer, the pattern that its state is about.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        grid: TokenGrid,
+        bound: BoundSchedule,
+        steps: int,
+        layers: int,
+        backend: str,
+    ) -> None:
+        self.method, self.grid = method, grid
+        self.kept: list[float] = []
+        self.sparse: list[float] = []
+        self.work: list[Work | None] = []
+        self.modelled = True
+        self.made: dict[Any, BlockPattern] = {}
+        self.used: list[BlockPattern] = []
+        self.holds: dict[int, BlockPattern] = {}
+        for step, layer in itertools.product(range(steps), range(layers)):
+            if bound.reason(step, layer):
+                self.kept.append(1.0)
+                self.work.append(None)
+                continue
+            variant, age = method.variant(layer, step), step - bound.first
+            if variant not in self.made:
+                self.made[variant] = method.pattern(grid, variant)
+            pattern = self.made[variant]
+            self.holds.setdefault(layer, pattern)
+            self.used.append(pattern)
+            self.kept.append(method.kept(pattern, age))
+            self.sparse.append(self.kept[-1])
+            self.work.append(method.work(pattern, age, backend))
+            self.modelled = self.modelled and self.work[-1] is not None
+
+    def visited(self) -> float | None:
+        """Pairs in visited tiles, the mean over sparse calls; None if there is more than tiles."""
+        if type(self.method).attend is not Method.attend or not self.used:
+            return None
+        areas = {id(p): p.blocks.derived("visited", _visited) for p in self.made.values()}
+        return sum(areas[id(p)] for p in self.used) / len(self.used)
+
+    def computed(self) -> float | None:
+        """Pairs that the backend computes, the mean over sparse calls; None without a model."""
+        done = [work.computed for work in self.work if work is not None]
+        if not done or not self.modelled:
+            return None
+        return sum(done) / len(done) / self.grid.num_tokens**2
+
+    def partial_share(self) -> float:
+        """Visited tiles that need an element mask, as a fraction."""
+        if not self.made:
+            return 0.0
+        visits = torch.cat([pattern.blocks.mask_ids for pattern in self.made.values()])
+        return float((visits >= 0).float().mean()) if len(visits) else 0.0
+
+    def state_size(self, shape: ModelShape) -> int:
+        """Bytes held across steps for one guidance branch."""
+        size = shape.heads, shape.head_dim
+        return sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
+
+
+def _visited(blocks: BlockIndex) -> float:
+    """Pairs in the tiles that are visited, as a fraction of all pairs; the mean over heads."""
+    sizes = blocks.starts.diff().double()
+    row = torch.arange(len(blocks.full_end)).repeat_interleave(blocks.row_ptr.diff().long())
+    area = sizes[row % blocks.num_tiles] * sizes[blocks.cols.long()]
+    pattern = torch.zeros(blocks.num_patterns, dtype=torch.float64)
+    pattern.index_add_(0, row // blocks.num_tiles, area)
+    heads = blocks.head_pattern
+    mean = pattern.mean() if heads is None else pattern[heads.long()].mean()
+    return float(mean) / blocks.num_tokens**2

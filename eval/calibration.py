@@ -46,21 +46,22 @@ def measure(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Seconds of dense attention and of methods on some grids; the fastest of the rounds."""
-    rows = []
+    rows: list[Row] = []
+    dense = ""
     for shape in grids:
         grid = diffpatch.TokenGrid(*shape)
         say(f"{dtype}, heads of {head_dim}: {grid}")
         case = Case(grid, heads, head_dim, dtype=DTYPES[dtype], device=device)
-        rows += measure_case(case, methods, repeats)
+        dense = dense or fastest_dense(case, case.tensors())
+        rows += measure_case(case, methods, repeats, dense)
     return [{"dtype": dtype, "head_dim": head_dim, "heads": heads, **row} for row in rows]
 
 
 def measure_case(
-    case: Case, methods: Sequence[tuple[str, dict[str, Any]]], repeats: int
+    case: Case, methods: Sequence[tuple[str, dict[str, Any]]], repeats: int, dense: str
 ) -> list[Row]:
     """One row for dense attention and one for each method on a grid."""
     qkv = case.tensors()
-    dense = fastest_dense(case, qkv)
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense_call(dense, *qkv)}
     rows: list[Row] = [{"method": "dense", "params": {}}]
     for name, params in methods:

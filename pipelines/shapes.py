@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffpatch.errors import BadParameter
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -32,6 +34,7 @@ class ModelShape:
         patch: latents per token along (time, height, width).
         family: the transformer class, for published presets.
         experts: whether two such transformers share the steps.
+        ids: hub ids of checkpoints of this shape, so that naming one needs no network.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ModelShape:
     text_before: bool = False
     family: str = ""
     experts: bool = False
+    ids: tuple[str, ...] = ()
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The token grid (frames, rows, columns) of a clip or image of that many pixels.
@@ -59,10 +63,19 @@ class ModelShape:
             ("height", height, self.patch[1]),
             ("width", width, self.patch[2]),
         ):
-            if value < 1 or value % (self.space * patch):
+            step = self.space * patch
+            if value < 1 or value % step:
+                near = max(step, round(value / step) * step)
                 raise ValueError(
-                    f"{name}={value} must be a multiple of {self.space * patch} for {self.name}"
+                    f"{name}={value} must be a multiple of {step} for {self.name}, such as {near}"
                 )
+        if self.kind == "image" and num_frames != 1:
+            raise ValueError(f"num_frames={num_frames}, but {self.name} makes images: leave it out")
+        if self.kind == "video" and num_frames == 1:
+            raise ValueError(
+                f"num_frames=1, but {self.name} makes videos: say how many frames, such as"
+                f" {20 * self.time + 1}"
+            )
         if num_frames < 1 or (num_frames - 1) % self.time:
             below = max(1, (num_frames - 1) // self.time * self.time + 1)
             raise ValueError(
@@ -89,45 +102,68 @@ class ModelShape:
 _WAN = {"space": 8, "time": 4, "cross_tokens": 512, "family": "WanTransformer3DModel"}
 _FLUX = {"text_tokens": 512, "text_before": True, "family": "FluxTransformer2DModel"}
 _COG = {"text_tokens": 226, "text_before": True, "family": "CogVideoXTransformer3DModel"}
+_WAN_14B = ("T2V-14B", "I2V-14B-480P", "I2V-14B-720P")
 
 MODELS: tuple[ModelShape, ...] = (
-    ModelShape("wan-1.3b", "video", 30, 12, 128, 8960, **_WAN),  # type: ignore[arg-type]
-    ModelShape("wan-14b", "video", 40, 40, 128, 13824, **_WAN),  # type: ignore[arg-type]
-    ModelShape("wan2.2-a14b", "video", 40, 40, 128, 13824, **_WAN, experts=True),  # type: ignore[arg-type]
-    ModelShape("wan-5b", "video", 30, 24, 128, 14336, **(_WAN | {"space": 16})),  # type: ignore[arg-type]
+    ModelShape(
+        "wan-1.3b", "video", 30, 12, 128, 8960, **_WAN,  # type: ignore[arg-type]
+        ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+    ),
+    ModelShape(
+        "wan-14b", "video", 40, 40, 128, 13824, **_WAN,  # type: ignore[arg-type]
+        ids=tuple(f"Wan-AI/Wan2.1-{size}-Diffusers" for size in _WAN_14B),
+    ),
+    ModelShape(
+        "wan2.2-a14b", "video", 40, 40, 128, 13824, **_WAN, experts=True,  # type: ignore[arg-type]
+        ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+    ),
+    ModelShape(
+        "wan-5b", "video", 30, 24, 128, 14336, **(_WAN | {"space": 16}),  # type: ignore[arg-type]
+        ids=("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
+    ),
     ModelShape(
         "hunyuan-video", "video", 60, 24, 128, 12288, 8, 4, text_tokens=256,
-        family="HunyuanVideoTransformer3DModel",
+        family="HunyuanVideoTransformer3DModel", ids=("hunyuanvideo-community/HunyuanVideo",),
     ),
-    ModelShape("cogvideox-2b", "video", 30, 30, 64, 7680, 8, 4, **_COG),  # type: ignore[arg-type]
-    ModelShape("cogvideox-5b", "video", 42, 48, 64, 12288, 8, 4, **_COG),  # type: ignore[arg-type]
     ModelShape(
-        "mochi", "video", 48, 24, 128, 8192, 8, 6, text_tokens=256, family="MochiTransformer3DModel"
+        "cogvideox-2b", "video", 30, 30, 64, 7680, 8, 4, **_COG,  # type: ignore[arg-type]
+        ids=("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"),
+    ),
+    ModelShape(
+        "cogvideox-5b", "video", 42, 48, 64, 12288, 8, 4, **_COG,  # type: ignore[arg-type]
+        ids=("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b"),
+    ),
+    ModelShape(
+        "mochi", "video", 48, 24, 128, 8192, 8, 6, text_tokens=256,
+        family="MochiTransformer3DModel", ids=("genmo/mochi-1-preview",),
     ),
     ModelShape(
         "ltx-video", "video", 28, 32, 64, 8192, 32, 8, patch=(1, 1, 1), cross_tokens=128,
-        family="LTXVideoTransformer3DModel",
+        family="LTXVideoTransformer3DModel", ids=("Lightricks/LTX-Video",),
     ),
-    ModelShape("flux", "image", 57, 24, 128, 12288, 8, **_FLUX),  # type: ignore[arg-type]
+    ModelShape(
+        "flux", "image", 57, 24, 128, 12288, 8, **_FLUX,  # type: ignore[arg-type]
+        ids=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+    ),
     ModelShape(
         "sd3.5-large", "image", 38, 38, 64, 9728, 8, text_tokens=333,
-        family="SD3Transformer2DModel",
+        family="SD3Transformer2DModel", ids=("stabilityai/stable-diffusion-3.5-large",),
     ),
     ModelShape(
         "qwen-image", "image", 60, 24, 128, 12288, 8, text_tokens=256, text_before=True,
-        family="QwenImageTransformer2DModel",
+        family="QwenImageTransformer2DModel", ids=("Qwen/Qwen-Image",),
     ),
 )  # fmt: skip
 
 
 def shape_of(model: str) -> ModelShape:
-    """The shape of a built-in model by name.
+    """The shape of a built-in model by its name or a hub id.
 
     Raises:
         KeyError: there is no such row; the message lists them.
     """
     for row in MODELS:
-        if row.name == model:
+        if model == row.name or model in row.ids:
             return row
     names = [row.name for row in MODELS]
     close = difflib.get_close_matches(model, names, n=1)
@@ -136,10 +172,10 @@ def shape_of(model: str) -> ModelShape:
 
 
 def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: Any) -> ModelShape:
-    """The shape of a loaded pipeline, read off its transformer and autoencoder.
+    """The shape of a pipeline, read off its transformer and autoencoder; no weights are needed.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, or the transformer itself.
         transformer: the transformer that is planned for.
         modules: paths of its self-attention modules.
         family: its row in the table of families.
@@ -147,17 +183,22 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
     attention = transformer.get_submodule(modules[0])
     block = transformer.get_submodule(modules[0].rpartition(".")[0])
     config: Mapping[str, Any] = transformer.config
-    heads: int = config.get("num_attention_heads") or attention.heads
-    projection = getattr(attention, "to_q", None) or getattr(attention, "to_qkv", None)
-    if projection is None:
-        raise ValueError(f"the attention of {type(transformer).__name__} cannot be planned for")
-    dim = projection.in_features
+    counts = (getattr(attention, n, 0) for n in ("heads", "num_heads", "num_attention_heads"))
+    heads = config.get("num_attention_heads") or next(filter(None, counts), 0)
+    names = ("to_q", "to_qkv", "to_query", "q_proj")
+    projection = next((p for n in names if (p := getattr(attention, n, None)) is not None), None)
+    if projection is None or not heads:
+        raise BadParameter(
+            f"the attention of {type(transformer).__name__} cannot be planned for: it does not say"
+            " its heads and sizes in a way that is known"
+        )
+    dim: int = projection.in_features
     widths = [
         m.out_features
         for name, m in block.named_modules()
         if name.startswith("ff") and hasattr(m, "out_features")
     ]
-    space = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 8)
+    space, time = _scales(pipe, family)
     arguments = set(inspect.signature(transformer.forward).parameters)
     packed = bool({"img_ids", "img_shapes"} & arguments)
     return ModelShape(
@@ -168,7 +209,7 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         head_dim=dim // heads,
         ffn=max(widths, default=4 * dim),
         space=space,
-        time=getattr(pipe, "vae_scale_factor_temporal", 0) or 1,
+        time=time,
         patch=_patch(config, packed),
         cross_tokens=512 if hasattr(block, "attn2") else 0,
         text_tokens=max(
@@ -177,6 +218,17 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         text_before=family.text == "before",
         family=family.transformer,
     )
+
+
+def _scales(pipe: Any, family: Any) -> tuple[int, int]:
+    """Pixels per latent, and frames per latent frame; the family's usual without a pipeline."""
+    space = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 0)
+    if space:
+        return space, getattr(pipe, "vae_scale_factor_temporal", 0) or 1
+    usual = next((m for m in MODELS if m.family == family.transformer), None)
+    if usual is not None:
+        return usual.space, usual.time
+    return 8, 4 if family.kind == "video" else 1
 
 
 def _patch(config: Mapping[str, Any], packed: bool) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from diffpatch.cli.errors import UsageError
 from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import field_names, method_parameters
 from diffpatch.cli.summary import table
-from diffpatch.pipelines import loading
+from diffpatch.pipelines.find_shape import find_shape
 from diffpatch.pipelines.shapes import MODELS
 
 EXAMPLES = """\
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--set and --draw are about one method: name it with --method")
     if args.draw and not args.draw.absolute().parent.is_dir():
         raise UsageError(f"{args.draw.parent} is no folder; choose another --draw")
-    target = _target(args.model)
+    target = find_shape(args.model)  # once, for all methods
     if args.method is not None:
         made = _plan(args, target, args.method, method_parameters(args.method, args.set))
         if args.draw:
@@ -77,14 +77,6 @@ def run(args: argparse.Namespace) -> int:
     for name, why in refused.items():
         print(f"{name}: {why}")
     return 0
-
-
-def _target(model: str) -> Any:
-    if any(row.name == model for row in MODELS):
-        return model
-    if not Path(model).exists() and "/" not in model and model not in loading.DEMOS:
-        return model  # diffpatch.plan answers with the closest built-in name
-    return loading.load_pipeline(model)
 
 
 def _comparable() -> list[str]:
