@@ -44,6 +44,8 @@ def read_mask(q: torch.Tensor, mask: torch.Tensor | None, square: bool) -> Model
     batch, tokens = q.shape[:2]
     if mask.ndim == 4 and mask.stride(1) == mask.stride(2) == 0:  # expanded: all rows are one
         mask = mask[:, :1, :1]
+    if mask.shape == (batch, tokens) and batch != tokens:  # Qwen's, up to diffusers 0.37
+        mask = mask[:, None, None]
     one_a_key = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[-1] == tokens
     if one_a_key and mask.shape[2] == 1 and mask.dtype == torch.bool:
         return ModelMask(keys=mask[:, 0, 0].expand(batch, -1))

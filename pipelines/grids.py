@@ -169,7 +169,7 @@ def image_items(model: Any, args: Arguments) -> Grid | str:
 
 
 def image_patches(model: Any, args: Arguments) -> Grid | str:
-    """Patches of several images, whose sizes ``shape_list`` tells: the first is the generated one."""
+    """Patches of several images of the sizes in ``shape_list``; the first is the generated one."""
     sizes = {tuple(images[0]) for images in args["shape_list"]}
     if len(sizes) > 1:
         return "images of different shapes in one batch"

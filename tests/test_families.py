@@ -13,12 +13,14 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import diffpatch
 from diffpatch import BlockPattern, Method, Neighborhood, TokenGrid
+from diffpatch.pipelines.traits import TRAITS
 from tests.tiny import Tiny
 from tests.tiny_families import CASES, Case
 from tests.tiny_parts import Bare
@@ -46,6 +48,7 @@ class Subject:
         transformer: its transformer.
         dense: the result of the call.
         arguments: of the first forward in it, by name.
+        samples: how many the forwards of the call had, each.
     """
 
     case: Case
@@ -53,6 +56,7 @@ class Subject:
     transformer: Any
     dense: torch.Tensor
     arguments: dict[str, Any]
+    samples: tuple[int, ...] = ()
 
     def forward(self, arguments: dict[str, Any] | None = None) -> torch.Tensor:
         """The transformer alone, on the first forward's arguments or others."""
@@ -67,7 +71,12 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     case = CASES[request.param]
     if reason := case.missing():
         pytest.skip(reason)
-    model = case.build()
+    try:
+        model = case.build()
+    except RuntimeError as error:
+        if "No module named 'torchvision'" not in str(error):
+            raise
+        pytest.skip(f"diffusers {diffusers.__version__} needs torchvision for it")
     transformer = model.pipe if isinstance(model, Bare) else model.pipe.transformer
     seen: list[dict[str, Any]] = []
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -78,7 +87,9 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
     dense = model.run()
     hook.remove()
-    return Subject(case, model, transformer, dense, seen[0])
+    name = "x" if "x" in seen[0] else "hidden_states"
+    samples = tuple(len(arguments[name]) for arguments in seen)
+    return Subject(case, model, transformer, dense, seen[0], samples)
 
 
 @contextlib.contextmanager
@@ -138,6 +149,17 @@ def test_exactly_the_self_attention_is_patched(subject: Subject) -> None:
             if type(getattr(module, "processor", None)).__name__.startswith("DiffPatch")
         }
     assert patched == set(subject.case.layers)
+
+
+def test_guidance_is_what_the_table_says(subject: Subject) -> None:
+    """By the forwards of a pipeline's steps: one of two samples, two of one, or one of one."""
+    if isinstance(subject.model, Bare):
+        return  # no pipeline; tests/test_family_coverage.py reads diffusers' own
+    steps = subject.model.call["num_inference_steps"]
+    forwards = len(subject.samples) / steps
+    seen = {(1, 2): "batch", (2, 1): "calls", (1, 1): "distilled"}[forwards, subject.samples[0]]
+    traits = TRAITS[subject.case.transformer]
+    assert seen == traits.guidance and set(subject.samples) == {subject.samples[0]}
 
 
 def test_keeping_everything_changes_nothing(subject: Subject) -> None:

@@ -92,6 +92,8 @@ def test_prompts_of_different_lengths_in_lumina() -> None:
 def test_cached_references_of_flux2() -> None:
     from diffusers.models.transformers import transformer_flux2 as module
 
+    if not hasattr(module, "Flux2KVAttnProcessor"):
+        pytest.skip("this diffusers caches no references of Flux 2 yet")
     model = tiny_images.flux2_references()
     for block in model.pipe.transformer_blocks:
         block.attn.set_processor(module.Flux2KVAttnProcessor())

@@ -18,9 +18,10 @@ def test_no_mask_says_nothing() -> None:
 
 
 def test_key_masks() -> None:
-    for mask in (VALID[:, None, None, :], VALID[1:, None, None, :]):
+    expanded = VALID[:, None, None].expand(-1, 3, 7, -1)  # Lumina-Next's
+    for mask in (VALID[:, None, None, :], VALID[1:, None, None, :], VALID, expanded):
         keys = read_mask(Q, mask, square=False).keys
-        assert keys is not None and torch.equal(keys, mask[:, 0, 0].expand(2, -1))
+        assert keys is not None and torch.equal(keys, VALID[-len(mask) :].expand(2, -1))
 
 
 def test_square_masks_are_read_where_the_family_vouches_for_them() -> None:
@@ -38,7 +39,8 @@ def test_square_masks_are_read_where_the_family_vouches_for_them() -> None:
         torch.ones(2, 3, 7, 7, dtype=torch.bool),  # another one for every head
         torch.zeros(2, 1, 1, 7),  # additive
         torch.ones(2, 1, 1, 8, dtype=torch.bool),  # of another sequence
-        torch.ones(2, 7, dtype=torch.bool),
+        torch.zeros(2, 7),
+        torch.ones(7, 7, dtype=torch.bool),  # of pairs
     ],
 )
 def test_everything_else_is_a_reason(mask: torch.Tensor) -> None:

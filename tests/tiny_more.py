@@ -181,7 +181,7 @@ def glm_image() -> Bare:
 
 
 def ernie_image() -> Bare:
-    """Tokens first and samples second between its layers; 8 text tokens behind, 3 of them masked."""
+    """Tokens before samples between its layers; 8 text tokens behind, 3 of them masked."""
     model = make(
         "ErnieImageTransformer2DModel",
         hidden_size=32,
@@ -227,13 +227,13 @@ JOY: dict[str, Any] = {
 
 
 def joy_image() -> Bare:
-    """A reference and, last among the items but first among the tokens, the image; 8 text tokens."""
+    """The image, last of two items but first among the tokens; then a reference, 8 text tokens."""
     model = make("JoyImageEditTransformer3DModel", **JOY)
     return _bare(model, noise(1, 2, 4, 1, 8, 12))
 
 
 def joy_image_plus() -> Bare:
-    """The image of 24 patches, a reference of 6, 2 of padding, 8 text tokens of which 3 are masked."""
+    """The image of 24 patches, a reference of 6, 2 of padding, 8 text tokens, 3 of them masked."""
     model = make("JoyImageEditPlusTransformer3DModel", **JOY)
     return _bare(
         model,

@@ -42,7 +42,7 @@ def wan_vace() -> Tiny:
         vace_layers=[0],
         vace_in_channels=96,
     )
-    call = prompts(16) | SIZE | {"num_frames": 9, "guidance_scale": 1.0}
+    call = prompts(16) | SIZE | GUIDED | {"num_frames": 9}
     reference = [Image.new("RGB", (96, 64), "teal")]
     return pipeline("WanVACEPipeline", parts, reference_images=reference, **call)
 

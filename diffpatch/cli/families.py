@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import diffpatch
 from diffpatch.cli.output import to_json
 from diffpatch.cli.summary import table
+from diffpatch.pipelines.family import FamilyInfo
 
 EXAMPLES = """\
 examples:
   diffpatch families
   diffpatch families --json
+  diffpatch families --markdown    # the tables of the README
 """
+COLUMNS = ("family", "makes", "transformer", "text", "guidance", "compile", "GPUs", "presets")
+LEGEND = """\
+text: where tokens stand that stay visible to all. guidance: with and without the prompt in one
+batch, in a call each, or distilled into one forward. compile: blocks alone, or only the whole.
+GPUs: Ulysses where diffusers can cut the sequence. presets: methods with published settings."""
 
 
 def add_parser(commands: Any) -> None:
@@ -25,26 +34,60 @@ def add_parser(commands: Any) -> None:
         "one can be patched, unless the note says why not.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
-    entries = [_entry(family) for family in diffpatch.families()]
+    known = diffpatch.families()
     if args.json:
-        print(to_json(entries), end="")
-        return 0
-    rows = [["family", "makes", "transformer", "text tokens", "note"]]
-    rows += [[e["name"], e["kind"], e["transformer"], e["text"], _remark(e)] for e in entries]
-    print(table(rows, left=5))
+        print(to_json([_entry(family) for family in known]), end="")
+    elif args.markdown:
+        print(markdown(known))
+    else:
+        rows = [[*COLUMNS, "note"]]
+        rows += [[*_cells(family), family.note] for family in known if not family.refused]
+        refused = [[f.name, f.transformer, f.refused] for f in known if f.refused]
+        print(table(rows, left=len(rows[0])))
+        print(f"\n{LEGEND}\n\nCannot be patched:")
+        print(table(refused, left=3))
     return 0
 
 
-def _entry(family: Any) -> dict[str, Any]:
+def markdown(known: Sequence[FamilyInfo]) -> str:
+    """The supported families and the refused ones, as two tables."""
+    rows = [[*COLUMNS, "note"]]
+    rows += [[*_cells(family, "`{}`"), family.note] for family in known if not family.refused]
+    refused = [["family", "transformer", "why it cannot be patched"]]
+    refused += [[f.name, f"`{f.transformer}`", f.refused] for f in known if f.refused]
+    return f"{_markdown(rows)}\n\n{LEGEND}\n\n{_markdown(refused)}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(
+        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows
+    )
+
+
+def _entry(family: FamilyInfo) -> dict[str, Any]:
     names = ("name", "kind", "transformer", "text", "note", "refused")
-    return {name: getattr(family, name) for name in names} | {"presets": sorted(family.presets)}
+    entry: dict[str, Any] = {name: getattr(family, name) for name in names}
+    return entry | asdict(family.traits) | {"presets": sorted(family.presets)}
 
 
-def _remark(entry: dict[str, Any]) -> str:
-    return f"cannot be patched: {entry['refused']}" if entry["refused"] else entry["note"]
+def _cells(family: FamilyInfo, code: str = "{}") -> list[str]:
+    traits = family.traits
+    return [
+        family.name,
+        family.kind,
+        code.format(family.transformer),
+        family.text,
+        traits.guidance,
+        "blocks" if traits.regional else "whole",
+        "Ulysses" if traits.ulysses else "",
+        ", ".join(sorted(family.presets)),
+    ]
