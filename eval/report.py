@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from diffpatch.eval.bench_attention import spread
+from diffpatch.eval.sweep_scores import set_distances
 from diffpatch.eval.sweep_store import read_json
 
 
@@ -26,6 +27,7 @@ METRICS = {
     "clip_score": Metric("CLIP score", "{:.1f}"),
     "caption_accuracy": Metric("caption", "{:.0%}"),
 }
+KD = "KD ×1000"
 
 CLOCKS = ("total", "denoising", "step_median")
 MEASURED = (
@@ -41,7 +43,9 @@ QUALITY = (
     " pairs of all self-attention of a run, dense steps and layers included. “Caption”, for the"
     " demo model, is the share of the caption's six attributes that a classifier reads from the"
     " clip; the CLIP score is 100 times the cosine with the prompt. The dense rows marked “other”"
-    " are the noise floor: the same run by other code, and from other noise."
+    " are the noise floor: the same run by other code, and from other noise. KD is the kernel"
+    " distance between all clips of a row and the dense ones: 0 for sets that differ by chance"
+    " only, which may also make it negative; it is unbiased, but rough for so few clips."
 )
 
 
@@ -65,6 +69,7 @@ class Row:
         attention_error: mean relative L1 distance of attention outputs to dense, if measured.
         kept_per_layer: layer -> mean kept fraction.
         error_per_layer: layer -> mean attention error.
+        distances: of all its clips to the dense ones, as sets; empty for few clips.
         shared: whether processes shared the device while it was timed.
         best: whether nothing else, dense included, is both faster and closer to dense.
     """
@@ -85,6 +90,7 @@ class Row:
     kept_per_layer: Mapping[str, float]
     error_per_layer: Mapping[str, float]
     shared: bool
+    distances: Mapping[str, Any]
     best: bool = False
 
     @property
@@ -161,7 +167,7 @@ def summarize(folder: Path) -> Summary:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["setting"], result["label"]), []).append(result)
-    rows = [row(group) for group in groups.values()]
+    rows = [row(group, set_distances(folder, group)) for group in groups.values()]
     rows = [_ranked(one, rows) for one in rows]
     settings = dict.fromkeys(one.setting for one in rows)
     return Summary(
@@ -183,8 +189,8 @@ FACTS = (
 )  # fmt: skip
 
 
-def row(group: Sequence[Mapping[str, Any]]) -> Row:
-    """One variant from its runs."""
+def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row:
+    """One variant from its runs, and from its distance to dense."""
     first = group[0]
     timed = [result for result in group if "seconds" in result]
     reports = [result["report"] for result in group if "report" in result]
@@ -208,6 +214,7 @@ def row(group: Sequence[Mapping[str, Any]]) -> Row:
         kept_per_layer=layers,
         error_per_layer=_mean_by_key([error["per_layer"] for error in errors]),
         shared=any(result["shared"] for result in timed),
+        distances=distances,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.report import MEASURED, METRICS, QUALITY, Row, Summary
+from diffpatch.eval.report import KD, MEASURED, METRICS, QUALITY, Row, Summary
 from diffpatch.eval.sweep_store import write_json, write_text
 
 
@@ -39,6 +39,8 @@ def columns(rows: Sequence[Row]) -> list[str]:
         found.append("attention error")
     known = {key for row in rows for key in row.quality}
     found += [metric.heading for key, metric in METRICS.items() if key in known]
+    if any("kd" in row.distances for row in rows):
+        found.append(KD)
     return [*found, "runs"]
 
 
@@ -53,6 +55,7 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "denoising": _number(row.speedup.get("denoising", {}).get("median"), "{:.2f}×"),
         "GiB": _number(row.peak_gib, "{:.2f}"),
         "attention error": _number(row.attention_error, "{:.1%}"),
+        KD: _number(row.distances.get("kd"), "{:.2f}", 1000),
         "runs": str(row.runs),
     }
     for key, metric in METRICS.items():
@@ -144,6 +147,7 @@ def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
             line[f"speedup_{clock}_{part}"] = row.speedup.get(clock, {}).get(part)
     line |= {"peak_gib": row.peak_gib, "attention_error": row.attention_error}
     line |= {key: row.quality.get(key) for key in metrics}
+    line |= {key: row.distances.get(key) for key in ("fd", "kd", "clips", "small_sample")}
     return line | {
         "runs": row.runs,
         "shared_timing": row.shared,
@@ -156,8 +160,8 @@ def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else form.format(scale * value)
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,8 +11,12 @@ from diffpatch.eval.report import Row
 
 WIDTH, HEIGHT = 860, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 58
+RADIUS = 11  # of a mark
+ROUNDS = 60  # of pushing marks apart
 # Dark enough for white numbers, and apart from each other for most colour-blind people.
 COLOURS = ("#0072b2", "#b35900", "#00795a", "#a3427c", "#5b4bb5", "#7a6a00", "#a32a1e", "#4d5965")
+
+Place = tuple[float, float]
 
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
@@ -52,22 +57,59 @@ def pareto(rows: Sequence[Row], bar: Mapping[str, float], pick: str | None) -> s
     best = sorted((1 / row.gain, row.quality["psnr"]) for row in methods if row.best)
     points = " ".join(f"{x(time):.1f},{y(quality):.1f}" for time, quality in best)
     parts.append(f'<polyline class="front" points="{points}"/>')
-    known = colours(rows)
-    for number, row in reversed(list(enumerate(methods, 1))):
-        at = x(1 / row.gain), y(row.quality["psnr"])
-        chosen = ' class="pick"' if row.label == pick else ""
+    known, places = colours(rows), [(x(1 / r.gain), y(r.quality["psnr"])) for r in methods]
+    marks = list(zip(methods, places, apart(places), strict=True))
+    for number, (row, place, at) in reversed(list(enumerate(marks, 1))):
         text = f"{number}: {row.label}, {row.gain:.2f}×, {row.quality['psnr']:.1f} dB"
-        parts.append(
-            f'<g><title>{escape(text)}</title><circle{chosen} cx="{at[0]:.1f}" cy="{at[1]:.1f}"'
-            f' r="11" fill="{known[str(row.facts["method"])]}"/>'
-            f'<text class="mark" x="{at[0]:.1f}" y="{at[1] + 4:.1f}">{number}</text></g>'
-        )
+        colour = known[str(row.facts["method"])]
+        parts.append(_mark(number, text, colour, place, at, row.label == pick))
     about = (
         "Time of a whole call relative to dense against PSNR to dense; the table has the values."
     )
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{about}">'
         f"{''.join(parts)}</svg>"
+    )
+
+
+def apart(places: Sequence[Place]) -> list[Place]:
+    """Places for marks of `RADIUS` that would cover each other, pushed apart; in pixels."""
+    found = list(places)
+    for _ in range(ROUNDS):
+        for i, j in itertools.combinations(range(len(found)), 2):
+            one, other = found[i], found[j]
+            dx, dy = other[0] - one[0], other[1] - one[1]
+            distance = math.hypot(dx, dy)
+            lack = 2 * RADIUS + 1 - distance
+            if lack <= 0:
+                continue
+            if distance < 0.1:  # those at one place leave it in different directions
+                dx, dy, distance = math.cos(i + j), math.sin(i + j), 1.0
+            shift = lack / 2 * dx / distance, lack / 2 * dy / distance
+            found[i] = _inside(one[0] - shift[0], one[1] - shift[1])
+            found[j] = _inside(other[0] + shift[0], other[1] + shift[1])
+    return found
+
+
+def _inside(x: float, y: float) -> Place:
+    right, bottom = WIDTH - RIGHT - RADIUS, HEIGHT - BOTTOM - RADIUS
+    return min(max(x, LEFT + RADIUS), right), min(max(y, TOP + RADIUS), bottom)
+
+
+def _mark(number: int, text: str, colour: str, place: Place, at: Place, pick: bool) -> str:
+    """A numbered circle; where it had to move, a line leads to a dot at its true place."""
+    chosen = ' class="pick"' if pick else ""
+    lead = ""
+    if math.dist(place, at) > 2:
+        lead = (
+            f'<line stroke="{colour}" x1="{place[0]:.1f}" y1="{place[1]:.1f}" x2="{at[0]:.1f}"'
+            f' y2="{at[1]:.1f}"/><circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5"'
+            f' fill="{colour}"/>'
+        )
+    return (
+        f'<g><title>{escape(text)}</title>{lead}<circle{chosen} cx="{at[0]:.1f}"'
+        f' cy="{at[1]:.1f}" r="{RADIUS}" fill="{colour}"/>'
+        f'<text class="mark" x="{at[0]:.1f}" y="{at[1] + 4:.1f}">{number}</text></g>'
     )
 
 

@@ -105,7 +105,7 @@ class Run:
 
     @property
     def other_seed(self) -> Run:
-        """Dense from other noise: 0 is compared with 1, 2 with 3, so that a sweep's own seeds do."""
+        """Dense from other noise: seeds 0 and 1 serve each other, so do 2 and 3, and so on."""
         return Run(replace(self.case, seed=self.case.seed ^ 1), Variant("dense"))
 
     @cached_property

@@ -21,7 +21,7 @@ from diffpatch.eval.quality import load_tools
 from diffpatch.eval.report_clips import save_clip
 from diffpatch.eval.sweep_budget import fit_run
 from diffpatch.eval.sweep_plan import Case, Run
-from diffpatch.eval.sweep_scores import score
+from diffpatch.eval.sweep_scores import has_features, save_features, score
 from diffpatch.eval.sweep_spec import Prompt, SweepSpec
 from diffpatch.eval.sweep_store import Store, load_frames, save_frames
 from diffpatch.pipelines import loading, sampling
@@ -256,10 +256,12 @@ class Session:
         return self.worker.crowded
 
     def _keep(self, sample: sampling.Sample, stage: Path) -> torch.Tensor:
-        """Write frames and clip; returns the frames as they can be read back."""
+        """Write frames, clip and features; returns the frames as they can be read back."""
         save_frames(sample.frames, stage / "frames.npz")
         frames = load_frames(stage / "frames.npz")
         save_clip(frames, stage, self._fps())
+        if has_features(self.source.name, self.spec.networks):
+            save_features(frames, stage, self.tools)
         return frames
 
     def _fps(self) -> float:

@@ -22,7 +22,7 @@ METHOD_KEYS = ("method", "set", "vary", "backend", "budgets", *SCHEDULE_KEYS)
 SIZE_KEYS = ("height", "width", "num_frames")
 FLOORS = ("kernel", "seed")
 BARS = ("psnr", "ssim", "caption_accuracy", "clip_score")  # of a verdict; higher is better
-NETWORKS = ("clip", "lpips")
+NETWORKS = ("clip", "features", "lpips")
 RESERVED = {"prompt", "prompts", "generator", "output_type", "callback_on_step_end", "image"}
 
 
