@@ -1,5 +1,6 @@
 # make demo    render a clip dense and accelerated, with the built-in model, into out/
 # make test    lint, types and tests
+# make drift   the family matrix with the oldest supported diffusers, and with the newest
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test drift drift-oldest drift-newest lint format clean
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \
@@ -23,6 +24,23 @@ demo: $(VENV)/.ready-demo
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Only the parts that lean on diffusers: what is said of its insides, and every family's tiny model.
+DRIFT := tests/test_internals.py tests/test_families.py tests/test_family_limits.py
+OLDEST := $(shell sed -n 's/^ *"diffusers>=\(.*\)",$$/\1/p' pyproject.toml)
+
+drift: drift-oldest drift-newest
+
+drift-oldest: SPEC := diffusers==$(OLDEST)
+drift-newest: SPEC := diffusers
+drift-newest: DRIFT += tests/test_family_coverage.py
+drift-oldest drift-newest: drift-%:
+	@$(PYTHON) -m venv build/$@
+	@build/$@/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@build/$@/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
+		"$(SPEC)" -e . pytest pytest-timeout hypothesis
+	@build/$@/bin/python -c "import diffusers; print('diffusers', diffusers.__version__)"
+	@OMP_NUM_THREADS=1 build/$@/bin/python -m pytest $(DRIFT)
 
 lint: $(VENV)/.ready-test
 	@$(BIN)/ruff check .
