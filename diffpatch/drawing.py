@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffpatch.errors import BadParameter, choices
+from diffpatch.grid import TokenGrid
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.pattern import BlockPattern
 
@@ -146,7 +147,8 @@ class _Canvas:
         fill: tuple[int, int, int] = INK,
         anchor: str = "la",
     ) -> None:
-        """Write a line at a point."""
+        """Write a line at a point; the font that comes with Pillow knows no multiplication sign."""
+        text = text.replace("×", "x")
         self.pen.text((x, y), text, fill=fill, font=self.fonts[size], anchor=anchor)
 
     def box(self, x: float, y: float, w: float, h: float, fill: tuple[int, int, int]) -> None:
@@ -201,10 +203,11 @@ def _tile_ticks(pattern: BlockPattern, apart: int) -> list[tuple[int, str]]:
     for tile, token in enumerate(b.order[b.starts[:-1].long()].tolist()):
         token -= grid.text_before
         inside = 0 <= token < grid.visual_tokens
-        label = f"{'frame' if video else 'row'} {token // per}" if inside else "text"
-        far = not found or tile - found[-1][0] >= apart * (1 if len(label) < 5 else 2)
+        label = str(token // per) if inside else "text"
+        far = not found or tile - found[-1][0] >= apart * (1 if len(found[-1][1]) < 5 else 2)
         if label != last and far:
-            found.append((tile, label))
+            first = inside and not any(text != "text" for _, text in found)
+            found.append((tile, f"{'frame' if video else 'row'} {label}" if first else label))
             last = label
     return found
 
@@ -219,9 +222,8 @@ def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Im
     token = grid.text_before + (frame * grid.height + row) * grid.width + column
     seen = seen_by(pattern, token)
     visual = seen[grid.text_before : grid.text_before + grid.visual_tokens].view(shape)
-    columns = max(1, round(math.sqrt(grid.num_frames * grid.height / grid.width)))
+    columns, scale = _arrange(grid)
     rows = -(-grid.num_frames // columns)
-    scale = max(2, min(SIZE // (columns * grid.width), SIZE // (rows * grid.height), 24))
     wide, high = grid.width * scale + 12, grid.height * scale + 30
     subtitle = (
         f"frame {frame}, row {row}, column {column} of {grid} sees {int(seen.sum()):,} of"
@@ -245,6 +247,18 @@ def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Im
     legend = [(MARK, "the query"), (KEPT, "seen" + text), (EMPTY, "not seen")]
     canvas.legend(canvas.top + rows * high + 8, legend)
     return canvas.image
+
+
+def _arrange(grid: TokenGrid) -> tuple[int, int]:
+    """Frames in a row and pixels of a token that fill the picture best."""
+
+    def scale(columns: int) -> int:
+        rows = -(-grid.num_frames // columns)
+        across = (SIZE // columns - 12) // grid.width
+        return max(2, min(across, (SIZE // rows - 30) // grid.height, 24))
+
+    columns = max(range(1, grid.num_frames + 1), key=lambda n: (scale(n), n * grid.width < SIZE))
+    return columns, scale(columns)
 
 
 def _paste(canvas: _Canvas, seen: torch.Tensor, x: int, y: int, scale: int) -> None:
@@ -286,6 +300,5 @@ def _distance(pattern: BlockPattern, title: str) -> Image.Image:
             canvas.text(middle, y + high + 6, str(distance), fill=GREY, anchor="ma")
             label = f"{share:.0%}" if share >= 0.01 or share == 0 else "<1%"
             canvas.text(middle, top - 4, label, anchor="ms")
-    canvas.text(x, y + high + 28, f"distance between {what}, |Δt|" if what == "frames" else
-                "distance between rows", fill=INK)  # fmt: skip
+    canvas.text(x, y + high + 28, f"distance between {what}")
     return canvas.image
