@@ -40,7 +40,8 @@ def has_features(model: str, networks: Mapping[str, str]) -> bool:
 
 def save_features(frames: torch.Tensor, folder: Path, tools: Tools) -> None:
     """Write the features of a clip, rows of float32, into the folder of its run."""
-    np.save(folder / FEATURES, tools.extractor(frames).float().numpy(), allow_pickle=False)
+    [extractor] = tools.extractors
+    np.save(folder / FEATURES, extractor(frames).float().numpy(), allow_pickle=False)
 
 
 def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
         "attention_error": 1,
         "bar": {"psnr": 10},
+        "networks": {"features": "contrast"},
     }
 
 
@@ -110,6 +111,8 @@ def test_frames_are_kept_so_that_scores_can_be_computed_again(swept: Path) -> No
         frames = load_frames(swept / "runs" / result["name"] / "frames.npz")
         dense = load_frames(swept / "runs" / result["dense"]["name"] / "frames.npz")
         assert frames.shape == (17, 3, 32, 64)
+        features = np.load(swept / "runs" / result["name"] / "features.npy")
+        assert features.shape[0] == 1 and np.isfinite(features).all()
         assert result["quality"]["psnr"] == pytest.approx(psnr(frames, dense).mean)
     before = results(swept)
     assert main(["sweep", "--report-only", "--rescore", str(swept), "--quiet"]) == 0
