@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def evaluate_folders(
             parts.append(measure(name, frames, tools, prompt=prompts[name], reference=wanted))
         role = "floor" if row == "floor" and floor is not None else "candidate"
         rows.append(_together(team, parts).row(row, base, role=role, folder=str(chosen[row])))
-    files = [path for found in pairs.values() for pair in found.values() for path in pair]
-    notes.append(_lossy(files))
+    notes.append(_lossy({p for found in pairs.values() for pair in found.values() for p in pair}))
+    if floor is None:
+        notes.append(NO_FLOOR)
     return _result("folders", rows, tools, base.reasons(), [note for note in notes if note])
 
 
@@ -191,7 +192,7 @@ def _unmatched(name: str, found: Mapping[str, Any], total: int) -> str:
     return f"{name}: {len(found)} of the {total} files of the reference have a partner"
 
 
-def _lossy(files: Sequence[Path]) -> str:
+def _lossy(files: Collection[Path]) -> str:
     lossy = sum(items.is_lossy(path) for path in files if path.is_file())
     if not lossy:
         return ""
@@ -221,6 +222,7 @@ def _result(
     }
 
 
+NO_FLOOR = "pairs have no floor here; give dense once more, from elsewhere, with --floor FOLDER"
 SMALL = (
     "fewer than two rows per feature: these Fréchet distances are mostly bias; compare them only "
     "with the floor, or use more clips"

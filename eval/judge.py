@@ -124,21 +124,3 @@ def accuracy(judge: Judge, video: Tensor, specs: Sequence[clips.ClipSpec]) -> di
     """
     given, wanted = answers(judge, video), targets(specs)
     return {name: (given[name] == wanted[name]).float().mean().item() for name in wanted}
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Fréchet distance between two sets of features, each taken as a Gaussian.
-
-    It is biased upwards by small samples: always compare with the distance between two sets of
-    real clips of the same sizes.
-
-    Args:
-        first: ``[N, D]``.
-        second: ``[M, D]``.
-    """
-    first, second = first.double(), second.double()
-    shift = (first.mean(0) - second.mean(0)).square().sum()
-    one, two = torch.cov(first.T), torch.cov(second.T)
-    # The trace of the root of a product is the sum of the roots of its eigenvalues.
-    common = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
-    return float(shift + one.trace() + two.trace() - 2 * common)

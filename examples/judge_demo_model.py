@@ -28,6 +28,7 @@ from torch import Tensor
 
 import diffpatch
 from diffpatch.eval import judge as judging
+from diffpatch.eval.distances import frechet
 from diffpatch.pipelines.demo import clips, model
 
 RESULTS = Path(judging.__file__).parent / "results"
@@ -89,8 +90,8 @@ def measure(video: Tensor, specs: list[clips.ClipSpec], preset: model.DemoPreset
         "all_attributes_right": right.all(0).float().mean().item(),
         "accuracy_of_real_clips": judging.accuracy(judge, real, specs),
         "chance": {name: 1 / len(values) for name, values in clips.ATTRIBUTES.items()},
-        "frechet_distance": judging.frechet_distance(features[0], features[1]),
-        "frechet_distance_of_real_clips": judging.frechet_distance(features[1], features[2]),
+        "frechet_distance": frechet(features[0], features[1]),
+        "frechet_distance_of_real_clips": frechet(features[1], features[2]),
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffpatch.eval import judge as judging
+from diffpatch.eval.distances import frechet
 from diffpatch.pipelines.demo import clips
 
 
@@ -89,7 +90,7 @@ def report(judge: judging.Judge, count: int) -> None:
             "frozen": video[:, :, :1].expand_as(video),
         }
         for name, clip in damaged.items():
-            distance = judging.frechet_distance(real, judge.features(clip))
+            distance = frechet(real, judge.features(clip))
             print(f"distance to {name}: {distance:.2f}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import generation, media, output, progress, summary
+from diffpatch.cli import eval_vbench, generation, media, output, progress
 from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
@@ -75,14 +75,7 @@ def read(args: argparse.Namespace) -> None:
     if args.json:
         print(output.to_json(dict(zip(names, results, strict=True))), end="")
         return
-    rows = [["", *names]]
-    for name in (*vbench.QUALITY, *vbench.SEMANTIC):
-        found = [result["dimensions"].get(name) for result in results]
-        if any(value is not None for value in found):
-            rows.append([name, *("" if value is None else f"{value:.2%}" for value in found)])
-    for name in ("quality", "semantic", "total"):
-        rows.append([name, *(f"{r[name]:.2%}" if name in r else "incomplete" for r in results)])
-    print(summary.table(rows))
+    print(eval_vbench.describe(dict(zip(names, results, strict=True))))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -210,6 +210,12 @@ def test_the_demo_draws_its_own_captions(
         (["OUT", "--reference", "OUT", "--lpips", "OUT"], "is no safetensors file"),
         (["OUT", "--reference", "OUT", "--clip", "OUT"], "cannot be loaded as CLIPModel"),
         (["--floor", "OUT"], "--floor is for folders"),
+        (["--captions", "CAPTIONS"], "--captions is for folders"),
+        (["OUT", "--reference", "OUT", "--json", "CAPTIONS/s.json"], "choose another --json"),
+        (["--method", "radial", "--set", "decayy=1"], "no such parameter"),
+        (["-m", "demo", "--count", "0"], "at least 1"),
+        (["OUT", "--reference", "OUT", "--metric", "psnr"], "did you mean '--method'"),
+        (["--json", "OUT", "--reference", "OUT"], "is a folder; give a file"),
         (["--method", "radail"], "did you mean 'radial'"),
         (["-p", "a cat", "--count", "3"], "more than the 1 prompts"),
         (["--model", "no/such/folder/"], "a folder, or a hub id"),
@@ -227,11 +233,12 @@ def test_bad_requests_are_one_line(
     np.save(tmp_path / "TWICE" / "clip0.npy", frames(0).numpy())
     (tmp_path / "BROKEN" / "clip0.png").write_text("no picture")
     (tmp_path / "CAPTIONS").write_text("clip0 a red circle\n")
-    places = [str(tmp_path / word) if word.isupper() else word for word in words]
+    places = [str(tmp_path / w) if w.partition("/")[0].isupper() else w for w in words]
     assert main(["eval", *places, "--quiet"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.splitlines()) == 1
     assert message in shown.err
+    assert (tmp_path / "OUT" / "clip0.apng").is_file()
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Export:
         paths = [export.path(row, number) for row in rows for number in export.names]
         if taken := next((path for path in paths if path.exists()), None):
             raise UsageError(f"{taken} exists; choose another --vbench-export")
-        output.check_free(paths, overwrite=True)
+        output.check_free(paths, overwrite=True, option="--vbench-export")
         return export
 
     def path(self, row: str, number: int) -> Path:

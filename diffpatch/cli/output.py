@@ -37,20 +37,22 @@ def to_json(data: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+    """Write a text file in one step; a folder of that name stays and is an error."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
     with staged(path.parent) as stage:
         (stage / path.name).write_text(text, encoding="utf-8")
 
 
-def check_free(paths: list[Path], overwrite: bool) -> None:
+def check_free(paths: list[Path], overwrite: bool, option: str = "-o") -> None:
     """Refuse to replace results, and folders that cannot be written, before any work is done."""
     taken = [path for path in paths if path.exists()]
     if taken and not overwrite:
         more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
-        raise UsageError(f"{taken[0]}{more} exists; add --overwrite or choose another -o")
+        raise UsageError(f"{taken[0]}{more} exists; add --overwrite or choose another {option}")
     for folder in {path.parent for path in paths}:
         nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not nearest.is_dir():
-            raise UsageError(f"{nearest} is not a folder; choose another -o")
+            raise UsageError(f"{nearest} is not a folder; choose another {option}")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UsageError(f"{nearest} cannot be written to; choose another -o")
+            raise UsageError(f"{nearest} cannot be written to; choose another {option}")
