@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.hooks import HookRegistry
 from diffusers.models import attention_dispatch
+from diffusers.models._modeling_parallel import ContextParallelConfig
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 from diffpatch.errors import DiffpatchError
 
@@ -36,6 +41,10 @@ EXCHANGE = "_templated_context_parallel_attention"
 CACHE, HOOKS = "_cache_config", "_diffusers_hook"
 # Some video-to-video pipelines cut their timesteps and tell nobody but this attribute.
 PIPELINE_STEPS = "_num_timesteps"
+# Where a pipeline's models run; its public `device` is where offloaded ones wait.
+EXECUTION_DEVICE = "_execution_device"
+# Where diffusers keeps its attention backends by name (for `diffpatch.adapters` alone).
+BACKENDS = "_AttentionBackendRegistry"
 
 _DISPATCH_ARGUMENTS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
@@ -55,6 +64,18 @@ def dispatcher() -> Callable[..., Any]:
 def exchange() -> Callable[..., Any]:
     """diffusers' exchange of heads for tokens, around a given attention."""
     return getattr(attention_dispatch, EXCHANGE)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where a pipeline's models run.
+
+    Raises:
+        DiffpatchError: diffusers keeps it elsewhere now.
+    """
+    device = getattr(pipe, EXECUTION_DEVICE, None)
+    if device is None:
+        raise changed(f"{type(pipe).__name__} has no {EXECUTION_DEVICE}")
+    return device
 
 
 def in_backward() -> bool:
@@ -79,12 +100,36 @@ def check() -> None:
     """
     function = getattr(attention_dispatch, DISPATCH, None)
     _expect_arguments(DISPATCH, function, _DISPATCH_ARGUMENTS)
-    known = inspect.signature(attention_dispatch.dispatch_attention_fn).parameters
-    if "parallel_config" in known:  # from 0.36 on
-        _expect_arguments(
-            EXCHANGE, getattr(attention_dispatch, EXCHANGE, None), _EXCHANGE_ARGUMENTS
-        )
+    _expect_arguments(EXCHANGE, getattr(attention_dispatch, EXCHANGE, None), _EXCHANGE_ARGUMENTS)
     _expect_arguments(SDPA, getattr(F, SDPA, None), None)
+    for owner, method, name in _kept_names():
+        function = getattr(owner, method, None)
+        if function is None:
+            raise changed(f"{owner.__name__}.{method} is gone")
+        if name not in set(_words(inspect.unwrap(function).__code__)):
+            raise changed(f"{owner.__name__}.{method} does not use {name} any more")
+
+
+def _kept_names() -> list[tuple[Any, str, str]]:
+    """(class, its method, the name it must use): a renamed one would be read as absent."""
+    return [
+        (ModelMixin, "set_attention_backend", PROCESSOR_BACKEND),
+        (ModelMixin, "enable_parallelism", PARALLEL),
+        (ContextParallelConfig, "setup", ULYSSES_MESH),
+        (CacheMixin, "enable_cache", CACHE),
+        (HookRegistry, "check_if_exists_or_initialize", HOOKS),
+    ]
+
+
+def _words(code: types.CodeType) -> Iterator[str]:
+    """Every name and every string in a code object and those nested in it."""
+    yield from code.co_names
+    yield from code.co_varnames
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _words(constant)
 
 
 def _expect_arguments(name: str, function: Any, expected: tuple[str, ...] | None) -> None:

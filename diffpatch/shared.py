@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffpatch import internals
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method
@@ -69,7 +70,7 @@ class Patch:
     def begin_forward(self) -> None:
         """Note that a transformer forward begins, wherever its scheduler comes from."""
         self.follow_schedulers()
-        self.tracker.on_forward(getattr(self._target(), "_num_timesteps", None))
+        self.tracker.on_forward(getattr(self._target(), internals.PIPELINE_STEPS, None))
 
     def unfollow_schedulers(self) -> None:
         """Give all schedulers their classes back."""

@@ -56,7 +56,9 @@ def sample(
     Raises:
         NonFiniteOutput: at the end of the first step that yields NaN or infinity.
     """
-    device = pipe._execution_device  # where the models run; pipe.device is where they wait
+    from diffpatch.internals import execution_device  # diffusers is slow to import
+
+    device = execution_device(pipe)
     clock = _StepClock(device, on_step)
     extra: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed)}
     if "callback_on_step_end" in call_arguments(pipe):

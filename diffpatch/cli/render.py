@@ -131,13 +131,16 @@ def render(
     args: argparse.Namespace, job: Job, pipe: Any, call: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Run every variant on one prompt and write its files; returns the result."""
+    from diffpatch.internals import execution_device
+
+    device = execution_device(pipe)
     samples, runs = {}, {}
     for variant in job.variants:
         samples[variant.name], runs[variant.name] = _timed(args, pipe, variant, call, job.steps)
     result = request(job, args, call["prompt"]) | {
         "pipeline": type(pipe).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": str(pipe._execution_device),
+        "device": str(device),
         "runs": runs,
     }
     if len(samples) > 1:
@@ -145,7 +148,7 @@ def render(
         result["speedup"] = summary.speedup(runs[dense]["seconds"], runs[fast]["seconds"])
         result["quality"] = summary.quality(samples[fast], samples[dense])
     result["measured"] = summary.MEASURED + (summary.COMPILED if args.compile else "")
-    result["environment"] = environment(pipe._execution_device)
+    result["environment"] = environment(device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
     _write(job, samples, result, folder)
