@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import arguments, bench_model, generation, progress
+from diffpatch.cli import arguments, bench_model, bench_profile, generation, progress
 from diffpatch.cli.bench_output import add_common, chosen, finish, times
 from diffpatch.cli.errors import RunError
 from diffpatch.pipelines import loading
@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
     _add_attention(kinds)
     _add_render(kinds)
     bench_model.add_parser(kinds)
+    bench_profile.add_parser(kinds)
     kernels = kinds.add_parser("kernels", help="the kernels alone", add_help=False)
     kernels.passes_on = True
     kernels.set_defaults(run=run_kernels)

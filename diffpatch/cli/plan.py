@@ -12,15 +12,21 @@ from diffpatch.cli.errors import UsageError
 from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import field_names, method_parameters
 from diffpatch.cli.summary import table
+from diffpatch.drawing import KINDS
 from diffpatch.pipelines.find_shape import find_shape
+from diffpatch.pipelines.loading import DTYPES
 from diffpatch.pipelines.shapes import MODELS
+from diffpatch.prediction import duration
+from diffpatch.profiles import load_profile, profile_names
 
+WORTH = 1.05  # a step must gain this much before a method is recommended
 EXAMPLES = """\
 examples:
-  diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81
+  diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81 --device-profile h100
   diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81 \\
-      --method radial --set decay=0.5 --dense-steps 12 --draw radial.png
+      --method radial --set decay=0.5 --dense-steps 12 --draw pictures/
   diffpatch plan --model flux --height 2048 --width 2048 --method neighborhood --json
+  diffpatch plan --model ./my-model --height 480 --width 832 --num-frames 81 --quality balanced
 """
 
 
@@ -30,11 +36,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a method will gain, without running anything",
-        description="Grid, kept pairs, the share of attention and bounds on the speedup. Built-in "
-        "model shapes need no weights; pipelines are loaded and read.",
+        description="Grid, kept pairs, costs beyond them, the share of attention, bounds on the\n"
+        "speedup and, for a device, times. No weights are needed: built-in model shapes, or the\n"
+        "configs of a folder or a hub id.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("-m", "--model", required=True, help=f"{names}; or a pipeline as in render")
+    parser.add_argument(
+        "-m", "--model", required=True,
+        help=f"{names}; a pipeline as in render, or a transformer's config.json",
+    )  # fmt: skip
     parser.add_argument("--height", type=arguments.number(int, 1), required=True, help="in pixels")
     parser.add_argument("--width", type=arguments.number(int, 1), required=True, help="in pixels")
     parser.add_argument("--num-frames", type=arguments.number(int, 1), default=1, help="of a video")
@@ -44,53 +54,98 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--method", help="one method in detail; without it, all are compared")
     arguments.add_method_options(parser)
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="save the tile map as a PNG")
+    parser.add_argument(
+        "--device-profile", metavar="NAME|FILE",
+        help=f"predict times on a device: {', '.join(profile_names())}, or a file that"
+        " `diffpatch bench profile --json FILE` wrote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="for the times (bf16; with the torch backend fp32)"
+    )
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="save a picture of the mask; all in a folder/"
+    )
+    parser.add_argument(
+        "--draw-kind", choices=KINDS, default="tiles",
+        help="pairs of tiles, what one query sees, or kept by the distance of frames (tiles)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draw-query", type=place, metavar="T,H,W", help="the query to draw (the middle one)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
+
+
+def place(text: str) -> tuple[int, ...]:
+    """A token such as 4,10,12: frame, row, column."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} must be frame,row,column, such as 4,10,12")
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan or the comparison; returns the exit code."""
     if args.method is None and (args.draw or args.set):
         raise UsageError("--set and --draw are about one method: name it with --method")
-    if args.draw and not args.draw.absolute().parent.is_dir():
+    if args.dtype and not args.device_profile:
+        raise UsageError("--dtype is about times: name a device with --device-profile")
+    folder = args.draw is not None and (args.draw.is_dir() or not args.draw.suffix)
+    if args.draw and not folder and not args.draw.absolute().parent.is_dir():
         raise UsageError(f"{args.draw.parent} is no folder; choose another --draw")
-    target = find_shape(args.model)  # once, for all methods
+    device = None if args.device_profile is None else load_profile(args.device_profile)
+    shape = find_shape(args.model)  # once, for all methods
     if args.method is not None:
-        made = _plan(args, target, args.method, method_parameters(args.method, args.set))
+        values = method_parameters(args.method, args.set)
+        made = _plan(args, shape, device, args.method, values)
         if args.draw:
-            made.draw().save(args.draw, format="PNG")
+            _draw(args, made, folder)
         print(to_json(made.to_dict()) if args.json else made, end="" if args.json else "\n")
         return 0
     plans, refused = {}, {}
     for name in _comparable():
         try:
-            plans[name] = _plan(args, target, name, {})
+            plans[name] = _plan(args, shape, device, name, {})
         except diffpatch.DiffpatchError as error:
             refused[name] = str(error)
     if not plans:
         raise UsageError(next(iter(refused.values())))
+    plans = dict(sorted(plans.items(), key=lambda item: _cost(item[1])))
     if args.json:
         print(to_json([plan.to_dict() for plan in plans.values()]), end="")
         return 0
     print(_comparison(plans))
     for name, why in refused.items():
         print(f"{name}: {why}")
+    print(recommendation(plans, args.quality))
     return 0
+
+
+def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:
+    if not folder:
+        made.draw(args.draw_kind, args.draw_query).save(args.draw, format="PNG")
+        return
+    args.draw.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        made.draw(kind, args.draw_query).save(args.draw / f"{kind}.png", format="PNG")
 
 
 def _comparable() -> list[str]:
     """Every method, and those that wrap another one over radial and neighborhood."""
-    plain = [n for n, info in diffpatch.methods().items() if "over" not in field_names(info.cls)]
-    wrappers = [n for n in diffpatch.methods() if n not in plain]
+    known = diffpatch.methods()
+    wrappers = [n for n, info in known.items() if "over" in field_names(info.cls)]
+    plain = [n for n in known if n not in wrappers and n != "dense"]
     return plain + [f"{n}+{w}" for w in wrappers for n in ("radial", "neighborhood")]
 
 
 def _plan(
-    args: argparse.Namespace, target: Any, method: str, params: dict[str, Any]
+    args: argparse.Namespace, shape: Any, device: Any, method: str, params: dict[str, Any]
 ) -> diffpatch.Plan:
     return diffpatch.plan(
-        target,
+        shape,
         method,
         height=args.height,
         width=args.width,
@@ -100,25 +155,86 @@ def _plan(
         dense_layers=args.dense_layers,
         dense_last_steps=args.dense_last_steps,
         quality=args.quality,
+        profile=device,
+        dtype=args.dtype,
         **params,
     )
 
 
+def _gain(plan: diffpatch.Plan) -> float:
+    """The speedup of the transformer: predicted, or the bound where nothing is."""
+    return plan.step_speedup if plan.predicted is None else plan.predicted.step_speedup
+
+
+def _cost(plan: diffpatch.Plan) -> tuple[bool, float]:
+    """For an order from the cheapest on; what is only bounded comes after what is predicted."""
+    return plan.predicted is None, -_gain(plan)
+
+
 def _comparison(plans: dict[str, diffpatch.Plan]) -> str:
     first = next(iter(plans.values()))
-    rows = [["", "kept, sparse calls", "kept, run", "attention", "transformer", "state"]]
+    device = first.predicted  # predicted ones come first
+    header = ["", "kept, sparse calls", "kept, run", "attention", "transformer", "state"]
+    if device is not None:
+        header[5:5] = ["predicted", "transformer", "a step"]
+    rows = [header]
     for name, plan in plans.items():
-        rows.append([
+        row = [
             name,
-            f"{plan.kept_sparse:.1%}",
+            ("≤ " if plan.at_most else "") + f"{plan.kept_sparse:.1%}",
             f"{plan.kept:.1%}",
             f"≤ {plan.attention_speedup:.2f}×",
             f"≤ {plan.step_speedup:.2f}×",
             f"{plan.state_bytes / 2**20:,.0f} MiB" if plan.state_bytes else "",
-        ])  # fmt: skip
-    return (
+        ]
+        if plan.at_most:  # the data decide how much more
+            row[3:5] = [f"{plan.attention_speedup:.2f}× +", f"{plan.step_speedup:.2f}× +"]
+        if device is not None:
+            row[5:5] = ["", "", ""] if plan.predicted is None else _times(plan)
+        rows.append(row)
+    lines = [
         f"{first.model}: grid {first.grid} = {first.tokens:,} tokens, {first.steps} steps,"
-        f" attention {first.attention_share:.0%} of a dense step's operations\n"
-        f"{table(rows)}\n"
-        "bounds by operations, uncalibrated: `diffpatch bench` measures"
+        f" attention {first.attention_share:.0%} of a dense step's"
+        f" {first.dense_step_flops / 1e12:,.4g} TFLOP",
+        table(rows),
+    ]
+    if device is None:
+        lines.append("bounds by operations; --device-profile predicts times")
+    else:
+        how = "fitted to measurements" if device.calibrated else (
+            "UNCALIBRATED: at published peaks, which no kernel reaches; trust the order, not the"
+            " seconds (`diffpatch bench profile` measures your device)"
+        )  # fmt: skip
+        lines.append(
+            f"≤: bounds by operations; predicted for {device.device} in {device.dtype}, {how};"
+            f" a dense step: {duration(device.dense_step_seconds)}"
+        )
+    return "\n".join(lines)
+
+
+def _times(plan: diffpatch.Plan) -> list[str]:
+    assert plan.predicted is not None
+    made = plan.predicted
+    return [
+        f"{made.attention_speedup:.2f}×",
+        f"{made.step_speedup:.2f}×",
+        duration(made.step_seconds),
+    ]
+
+
+def recommendation(plans: dict[str, diffpatch.Plan], quality: str | None) -> str:
+    """Which method to use, as far as cost can tell."""
+    name, best = min(plans.items(), key=lambda item: _cost(item[1]))
+    gain = _gain(best)
+    level = f"at quality {quality!r}" if quality else "at the methods' published settings"
+    how = "by operations" if best.predicted is None else "predicted"
+    if gain < WORTH:
+        return (
+            f"which one? none: the best, {name}, gains {gain:.2f}× a step ({how}); attention is too"
+            " small a part at this size"
+        )
+    fair = "" if quality else ", which keep unlike shares (--quality makes them alike)"
+    return (
+        f"which one? {name} is the fastest {level}{fair}: {gain:.2f}× a step ({how})."
+        " Equal shares are not equal pictures: compare them with `diffpatch sweep`"
     )
