@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from diffpatch.attention_error import AttentionErrors, attention_error
+from diffpatch.calibration import Calibration, calibrate
 from diffpatch.errors import (
     BadParameter,
     DiffpatchError,
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionErrors",
     "BadParameter",
     "BlockPattern",
+    "Calibration",
     "Dense",
     "DiffpatchError",
     "Disc",
@@ -61,6 +63,7 @@ __all__ = [
     "Window",
     "attention",
     "attention_error",
+    "calibrate",
     "families",
     "make_method",
     "methods",

@@ -97,7 +97,7 @@ class LiteAttention:
     shape=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(2, 6)),
     before=st.integers(0, 5),
     after=st.integers(0, 3),
-    threshold=st.sampled_from([-6.0, -1.0, 0.0, (-9.0, -2.0, 0.0)]),
+    threshold=st.sampled_from([-6.0, -1.0, 0.0, (-9.0, -2.0, 0.0), (0.0, -3.0, -9.0)]),
     order=st.sampled_from(["forward", "reverse", "alternate"]),
     over=st.sampled_from([Dense(tile=16), Window.cross(0.5), Neighborhood(window=0.6)]),
     frames=st.integers(0, 1),
@@ -117,16 +117,17 @@ def test_skip_is_the_rule_of_liteattention(
     seen = pattern.dense()[of_head]
     place = of_head[:, None], torch.arange(table.length)
     state: dict[str, Any] = {}
+    since, thresholds = 0, threshold if isinstance(threshold, tuple) else (threshold,) * 3
     for step, tensors in enumerate(drifting(grid, 5, seed)):
-        if step % 3 == 0:
-            rule = LiteAttention(grid, blocks, seen, frames)
+        now, last = thresholds[step * 3 // 5], thresholds[max(step - 1, 0) * 3 // 5]
+        if step - since in (0, 3) or now < last:
+            rule, since = LiteAttention(grid, blocks, seen, frames), step
         reverse = order == "reverse" or (order == "alternate" and step % 2 == 1)
-        now = threshold[step * 3 // 5] if isinstance(threshold, tuple) else threshold
         expected, computed = rule(tensors, now, reverse)
         done = method.attend(*tensors, Call(pattern, step=step, total=5, state=state))
         assert torch.allclose(done.out, expected, atol=1e-12)
         assert float(done.kept) == pytest.approx(computed.double().mean().item(), abs=1e-7)
-        if step % 3 == 0:
+        if step == since:
             assert torch.equal(computed, seen.expand_as(computed))
         bits = active_tiles.unpack(state["bits"], table.length)
         skipped = rule.skip[:, torch.arange(4)[:, None], table.query[place], table.key[place]]

@@ -25,7 +25,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     import diffpatch
-    from diffpatch.cli import bench, eval, families, methods, plan, render, sweep
+    from diffpatch.cli import bench, calibrate, eval, families, methods, plan, render, sweep
     from diffpatch.cli.arguments import Parser
 
     parser = Parser(
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffpatch {diffpatch.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (render, plan, bench, eval, sweep, methods, families):
+    for command in (render, plan, calibrate, bench, eval, sweep, methods, families):
         command.add_parser(commands)
     return parser
 

@@ -199,4 +199,9 @@ def phase(call: Call) -> int:
         raise BadParameter(
             "temporal: thresholds for the thirds of a run need to know its steps; give only one"
         )
-    return min(call.step * PHASES // call.total, PHASES - 1)
+    return third_of(call.step, call.total)
+
+
+def third_of(step: int, steps: int) -> int:
+    """The third of a run of some steps that a step belongs to: 0, 1 or 2."""
+    return min(step * PHASES // steps, PHASES - 1)

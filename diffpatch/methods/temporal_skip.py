@@ -22,11 +22,13 @@ def attend(
 ) -> Attended:
     """The tiles that were hit in every step since the last re-check, which computes them all.
 
-    A tile that is not hit (see `active_tiles.attend`) still counts in the step that finds it out.
+    A stricter threshold than that of the step before is a reason for a re-check, too. A tile that is not hit (see `active_tiles.attend`) still counts in the step that finds it out.
     """
     state, blocks = call.state, call.pattern.on(q.device)
     bits = remembered(call, q)
-    if bits is not None and call.step - state["step"] >= refresh:
+    if bits is not None and (
+        call.step - state["step"] >= refresh or threshold < state["threshold"]
+    ):
         bits = None
     active, kept = None, torch.tensor(call.pattern.kept)
     if bits is not None:
@@ -40,5 +42,7 @@ def attend(
     assert hits is not None
     going_on = hits | always(blocks, call.pattern.grid, keep_frames)
     since = call.step if bits is None else state["step"]
-    state.update(bits=active_tiles.pack(going_on), step=since, pattern=call.pattern)
+    state.update(
+        bits=active_tiles.pack(going_on), step=since, threshold=threshold, pattern=call.pattern
+    )
     return Attended(out, kept, used)

@@ -1,0 +1,100 @@
+"""`diffpatch calibrate`: thresholds of temporal attention for a model, from one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import arguments, generation, progress
+from diffpatch.cli.output import to_json
+from diffpatch.cli.parameters import method_parameters
+from diffpatch.pipelines import loading
+
+EXAMPLES = """\
+examples:
+  diffpatch calibrate --prompt "a large red circle moves left over a black background" \\
+      --method dense+temporal --max-error 0.05
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="find the thresholds of temporal attention from one prompt",
+        description="Try thresholds of x+temporal in mode skip on one run, and print the options\n"
+        "that keep attention within an error bound for each third of the run.",
+        epilog=EXAMPLES,
+    )
+    group = parser.add_argument_group("what to calibrate")
+    group.add_argument("-p", "--prompt", required=True, help="a typical one")
+    group.add_argument("--method", default="radial+temporal", help="x+temporal (radial+temporal)")
+    group.add_argument(
+        "--max-error", type=arguments.number(float, 0), default=0.075, metavar="E",
+        help="relative L1 of the attention to dense, in the middle of a run (0.075)",
+    )  # fmt: skip
+    group.add_argument(
+        "--spread", type=arguments.number(float, 0), default=0.01, metavar="E",
+        help="how much less is allowed early in the run, and more late (0.01)",
+    )  # fmt: skip
+    arguments.add_model_options(parser)
+    arguments.add_generation_options(parser)
+    arguments.add_method_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate and print; returns the exit code."""
+    # Before loading, so that what is wrong with it is found at once; a mode of the user's comes last.
+    parameters = method_parameters(args.method, ["mode=skip", *args.set])
+    progress.hush_libraries()
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    pipe = loading.load_pipeline(
+        source,
+        dtype=loading.DTYPES.get(args.dtype),
+        device=args.device,
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
+        compile=args.compile,
+    )
+    if args.image is not None:
+        pipe = loading.with_image_input(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    found = diffpatch.calibrate(
+        pipe,
+        args.method,
+        prompt=args.prompt,
+        call=generation.fit(call, pipe),
+        max_error=args.max_error,
+        spread=args.spread,
+        seed=args.seed,
+        quality=args.quality,
+        dense_steps=args.dense_steps,
+        dense_layers=args.dense_layers,
+        dense_last_steps=args.dense_last_steps,
+        backend=args.backend,
+        **parameters,
+    )
+    options = _options(args, found.threshold)
+    if args.json:
+        print(to_json(found.to_dict() | {"options": options}), end="")
+    else:
+        print(f"{found}\n\n{options}")
+    return 0
+
+
+def _options(args: argparse.Namespace, threshold: tuple[float, ...]) -> str:
+    """What other commands take to use the result."""
+    own = [text for text in args.set if text.split("=")[0] not in ("mode", "threshold")]
+    sets = ["mode=skip", f"threshold={','.join(f'{t:g}' for t in threshold)}", *own]
+    words = ["--method", args.method, *(w for text in sets for w in ("--set", text))]
+    for name in ("quality", "dense_steps", "dense_layers", "dense_last_steps"):
+        value = getattr(args, name)
+        if value:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += ["--" + name.replace("_", "-"), text]
+    return shlex.join(words)

@@ -1,0 +1,60 @@
+"""Several temporal methods tried side by side on one dense run, to choose among them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from diffpatch.grid import TokenGrid
+from diffpatch.methods.base import Attended, Call, Method
+from diffpatch.methods.temporal import Temporal, phase
+from diffpatch.pattern import BlockPattern
+
+
+@dataclass(frozen=True)
+class Trial(Method):
+    """Dense attention that notes how far each of some temporal methods would have been off."""
+
+    name: ClassVar[str] = "trial"
+    needs_steps: ClassVar[bool] = True
+    dynamic: ClassVar[bool] = True
+
+    candidates: tuple[Temporal, ...]
+    errors: defaultdict[tuple[int, int], list[torch.Tensor]] = field(
+        default_factory=lambda: defaultdict(list), compare=False, repr=False
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the candidates make sense for."""
+        return self.candidates[0].kinds
+
+    def variant(self, layer: int, step: int) -> Hashable:
+        return self.candidates[0].variant(layer, step)
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        return self.candidates[0].pattern(grid, variant)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+        """The dense answer; every candidate goes on with a state of its own."""
+        exact = _dense(q, k, v, call)
+        for i, candidate in enumerate(self.candidates):
+            own = replace(call, state=call.state.setdefault(str(i), {}))
+            wrong = candidate.attend(q, k, v, own).out.float() - exact.float()
+            self.errors[phase(call), i].append(wrong.abs().sum() / exact.float().abs().sum())
+        return Attended(exact, 1.0, "dense")
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+    """Attention to everything, (B, S, H, D)."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    mask = None if call.key_mask is None else call.key_mask[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=call.scale
+    )
+    return out.transpose(1, 2)
