@@ -208,7 +208,6 @@ def attend_active_kernel(
     acc = tl.zeros([BLOCK_M, SIZE_PADDED], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], START, tl.float32)
-    hit = 0
     # What an iteration visits is loaded before it, and what that depends on before that: loads that
     # depend on each other in one iteration would be staged by the pipeliner, or break it.
     pair = tl.load(LISTS)
@@ -242,9 +241,10 @@ def attend_active_kernel(
         if HITS is not None:
             # Later sub-blocks compare with earlier ones of the same tile, which changes nothing:
             # the threshold is not above 0, so whatever raised the maximum was a hit itself.
-            now = tl.max((held & (peak - top > threshold)).to(tl.int32), 0)
-            hit = tl.where(i % SUBS == 0, now, hit | now)
-            tl.store(HITS + i // SUBS * parts, hit.to(tl.uint8))
+            # Every row that hits writes the same 1 over a 0: no reduction, which Triton 3.6 cannot
+            # compile here for sm_100.
+            at_hit = HITS + i // SUBS * parts + tl.zeros([BLOCK_M], tl.int32)
+            tl.store(at_hit, 1, mask=held & (peak - top > threshold))
         new_top = tl.maximum(top, peak)
         weights = tl.exp2(scores * scale - new_top[:, None])
         shrink = tl.exp2(top - new_top)
