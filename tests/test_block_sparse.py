@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpatch import Neighborhood, TokenGrid
-from diffpatch.eval import bench_kernels
+from diffpatch.eval import bench_kernels, bench_rivals
 from diffpatch.eval.bench_attention import WrongResult
 from diffpatch.kernels import block_sparse_grouping
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
@@ -248,11 +248,15 @@ def test_the_plan_and_the_masks_are_made_once() -> None:
     assert len(blocks._derived) == len(made)
 
 
-def test_flex_attention_is_given_the_same_pairs() -> None:
-    blocks = random_blocks([128, 128, 128], kept=0.8, partial=0.5, seed=4)
-    q, k, v = random_qkv(1, 384, 1, 16)
-    found = bench_kernels.flex_call((q, k, v), blocks, compiled=False)()
+@pytest.mark.parametrize("sizes", [[128, 128, 128], SIZES, [100, 126, 30, 126, 7, 60]])
+def test_flex_attention_is_given_the_same_pairs(sizes: list[int]) -> None:
+    blocks = random_blocks(sizes, kept=0.8, partial=0.3, seed=4)
+    q, k, v = random_qkv(1, sum(sizes), 1, 16)
+    found = bench_rivals.flex_call((q, k, v), blocks, compiled=False)()
     torch.testing.assert_close(found, block_sparse_attention(q, k, v, blocks, backend="reference"))
+    every = bench_rivals.flex_mask(random_blocks(sizes, kept=1.0, partial=0.0))
+    count = -(-sum(sizes) // 128)
+    assert int(every.full_kv_num_blocks.sum()) == count**2 and not every.kv_num_blocks.any()
 
 
 def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
