@@ -163,3 +163,21 @@ def test_vbench_lists(tmp_path: Path) -> None:
     path.write_text('{"a": 1}')
     with pytest.raises(vbench.VBenchError, match="no prompt list"):
         vbench.videos(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("coco_fid", ["--captions", "--features"]), ("vbench_prompts", ["render", "read"])],
+)
+def test_examples_read_the_command_line(
+    name: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_example(name)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    shown = capsys.readouterr().out
+    assert f"python examples/{name}.py" in shown and all(word in shown for word in words)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--no-such-option"])
+    assert script.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

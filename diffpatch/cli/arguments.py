@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,10 +28,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; unknown options are reported here, where the known ones are at hand."""
-        words = [] if self.passes_on else [_dashes(arg) for arg in args or []]
+        args = sys.argv[1:] if args is None else args
+        words = [] if self.passes_on else [_dashes(arg) for arg in args]
         parsed, unknown = super().parse_known_args(words, namespace)
         if self.passes_on:
-            parsed.rest = list(args or [])
+            parsed.rest = list(args)
         for word in unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             hint = choices(word.partition("=")[0], known) if word.startswith("-") else ""
