@@ -82,7 +82,7 @@ def test_what_cannot_be_calibrated_says_why() -> None:
         diffpatch.calibrate(tiny.pipe, prompt="a cat", max_error=0.1, spread=0.1)
     with pytest.raises(BadParameter, match=r"Window.* are off by .*allow more with max_error"):
         diffpatch.calibrate(
-            tiny.pipe, "window+temporal", prompt="a cat", call={**CALL, "max_sequence_length": 16},
+            tiny.pipe, "window+temporal", prompt="a cat", call=CALL | {"num_inference_steps": 2},
             window=(-1, 1, 1), max_error=1e-4, spread=0.0, dense_steps=0,
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate and print; returns the exit code."""
-    # Before loading, so that what is wrong with it is found at once; a mode of the user's comes last.
+    # Before loading, so that what is wrong is found at once. A mode that the user gave comes last.
     parameters = method_parameters(args.method, ["mode=skip", *args.set])
     progress.hush_libraries()
     source = loading.find(args.model)
