@@ -109,6 +109,7 @@ def bench_model(
         WrongResult: a method's output is wrong, so that no speed is reported at all.
         DiffpatchError: a model, size or method cannot work, or the memory does not suffice.
     """
+    made = {name: _made(case, name, values, kept) for name, values in methods.items()}
     check_memory(case)
     say(f"creating {case.shape.name}")
     model = random_models.build(
@@ -124,12 +125,6 @@ def bench_model(
         device=case.device,
     )
     stage = _Stage(model, call, case.device, backend)
-    made = {
-        name: diffpatch.make_method(name, **values)
-        if kept is None
-        else fit_budget(name, case.grid, kept, **values)
-        for name, values in methods.items()
-    }
     entries = {}
     for name, method in made.items():
         say(f"checking {name}")
@@ -155,6 +150,19 @@ def bench_model(
         "methods": entries,
         "environment": environment(case.device),
     }
+
+
+def _made(
+    case: ModelCase, name: str, values: Mapping[str, Any], kept: float | None
+) -> diffpatch.Method:
+    """A method that a single forward can show, fitted to a share of the pairs if there is one."""
+    method = diffpatch.make_method(name, **values)
+    if method.needs_steps:
+        raise BadParameter(
+            f"{name} carries results from one step to the next, and a single forward has none:"
+            " measure it with `diffpatch bench render`"
+        )
+    return method if kept is None else fit_budget(method, case.grid, kept)
 
 
 def check_memory(case: ModelCase) -> None:

@@ -55,6 +55,11 @@ def test_a_step_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None
         assert entry["speedup"]["median"] == pytest.approx(ratio)
 
 
+def test_what_needs_several_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--method", "radial+temporal"]) == 2
+    assert "diffpatch bench render" in capsys.readouterr().err
+
+
 def test_a_wrong_result_has_no_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

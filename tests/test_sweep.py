@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,15 @@ import yaml
 from diffpatch.cli import main
 from diffpatch.eval.metrics import psnr
 from diffpatch.eval.sweep_plan import plan_sweep
-from diffpatch.eval.sweep_spec import BadSweep, check_spec
+from diffpatch.eval.sweep_spec import (
+    BARS,
+    KEYS,
+    METHOD_KEYS,
+    NETWORKS,
+    SIZE_KEYS,
+    BadSweep,
+    check_spec,
+)
 from diffpatch.eval.sweep_store import Store, load_frames, save_frames
 from tests import tiny
 
@@ -192,6 +201,13 @@ def test_dense_is_timed_again_where_its_clock_is_old(sweep: dict[str, Any], tmp_
     clocks = [result["dense"]["seconds"] for result in found[1:]]
     assert [result["dense"]["runs_since"] for result in found[1:]] == [0, 1, 0]
     assert clocks[0] == clocks[1] == found[0]["seconds"] != clocks[2]
+
+
+def test_the_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for key in (*KEYS, *METHOD_KEYS, *SIZE_KEYS, *BARS, *NETWORKS):
+        assert re.search(rf"\b{key}\b", shown), key
 
 
 def test_a_dry_run_lists_and_writes_nothing(

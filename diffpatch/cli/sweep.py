@@ -11,6 +11,26 @@ from diffpatch.cli import output, progress
 from diffpatch.cli.errors import UsageError
 
 EXAMPLES = """\
+keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
+  title             heads the report
+  model             one or several, as for render (demo)
+  dtype, offload, vae_tiling    as for render
+  prompts           texts, or {prompt: TEXT, image: FILE}; prompt_file: a line each
+  seeds             (0)
+  sizes             {height: …, width: …, num_frames: …}
+  steps             denoising steps
+  call              other arguments of the pipeline's call
+  schedules         {dense_steps: …, dense_layers: …, dense_last_steps: …}
+  methods           names, or {method: NAME, set: {…}, vary: {KEY: [VALUES]}, and for this one
+                    method dense_steps, dense_layers, dense_last_steps, backend, budgets}
+  budgets           shares of the pairs, such as [0.5, 0.25], that methods are fitted to
+  noise_floor       dense beside itself: [kernel, seed] unless said otherwise
+  attention_error   for how many prompts attention outputs are compared with dense (0)
+  dense_every       dense is timed anew after so many runs (8; 0 never)
+  bar               quality that a pick must have ({psnr: 25}); also ssim, caption_accuracy,
+                    clip_score
+  networks          {clip: …, features: …, lpips: …}, as for eval
+
 examples:
   diffpatch sweep examples/demo_sweep.yaml -o runs/demo
   diffpatch sweep examples/demo_sweep.yaml -o runs/demo     # goes on where it was stopped
