@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -121,6 +122,22 @@ def test_training_lowers_the_loss() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert len(set(script.neighbors(specs[0]))) == 1 + 7 + 4 + 5 + 1 + 5
+
+
+def test_the_record_is_of_the_shipped_weights() -> None:
+    """Written by the script: captions find their clips, and the scores answer to damage."""
+    record = json.loads(load_example("train_contrast").RECORD.read_text(encoding="utf-8"))
+    assert record["weights_sha256"] == hashlib.sha256(contrast.WEIGHTS.read_bytes()).hexdigest()
+    check = record["check"]
+    assert check["clips"] >= 200 and check["captions"] == 712
+    assert all(found["first"] >= 0.95 for found in check["retrieval"].values())
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for entry in check["damage"]:
+        scores.setdefault(entry["kind"], []).append((entry["first"], entry["clip_score"]))
+    [intact] = scores.pop("none")
+    for kind, found in scores.items():
+        assert found == sorted(found, reverse=True), kind  # more damage, less of the caption
+        assert found[-1][0] < 0.85 * intact[0] and found[-1][1] < 0.9 * intact[1], kind
 
 
 def test_the_check_is_measured_and_recorded(
