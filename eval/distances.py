@@ -73,7 +73,8 @@ def compare(candidate: Tensor, reference: Tensor, *, seed: int = 0) -> dict[str,
 
     `small_sample` is set where a set has fewer than two rows per feature: its covariance is then
     mostly noise, and the Fréchet distance of two samples of one source is far above 0. Compare
-    with such a floor, or read the kernel distance, which is unbiased.
+    with such a floor, or read the kernel distance, which is unbiased. Rows of frames count one by
+    one, though frames of one clip are alike: a set of clips is smaller than its rows say.
 
     Args:
         candidate: (N, D) features.
