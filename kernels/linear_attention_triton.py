@@ -45,9 +45,9 @@ class Config(NamedTuple):
 
 # (bytes an element, padded head size) -> configuration of the second pass.
 CONFIGS = {
-    (2, 64): Config(64, 64, 32, 4, 2, "tf32"),
-    (2, 128): Config(64, 32, 16, 8, 2, "tf32"),
-    (2, 256): Config(32, 32, 16, 8, 1, "tf32"),
+    (2, 64): Config(64, 32, 16, 4, 2, "tf32"),
+    (2, 128): Config(32, 32, 16, 8, 2, "tf32"),
+    (2, 256): Config(16, 32, 16, 8, 1, "tf32"),
     (4, 64): Config(32, 32, 16, 8, 1, "ieee"),
     (4, 128): Config(16, 16, 16, 8, 1, "ieee"),
     (4, 256): Config(16, 16, 16, 8, 1, "ieee"),

@@ -13,7 +13,8 @@ def choose_kernel(blocks: BlockIndex, backend: str, *inputs: torch.Tensor) -> st
 
     Args:
         blocks: the tiles.
-        backend: one of these, or "auto" for triton where it can, else torch.
+        backend: one of these, or "auto" for triton where it can and pays, else torch. In fp32 it
+            does not pay: without tensor cores cuBLAS, which torch uses, is as fast.
         inputs: the tensors of the call (B, S, H, D). The kernels have no gradients.
 
     Raises:
@@ -26,7 +27,8 @@ def choose_kernel(blocks: BlockIndex, backend: str, *inputs: torch.Tensor) -> st
     if reason is None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         reason = "these kernels have no gradients"
     if backend == "auto":
-        return "torch" if reason else "triton"
+        wide = any(x.dtype.itemsize > 2 for x in inputs)
+        return "torch" if reason or wide else "triton"
     if reason:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
     return "triton"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import diffpatch
 from diffpatch import BadParameter, Linear, TokenGrid, adapter
+from diffpatch.cli import main
 from diffpatch.distill import Distiller, recording
 from diffpatch.kernels import linear_attention, linear_attention_reference, linear_features
 from diffpatch.methods import distilled
@@ -248,3 +251,26 @@ def test_what_is_no_file_is_refused(taught: dict[str, Any], tmp_path: Path) -> N
     for path, message in ((damaged, "damaged one"), (tmp_path / "none", "is no file")):
         with pytest.raises(BadParameter, match=message):
             diffpatch.patch(taught["tiny"].pipe, "linear", weights=str(path))
+
+
+def test_a_sample_too_small_to_learn_from_is_refused(taught: dict[str, Any]) -> None:
+    whole = Linear(far="hedgehog", near=100_000, allow_untrained=True)
+    with pytest.raises(BadParameter, match="2 of 2 layers of the sample see everything"):
+        Distiller(taught["tiny"].pipe.transformer, whole, taught["held"][0])
+
+
+def test_the_example_makes_a_file_that_renders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    weights = tmp_path / "linear.safetensors"
+    importlib.import_module("distill_linear").main(["--smoke", "--out", str(weights)])
+    printed = capsys.readouterr().out
+    before, after = (float(x) for x in re.findall(r"attention +([\d.]+) +([\d.]+)", printed)[0])
+    assert after < before
+    assert re.search(r"distilled +0\.\d+ +\d+\.\d+ dB", printed)
+    size = ["--height", "64", "--width", "64", "--num-frames", "5", "--steps", "2"]
+    options = ["--method", "linear", "--set", f"weights={weights}", "--quiet"]
+    made = tmp_path / "made"
+    assert main(["render", "--model", "demo", *options, *size, "-p", "x", "-o", str(made)]) == 0
+    assert list(made.rglob("*.mp4"))
