@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,13 @@ def evaluate_model(
             warm_up(pipe, call | {"prompt": prompts[0]}, seed)
     tallies: dict[str, list[Tally]] = {n: [] for n in ("dense", ARITHMETIC, NOISE, *methods)}
     kept: dict[str, dict[int, float]] = {name: {} for name in methods}
-    for number, prompt in team.mine(list(enumerate(prompts))):
+    mine, started = team.mine(list(enumerate(prompts))), time.monotonic()
+    for done, (number, prompt) in enumerate(mine):
         name, one = f"{number:04d}", call | {"prompt": prompt}
         reference: torch.Tensor | None = None
         for row, parts in tallies.items():
-            say(f"prompt {number + 1} of {len(prompts)}: {row}")
+            left = _left(done, len(mine), started)
+            say(f"prompt {number + 1} of {len(prompts)}: {row}{left}")
             start = seed + number + (OTHER_NOISE if row == NOISE else 0)
             with _variant(pipe, row, methods):
                 frames = sample(pipe, one, start).frames
@@ -172,6 +175,14 @@ def _variant(pipe: Any, row: str, methods: Mapping[str, Mapping[str, Any]]) -> I
 def _together(team: Team, parts: Sequence[Tally]) -> Tally:
     """The clips of all processes."""
     return Tally().merge(*team.gather(Tally().merge(*parts)))
+
+
+def _left(done: int, total: int, started: float) -> str:
+    """How long the prompts that are left will take, once one is done."""
+    if not done:
+        return ""
+    seconds = (time.monotonic() - started) / done * (total - done)
+    return f" (about {max(1, round(seconds / 60))} min left)"
 
 
 def _mean(values: Mapping[int, float]) -> float:
