@@ -82,8 +82,9 @@ def flex_mask(blocks: BlockIndex) -> Any:
 def natten_call(qkv: Tensors, grid: TokenGrid, method: Method) -> Call | None:
     """NATTEN's operator, tokens permuted by it as it needs; None if it is not installed or knows
     no such mask: text, windows rounded to our tiles, heads or layers of their own."""
-    plain = isinstance(method, Neighborhood) and not (method.heads or method.layers)
-    if not plain or method.stride == "auto" or grid.text_before or grid.text_after:
+    if not isinstance(method, Neighborhood) or method.heads or method.layers:
+        return None
+    if method.stride == "auto" or grid.text_before or grid.text_after:
         return None
     try:
         from natten import na3d

@@ -16,11 +16,15 @@ import torch
 from diffpatch.kernels import active_tiles_triton as active
 from diffpatch.kernels import block_sparse_triton as forward
 from diffpatch.kernels import block_sparse_triton_backward as backward
+from diffpatch.kernels import linear_attention_triton as linear
+from diffpatch.kernels import virtual_tokens_triton as virtual
 from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
+from diffpatch.kernels.linear_attention_triton_kernel import apply_kernel, state_kernel
 from diffpatch.kernels.quantize import RUN
 from diffpatch.kernels.quantize_triton import quantize_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Config = forward.Config | virtual.Config | linear.Config
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Case:
         arch: the compute capability, 90 for 9.0.
         kernel: "forward", "int8" (forward with scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
-            which also finds out what the next step may leave out).
+            which also finds out what the next step may leave out); "pool" and "virtual" of virtual
+            tokens, "state" and "apply" of linear attention.
         dtype: of the tensors.
         size: the head size.
         tile: the largest tile, in tokens.
@@ -73,6 +78,9 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
+            for kernel in ("pool", "virtual", "state", "apply"):
+                yield Case(arch, kernel, dtype, 128, 128, False)
+            yield Case(arch, "virtual", dtype, 64, 128, False)
 
 
 def _loads_asked_for(arch: int) -> Iterator[Case]:
@@ -103,13 +111,21 @@ def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
         yield Case(arch, "int8", dtype, 128, 128, False, "pointer")
 
 
-def configuration(case: Case) -> forward.Config:
+def configuration(case: Case) -> Config:
     """The configuration that ships for a case."""
     dtype = DTYPES[case.dtype]
     if case.kernel == "quantize":
         return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
         return backward.configuration(dtype, case.size, case.kernel == "keys", case.arch)
+    if case.kernel == "pool":
+        return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
+    if case.kernel == "virtual":
+        return virtual.configuration(dtype, case.size)
+    if case.kernel == "state":
+        return linear.STATE_CONFIGS[dtype.itemsize]
+    if case.kernel == "apply":
+        return linear.configuration(dtype, case.size)
     if case.kernel in ("active", "skip"):
         return active.configuration(dtype, case.size, case.tile, case.arch)
     int8 = case.kernel == "int8"
@@ -117,9 +133,7 @@ def configuration(case: Case) -> forward.Config:
     return forward.configuration(dtype, case.size, case.tile, case.arch, int8=int8, **asked)
 
 
-def specialization(
-    case: Case, config: forward.Config
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """What a launch on contiguous tensors fixes.
 
     Returns:
@@ -145,6 +159,11 @@ def specialization(
 def _of_kernel(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
+    if case.kernel in ("pool", "virtual"):
+        return _virtual(case)
+    if isinstance(config, linear.Config):
+        return _linear(case, config)
+    assert isinstance(config, forward.Config)
     if case.kernel == "quantize":
         types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
         return quantize_kernel, {}, types
@@ -175,6 +194,29 @@ def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], d
         types[name] = box if config.loads == "tma" else f"*{dtype}"
     constants = {"group": 1, "LOADS": config.loads, "SPECIALIZE": config.specialize}
     return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
+
+
+def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    names = ("Q", "K", "V", "KEYS", "VALUES", "VARIANCE", "NEAR", "OUT")
+    types = dict.fromkeys(names, f"*{case.dtype}")
+    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32") | {"log2_e": "fp32"}
+    if case.kernel == "pool":
+        return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS}, types
+    return virtual.virtual_kernel, {"group": 1}, types
+
+
+def _linear(case: Case, config: linear.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    types = dict.fromkeys(("Q", "K", "V", "LEFT", "RIGHT", "OUT"), f"*{case.dtype}")
+    sums = ("STATE", "SQUARES", "LEFT_SUM", "RIGHT_SUM", "KEY_SUM", "VALUE_SUM", "COUNT", "LSE")
+    centres = ("LEFT_CENTRE", "RIGHT_CENTRE", "CENTRE_K", "CENTRE_V")
+    types |= dict.fromkeys((*sums, *centres), "*fp32") | {"WEIGHT": "*u8"}
+    constants = {"PRECISION": config.precision, "group": 1}
+    if case.kernel == "state":
+        blocks = {"BLOCK_LEFT": config.block_m, "BLOCK_RIGHT": config.block_c}
+        sizes = {"LEFT_SIZE": case.size, "RIGHT_SIZE": case.size}
+        return state_kernel, constants | blocks | sizes, types
+    sizes = {"VALUE_SIZE": case.size, "VALUE_PADDED": forward.padded(case.size)}
+    return apply_kernel, constants | sizes | {"BLOCK_C": config.block_c}, types
 
 
 def _none(absent: bool, name: str) -> dict[str, Any]:

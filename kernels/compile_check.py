@@ -26,7 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffpatch.kernels import block_sparse_triton as forward
-from diffpatch.kernels.compile_cases import DTYPES, Case, cases, configuration, specialization
+from diffpatch.kernels.compile_cases import (
+    DTYPES,
+    Case,
+    Config,
+    cases,
+    configuration,
+    specialization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +58,7 @@ class Result:
     """
 
     case: Case
-    config: forward.Config
+    config: Config
     registers: int
     stack: int
     shared: int
@@ -73,6 +80,8 @@ def compiled(case: Case) -> tuple[Result, Any]:
     # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one; so
     # do 8-bit scores on sm_100 in Triton 3.6, but not what follows them.
     instruction = TENSOR_CORE[case.arch] if config.block_m >= 64 else "mma.sync"
+    if case.kernel in ("virtual", "state", "apply"):
+        instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
     result = Result(case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers)
@@ -88,21 +97,23 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
         yield f"{result.stack} bytes of stack"
     if result.shared > SHARED_LIMIT[case.arch]:
         yield f"{result.shared} bytes of shared memory, {SHARED_LIMIT[case.arch]} allowed"
-    if case.dtype == "fp32" or case.kernel == "quantize":
+    if case.dtype == "fp32" or case.kernel in ("quantize", "pool"):
         return
     if not result.tensor_cores:
         yield f"no {instruction}"
+    if case.kernel not in ("forward", "int8", "active", "skip"):
+        return
     # Tensor cores that do not read shared memory hold one stage in registers, unless the copy into
     # shared memory is that of a descriptor.
     depth = config.num_stages - (case.arch not in forward.ASYNC_TENSOR_CORE)
-    depth -= config.loads == "gather"  # the indices of keys are staged like keys
+    depth -= getattr(config, "loads", "") == "gather"  # the indices of keys are staged like keys
     if case.kernel == "int8" and case.arch == 100 and triton.__version__.startswith("3.6."):
         depth -= 1
-    if case.kernel in ("forward", "int8", "active", "skip") and result.buffers < depth:
+    if result.buffers < depth:
         yield f"{result.buffers} buffers of keys, {depth} expected"
 
 
-def _compile(case: Case, config: forward.Config) -> Any:
+def _compile(case: Case, config: Config) -> Any:
     """The kernel as a launch on contiguous tensors would specialize it."""
     kernel, constants, types = specialization(case, config)
     signature = {}
@@ -162,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.kernel and case.kernel not in options.kernel:
             continue
         row = known.get(_key(asdict(case)))
-        if row and row["config"] == configuration(case)._asdict():
+        if row and not row["problems"] and row["config"] == configuration(case)._asdict():
             continue
         results.append(check(case))
         log.info("%s", _line(results[-1]))
@@ -180,7 +191,7 @@ def _line(result: Result) -> str:
     words = [
         "FAIL" if result.problems else "ok  ",
         f"sm_{case.arch} {case.kernel} {case.dtype} d{case.size} tile {case.tile}",
-        result.config.loads if case.kernel in ("forward", "int8") else "",
+        getattr(result.config, "loads", "") if case.kernel in ("forward", "int8") else "",
         "key mask" if case.key_mask else "",
         "specialized" if case.specialize else "",
         f"{result.registers} registers, {result.stack} B stack, {result.shared} B shared,",

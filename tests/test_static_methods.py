@@ -77,7 +77,8 @@ def neighborhoods(draw: st.DrawFn, grid: TokenGrid) -> tuple[Neighborhood, Rule]
         sizes.append((-1 if whole else window, stride, dilation, causal))
         axis = (length, window, stride, dilation, causal)
         tables.append([[gna(q, k, *axis) for k in range(length)] for q in range(length)])
-    return Neighborhood(*zip(*sizes, strict=True)), along_axes(tables)
+    values: list[Any] = [*zip(*sizes, strict=True)]
+    return Neighborhood(*values), along_axes(tables)
 
 
 @random_settings
