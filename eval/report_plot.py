@@ -14,7 +14,10 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 58
 RADIUS = 11  # of a mark
 ROUNDS = 60  # of pushing marks apart
 # Dark enough for white numbers, and apart from each other for most colour-blind people.
-COLOURS = ("#0072b2", "#b35900", "#00795a", "#a3427c", "#5b4bb5", "#7a6a00", "#a32a1e", "#4d5965")
+COLOURS = (
+    "#0072b2", "#b35900", "#00795a", "#a3427c", "#5b4bb5", "#7a6a00", "#a32a1e", "#4d5965",
+    "#2f6b1f", "#8c3a63",
+)  # fmt: skip
 
 Place = tuple[float, float]
 
@@ -59,10 +62,12 @@ def pareto(rows: Sequence[Row], bar: Mapping[str, float], pick: str | None) -> s
     parts.append(f'<polyline class="front" points="{points}"/>')
     known, places = colours(rows), [(x(1 / r.gain), y(r.quality["psnr"])) for r in methods]
     marks = list(zip(methods, places, apart(places), strict=True))
-    for number, (row, place, at) in reversed(list(enumerate(marks, 1))):
+    # Leads first, so that they cover no mark.
+    parts += [_lead(known[str(row.facts["method"])], place, at) for row, place, at in marks]
+    for number, (row, _, at) in reversed(list(enumerate(marks, 1))):
         text = f"{number}: {row.label}, {row.gain:.2f}×, {row.quality['psnr']:.1f} dB"
         colour = known[str(row.facts["method"])]
-        parts.append(_mark(number, text, colour, place, at, row.label == pick))
+        parts.append(_mark(number, text, colour, at, row.label == pick))
     about = (
         "Time of a whole call relative to dense against PSNR to dense; the table has the values."
     )
@@ -96,18 +101,22 @@ def _inside(x: float, y: float) -> Place:
     return min(max(x, LEFT + RADIUS), right), min(max(y, TOP + RADIUS), bottom)
 
 
-def _mark(number: int, text: str, colour: str, place: Place, at: Place, pick: bool) -> str:
-    """A numbered circle; where it had to move, a line leads to a dot at its true place."""
-    chosen = ' class="pick"' if pick else ""
-    lead = ""
-    if math.dist(place, at) > 2:
-        lead = (
-            f'<line stroke="{colour}" x1="{place[0]:.1f}" y1="{place[1]:.1f}" x2="{at[0]:.1f}"'
-            f' y2="{at[1]:.1f}"/><circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5"'
-            f' fill="{colour}"/>'
-        )
+def _lead(colour: str, place: Place, at: Place) -> str:
+    """From a mark that had to move, a line to a dot at its true place."""
+    if math.dist(place, at) <= 2:
+        return ""
     return (
-        f'<g><title>{escape(text)}</title>{lead}<circle{chosen} cx="{at[0]:.1f}"'
+        f'<line stroke="{colour}" x1="{place[0]:.1f}" y1="{place[1]:.1f}" x2="{at[0]:.1f}"'
+        f' y2="{at[1]:.1f}"/><circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5"'
+        f' fill="{colour}"/>'
+    )
+
+
+def _mark(number: int, text: str, colour: str, at: Place, pick: bool) -> str:
+    """A numbered circle."""
+    chosen = ' class="pick"' if pick else ""
+    return (
+        f'<g><title>{escape(text)}</title><circle{chosen} cx="{at[0]:.1f}"'
         f' cy="{at[1]:.1f}" r="{RADIUS}" fill="{colour}"/>'
         f'<text class="mark" x="{at[0]:.1f}" y="{at[1] + 4:.1f}">{number}</text></g>'
     )
