@@ -95,6 +95,7 @@ def _options(args: argparse.Namespace, threshold: tuple[float, ...]) -> str:
     for name in ("quality", "dense_steps", "dense_layers", "dense_last_steps"):
         value = getattr(args, name)
         if value:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            # Layer numbers have a comma even if there is only one.
+            text = "".join(f"{n}," for n in value) if isinstance(value, list) else str(value)
             words += ["--" + name.replace("_", "-"), text]
     return shlex.join(words)
