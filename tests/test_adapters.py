@@ -91,7 +91,7 @@ def test_what_a_backend_cannot_be(name: str, method: Any, words: str) -> None:
 
 
 def engine(attend: Callable[..., torch.Tensor], begin: Callable[..., None]) -> list[torch.Tensor]:
-    """A stand-in for the engine: three steps, two branches and two layers, each with its tensors."""
+    """A stand-in for the engine: three steps, two branches, two layers, each with its tensors."""
     out = []
     for step in range(3):
         for branch in range(2):

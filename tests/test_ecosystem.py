@@ -49,8 +49,24 @@ def test_lora_comes_and_goes_under_a_patch(maker: Any, patched_first: bool) -> N
     assert torch.equal(tiny.run(), plain)
 
 
+@pytest.mark.parametrize("maker", [wan, flux], ids=lambda f: f.__name__)
+def test_lora_is_fused_under_a_patch(maker: Any) -> None:
+    tiny = maker()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    sparse = tiny.run()
+    add_lora(tiny)
+    tuned = tiny.run()
+    assert float((tuned - sparse).abs().max()) > 1e-3
+    tiny.pipe.transformer.fuse_lora()
+    torch.testing.assert_close(tiny.run(), tuned, atol=1e-4, rtol=0)
+    tiny.pipe.transformer.disable_adapters()  # fused weights no longer need them
+    tiny.pipe.transformer.unfuse_lora()
+    torch.testing.assert_close(tiny.run(), sparse, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
 @pytest.mark.parametrize("patched_first", [True, False])
-def test_group_offloading(patched_first: bool) -> None:
+def test_group_offloading(patched_first: bool, level: str) -> None:
     tiny = wan()
     with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=0):
         expected = tiny.run()
@@ -58,7 +74,7 @@ def test_group_offloading(patched_first: bool) -> None:
         diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
     cpu = torch.device("cpu")
     tiny.pipe.transformer.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+        onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1
     )
     if not patched_first:
         diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)

@@ -70,8 +70,8 @@ def register(
         **params: parameters of the method.
 
     Raises:
-        BadParameter: the name is taken or not in lower case, or the method needs more than a backend
-            sees.
+        BadParameter: the name is taken or not in lower case, or the method needs more than it
+            sees there.
         DiffpatchError: diffusers keeps its backends elsewhere now.
     """
     made, names = make_method(method, **params), attention_dispatch.AttentionBackendName
