@@ -15,9 +15,12 @@ import torch
 import diffpatch
 from diffpatch.eval.bench_attention import Case, dense_call, fastest_dense, interleaved
 from diffpatch.eval.environment import environment
+from diffpatch.kernels.block_sparse_grouping import CALL_COST, KEY_COST, MASK_COST, ROW_COSTS
 from diffpatch.kernels.block_sparse_work import KINDS, Work, dense_work
 from diffpatch.pipelines.loading import DTYPES, choose_device
 from diffpatch.profiles import DeviceProfile
+
+PAIRS = ("pairs", "pairs_of_many", "pairs_of_few")
 
 Row = dict[str, Any]
 Methods = tuple[tuple[str, dict[str, Any]], ...]
@@ -62,6 +65,18 @@ METHODS: Methods = (
 CHECKED: Methods = tuple(
     (name, {}) for name in ("radial", "neighborhood", "window", "linear", "sliding_tile")
 )
+
+# What things cost in pairs of dense attention, by the torch backend's own model where it has one.
+USUAL = {
+    "calls": CALL_COST,
+    "keys": KEY_COST,
+    "rows": 50.0,
+    **{kind: cost for kind, (_, cost) in zip(PAIRS, ROW_COSTS, strict=True)},
+    "masked": MASK_COST - 1,
+    "virtual": 3.0,
+    "pooled": 200.0,
+}
+PULL = 1e-3  # of the usual costs: being off by all of one counts as much as being off by 3 %
 
 
 def profile(
@@ -170,21 +185,27 @@ def work(row: Row, backend: str) -> Work:
 
 
 def fit(rows: Sequence[Row], backend: str) -> dict[str, dict[str, float]]:
-    """Coefficients by "dtype/head size" that make relative errors small, none of them negative."""
+    """Coefficients by "dtype/head size" that make relative errors small, none of them negative.
+
+    Counts that grow together in all measurements cannot be told apart, so each coefficient is also
+    drawn, weakly, to what is usual (`USUAL`).
+    """
     found = {}
     counted = [(row, work(row, backend)) for row in rows]
     for dtype, head_dim in sorted({(row["dtype"], row["head_dim"]) for row in rows}):
         own = [(r, w) for r, w in counted if (r["dtype"], r["head_dim"]) == (dtype, head_dim)]
         dense = [r["seconds"] / (r["heads"] * w.pairs) for r, w in own if r["method"] == "dense"]
+        pair = float(np.median(dense))
         sparse = [(r, w) for r, w in own if r["method"] != "dense"]
         counts = np.array([_per_call(r, w) for r, w in sparse])
         seconds = np.array([r["seconds"] for r, _ in sparse])
-        costs = _non_negative(counts / seconds[:, None], np.ones(len(sparse)))
-        pair = costs[KINDS.index("pairs")] or float(np.median(dense))
-        for kind in ("pairs", "pairs_of_many", "pairs_of_few"):  # none of them is free
-            costs[KINDS.index(kind)] = costs[KINDS.index(kind)] or pair
+        usual = pair * np.array([USUAL[kind] for kind in KINDS])
+        drawn = np.diag((PULL * len(sparse)) ** 0.5 / usual)
+        matrix = np.concatenate([counts / seconds[:, None], drawn])
+        target = np.concatenate([np.ones(len(sparse)), drawn @ usual])
+        costs = _non_negative(matrix, target)
         named = {kind: float(cost) for kind, cost in zip(KINDS, costs, strict=True)}
-        found[f"{dtype}/{head_dim}"] = named | {"dense": float(np.median(dense))}
+        found[f"{dtype}/{head_dim}"] = named | {"dense": pair}
     return found
 
 

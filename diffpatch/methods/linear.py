@@ -123,7 +123,8 @@ class Linear(Method):
             return None
         tokens = pattern.blocks.num_tokens
         runs = -(-pattern.blocks.starts.diff().long() // self.pool)
-        far = Work(calls=1, rows=tokens, virtual=float(tokens * runs.sum()), pooled=tokens)
+        count = float(runs.sum())  # runs are gathered filled up to their full length
+        far = Work(calls=1, rows=tokens, virtual=tokens * count, pooled=self.pool * count)
         return work_of(pattern.blocks, backend) + far
 
     def _share(self, grid: TokenGrid) -> float:
