@@ -45,7 +45,7 @@ class Config(NamedTuple):
 
 # (bytes an element, padded head size) -> configuration of the second pass.
 CONFIGS = {
-    (2, 64): Config(64, 32, 16, 4, 2, "tf32"),
+    (2, 64): Config(64, 32, 16, 8, 2, "tf32"),
     (2, 128): Config(32, 32, 16, 8, 2, "tf32"),
     (2, 256): Config(16, 32, 16, 8, 1, "tf32"),
     (4, 64): Config(32, 32, 16, 8, 1, "ieee"),
@@ -220,5 +220,6 @@ def _near(blocks: BlockIndex, block_n: int) -> Near:
     row_ptr[1:] = row.bincount(minlength=count).cumsum(0)
     places = starts[col] + number * block_n
     lengths = (starts[col + 1] - places).clamp(max=block_n)
-    lists = (x.int().to(blocks.device) for x in (row_ptr, places, lengths))
-    return Near(*lists, (~by_all).repeat_interleave(sizes).to(blocks.device))
+    pool = (~by_all).repeat_interleave(sizes)
+    lists = [x.int() for x in (row_ptr, places, lengths)]
+    return Near(*(x.to(blocks.device) for x in (*lists, pool)))

@@ -108,18 +108,16 @@ def test_near_and_far_share_one_softmax(dtype: torch.dtype, second_order: bool) 
     blocks = with_text()
     q, k, v = away_from_zero(blocks, dtype)
     mask, scale = a_key_mask(blocks), 0.2
-    wide = [x.double() for x in (q, k, v)]
+    x, y, z = (t.double() for t in (q, k, v))
 
     def pooled(k: torch.Tensor, v: torch.Tensor) -> virtual_tokens.VirtualTokens:
         return virtual_tokens.pool(
             k, v, blocks, 9, second_order=second_order, key_mask=mask, backend="torch"
         )
 
-    near, lse = block_sparse_reference.attend(*wide, blocks, scale, mask, True)
+    near, lse = block_sparse_reference.attend(x, y, z, blocks, scale, mask, True)
     assert lse is not None
-    expected = virtual_tokens.attend_virtual(
-        wide[0], pooled(*wide[1:]), blocks, scale, (near, lse), "torch"
-    )
+    expected = virtual_tokens.attend_virtual(x, pooled(y, z), blocks, scale, (near, lse), "torch")
     begun = near.to(dtype), lse.float()
     out, total = on_kernels(virtual_tokens.attend_virtual, q, pooled(k, v), blocks, scale, begun)
     close(out, expected[0], dtype)
@@ -131,8 +129,9 @@ def test_virtual_tokens_alone_with_patterns_by_head() -> None:
     q, k, v = away_from_zero(blocks, torch.float32, 40)
     q, k = with_outliers(q), with_outliers(k)  # the cap on the second order holds
     tokens = virtual_tokens.pool(k, v, blocks, 16, backend="torch")
+    assert tokens.variance is not None
     wide = virtual_tokens.VirtualTokens(
-        *(x if x is None else x.double() for x in (tokens.keys, tokens.values, tokens.variance)),
+        tokens.keys.double(), tokens.values.double(), tokens.variance.double(),
         tokens.log_count.double(), tokens.tile,
     )  # fmt: skip
     expected, expected_lse = virtual_tokens.attend_virtual(
@@ -188,8 +187,8 @@ def test_features(dtype: torch.dtype, feature: str) -> None:
     q, k, v = away_from_zero(blocks, dtype)
     q[:, :, 0] = -1  # relu is blind here
     mask = a_key_mask(blocks)
-    wide = (x.double() for x in (q, k, v))
-    expected = linear_attention_reference.attend_features(*wide, blocks, feature, mask)
+    x, y, z = (t.double() for t in (q, k, v))
+    expected = linear_attention_reference.attend_features(x, y, z, blocks, feature, mask)
     out = on_kernels(linear_attention.attend_features, q, k, v, blocks, feature, mask)
     close(out, expected, dtype)
 
