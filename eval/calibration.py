@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import diffpatch
-from diffpatch.eval.bench_attention import Case, dense_call, fastest_dense, interleaved
+from diffpatch.eval.bench_attention import Case, Tensors, dense_call, fastest_dense, interleaved
 from diffpatch.eval.environment import environment
 from diffpatch.kernels.block_sparse_grouping import CALL_COST, KEY_COST, MASK_COST, ROW_COSTS
 from diffpatch.kernels.block_sparse_work import KINDS, Work, dense_work
@@ -146,9 +146,7 @@ def _measure_case(case: Case, methods: Methods, repeats: int, dense: str) -> lis
     return rows
 
 
-def _call(
-    qkv: tuple[torch.Tensor, ...], grid: diffpatch.TokenGrid, method: diffpatch.Method
-) -> Callable[[], Any]:
+def _call(qkv: Tensors, grid: diffpatch.TokenGrid, method: diffpatch.Method) -> Callable[[], Any]:
     return lambda: diffpatch.attention(*qkv, grid, method)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -93,7 +93,8 @@ def _of_plan(plan: Plan, tokens: int) -> Work:
         keys += call.stack * call.num_keys
     merged = sum(run.rows for run in plan.runs if run.common is not None)
     copied = 2 * tokens * (plan.rows is not None) + 2 * tokens * (plan.keys is not None)
-    return Work(len(plan.calls), keys, merged + copied, *pairs, masked=masked)
+    work = Work(calls=len(plan.calls), keys=keys, rows=merged + copied, masked=masked)
+    return replace(work, pairs=pairs[0], pairs_of_many=pairs[1], pairs_of_few=pairs[2])
 
 
 def _scaled(work: Work, share: float) -> Work:

@@ -18,7 +18,7 @@ from diffpatch.pipelines.shapes import MODELS
 from diffpatch.plan import runs
 from tests.tiny import flux, wan
 
-WAN_720P = {"height": 720, "width": 1280, "num_frames": 81}
+WAN_720P: dict[str, Any] = {"height": 720, "width": 1280, "num_frames": 81}
 
 
 def test_perfectly_block_sparse_cases_reach_the_published_bounds() -> None:
@@ -100,7 +100,7 @@ def test_temporal_state_is_planned() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    model: str, changes: dict[str, int], error: type[Exception], message: str
+    model: str, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         diffpatch.plan(model, "radial", **(WAN_720P | changes))
