@@ -17,7 +17,7 @@ from diffpatch.methods.base import Attended, Call
 from diffpatch.pipelines import grids
 from diffpatch.pipelines.families import FamilyInfo
 from diffpatch.schedule import Schedule
-from tests import tiny_images, tiny_videos
+from tests import tiny_images, tiny_more, tiny_videos
 from tests.test_families import LOCAL
 from tests.tiny import Tiny
 from tests.tiny_families import CASES
@@ -34,6 +34,12 @@ def runs_dense(model: Tiny, reason: str, **changes: Any) -> None:
     assert torch.equal(out, plain)
     assert report.calls == report.dense_calls > 0
     assert [why for why in report.reasons if not re.search(reason, why)] == []
+
+
+def skip_without(name: str) -> None:
+    """A diffusers that lacks the model of a case has nothing to test."""
+    if reason := CASES[name].missing():
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.transformer)
@@ -103,6 +109,40 @@ def test_cached_references_of_flux2() -> None:
     ids = model.call["img_ids"].flip(1)
     changes = {"kv_cache_mode": "extract", "num_ref_tokens": 12, "img_ids": ids}
     runs_dense(model, "cached reference images", **changes)
+
+
+def test_references_of_flux3_leave_the_layers_of_the_image_alone_dense() -> None:
+    skip_without("flux3")
+    ids = torch.cartesian_prod(*map(torch.arange, (1, 2, 3, 1))) + torch.tensor([1, 0, 0, 0])
+    more = {"image_cond_hidden_states": noise(1, 6, 16), "image_cond_ids": ids.float()}
+    model = tiny_more.flux3(**more)
+    with diffpatch.patched(model.pipe, LOCAL):
+        model.run()
+        report = diffpatch.report(model.pipe)
+    assert report.calls == 2
+    assert report.reasons == {"a sequence of 24 tokens does not hold the grid (1, 4, 6, -1, 6)": 1}
+
+
+@pytest.mark.parametrize("mode", ["write", "skip"])
+def test_cached_references_of_glm_image(mode: str) -> None:
+    skip_without("glm-image")
+    from diffusers.models.transformers import transformer_glm_image as module
+
+    caches = module.GlmImageKVCache(num_layers=2)
+    caches.set_mode(mode)
+    runs_dense(tiny_more.glm_image(), "reference images are cached keys", kv_caches=caches)
+
+
+def test_prompts_of_different_lengths_in_fibo2() -> None:
+    skip_without("bria-fibo2")
+    model = tiny_more.bria_fibo2()
+    both = {k: v.expand(2, *v.shape[1:]) for k, v in model.call.items() if torch.is_tensor(v)}
+    both["encoder_hidden_states"] = noise(2, 2, 32, 32)
+    both["timestep"] = torch.tensor([0.5, 0.5])
+    mask = torch.arange(32) < torch.tensor([[32], [10]])
+    references = [x.expand(2, -1, -1, -1) for x in model.call["context_latents"]]
+    more = {"encoder_attention_mask": mask, "context_latents": references}
+    runs_dense(model, "prompts of different lengths", **both, **more)
 
 
 def test_block_causal_masks_of_skyreels() -> None:
@@ -224,10 +264,8 @@ COMPILED = ("wan-vace", "mochi", "kandinsky", "flux2-references", "chroma", "qwe
 
 @pytest.mark.parametrize("name", [*COMPILED, "ltx-condition"])
 def test_compiled_forwards_are_the_same(name: str) -> None:
-    case = CASES[name]
-    if reason := case.missing():
-        pytest.skip(reason)
-    model = case.build()
+    skip_without(name)
+    model = CASES[name].build()
     with diffpatch.patched(model.pipe, Window(window=(1, 2, 3)), dense_steps=0):
         expected = model.run()
         kept = diffpatch.report(model.pipe).kept
