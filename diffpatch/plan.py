@@ -64,6 +64,7 @@ class Plan:
             decide or no model tells what the method costs.
         patterns: the patterns of the sparse calls.
         at_most: whether the run may keep less than this says, because the data decide.
+        fits: whether the state is within what the method may hold; if not, the run is refused.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Plan:
     predicted: Prediction | None = None
     patterns: tuple[BlockPattern, ...] = ()
     at_most: bool = False
+    fits: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the patterns, ready for JSON."""
@@ -136,7 +138,8 @@ class Plan:
         if self.predicted is not None:
             lines.append(f"  predicted  {self.predicted}")
         if self.state_bytes:
-            lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB")
+            refused = "" if self.fits else ", more than the method may hold: the run is refused"
+            lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB{refused}")
         return "\n".join(lines)
 
     def _waste(self) -> list[str]:
@@ -255,6 +258,7 @@ def plan(
     rest = shape.linear_flops(grid.num_tokens)
     share = attention / (attention + rest)
     patterns, at_most = tuple(run.made.values()), any(map(chosen.at_most, run.made.values()))
+    state = run.state_size(shape) * branches
     predicted = None
     if device is not None and run.modelled and not at_most:
         predicted = predict(
@@ -283,10 +287,11 @@ def plan(
         computed=run.computed(),
         backend=backend,
         partial_share=run.partial_share(),
-        state_bytes=run.state_size(shape) * branches,
+        state_bytes=state,
         predicted=predicted,
         patterns=patterns,
         at_most=at_most,
+        fits=state <= chosen.state_limit(),
     )
 
 

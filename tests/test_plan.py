@@ -86,7 +86,9 @@ def test_a_packed_image_pipeline_is_read_right() -> None:
 def test_temporal_state_is_planned() -> None:
     plan = diffpatch.plan("wan-1.3b", "radial+temporal", height=480, width=832, num_frames=81)
     # 32,760 tokens × 12 heads × (128 bf16 + one fp32) × 29 sparse layers × 2 branches
-    assert plan.state_bytes == 32_760 * 12 * 260 * 29 * 2
+    assert plan.state_bytes == 32_760 * 12 * 260 * 29 * 2 and plan.fits
+    large = diffpatch.plan("wan-14b", "radial+temporal", **WAN_720P)
+    assert not large.fits and "the run is refused" in str(large)
 
 
 @pytest.mark.parametrize(

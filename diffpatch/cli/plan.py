@@ -166,9 +166,9 @@ def _gain(plan: diffpatch.Plan) -> float:
     return plan.step_speedup if plan.predicted is None else plan.predicted.step_speedup
 
 
-def _cost(plan: diffpatch.Plan) -> tuple[bool, float]:
-    """For an order from the cheapest on; what is only bounded comes after what is predicted."""
-    return plan.predicted is None, -_gain(plan)
+def _cost(plan: diffpatch.Plan) -> tuple[bool, bool, float]:
+    """For an order from the cheapest on; last what is only bounded, and what would be refused."""
+    return not plan.fits, plan.predicted is None, -_gain(plan)
 
 
 def _comparison(plans: dict[str, diffpatch.Plan]) -> str:
@@ -187,6 +187,8 @@ def _comparison(plans: dict[str, diffpatch.Plan]) -> str:
             f"≤ {plan.step_speedup:.2f}×",
             f"{plan.state_bytes / 2**20:,.0f} MiB" if plan.state_bytes else "",
         ]
+        if not plan.fits:
+            row[5] += ": refused"
         if plan.at_most:  # the data decide how much more
             row[3:5] = [f"{plan.attention_speedup:.2f}× +", f"{plan.step_speedup:.2f}× +"]
         if device is not None:
