@@ -102,6 +102,8 @@ def configuration(
     config = table[dtype.itemsize, padded(size)]
     if int8 and table is CONFIGS_SMALL and padded(size) == 128:
         config = config._replace(block_m=64, num_warps=4)  # spills otherwise
+    if int8 and arch in (100, 103) and padded(size) == 64:
+        config = config._replace(num_warps=8)  # as well, with Triton 3.6
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)
     if loads not in LOADS:

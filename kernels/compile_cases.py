@@ -156,7 +156,7 @@ def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dic
     return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, types
 
 
-def _of_kernel(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
     if case.kernel in ("pool", "virtual"):
