@@ -1,18 +1,18 @@
 """What people combine a patch with, each right or refused. Where each is tested:
 
-    batched, sequential and distilled guidance      test_families (every pipeline of the matrix)
-    PAG, SLG, IP-Adapter, ControlNet                here
-    Kontext, edit and other reference tokens        test_families, test_parallel
-    padded and ragged prompts                       test_families, test_family_limits
-    LoRA: load, unload, fuse; diffusers' caches     test_ecosystem, test_composition
-    fuse_qkv_projections, load_ip_adapter, slicing  here
-    offload: model, sequential, group               here, test_ecosystem
-    layerwise casting, quantised linears            test_ecosystem, here
-    torch.compile, whole and by blocks              test_compile, test_family_limits
-    checkpointing and training                      here
-    save_pretrained, deepcopy, pickle               test_patch
-    from_pipe; patches within patches               test_ecosystem, here
-    context parallelism, rendering in processes     test_parallel
+batched, sequential and distilled guidance      test_families (every pipeline of the matrix)
+PAG, SLG, IP-Adapter, ControlNet                here
+Kontext, edit and other reference tokens        test_families, test_parallel
+padded and ragged prompts                       test_families, test_family_limits
+LoRA: load, unload, fuse; diffusers' caches     test_ecosystem, test_composition
+fuse_qkv_projections, load_ip_adapter, slicing  here
+offload: model, sequential, group               here, test_ecosystem
+layerwise casting, quantised linears            test_ecosystem, here
+torch.compile, whole and by blocks              test_compile, test_family_limits
+checkpointing and training                      here
+save_pretrained, deepcopy, pickle               test_patch
+from_pipe; patches within patches               test_ecosystem, here
+context parallelism, rendering in processes     test_parallel
 """
 
 from __future__ import annotations
