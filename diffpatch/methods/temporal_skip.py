@@ -22,7 +22,8 @@ def attend(
 ) -> Attended:
     """The tiles that were hit in every step since the last re-check, which computes them all.
 
-    A stricter threshold than that of the step before is a reason for a re-check, too. A tile that is not hit (see `active_tiles.attend`) still counts in the step that finds it out.
+    A stricter threshold than that of the step before is a reason for a re-check, too. A tile that
+    is not hit (see `active_tiles.attend`) still counts in the step that finds it out.
     """
     state, blocks = call.state, call.pattern.on(q.device)
     bits = remembered(call, q)
