@@ -83,7 +83,7 @@ def test_everything_compiled_on_the_oldest_supported_triton_and_a_current_one() 
             spilled = 0 if row["arch"] in (80, 90, 100) else 32
             assert row["stack"] <= spilled
             assert row["shared"] <= compile_check.SHARED_LIMIT[row["arch"]]
-            multiplies = row["dtype"] != "fp32" and row["kernel"] != "quantize"
+            multiplies = row["dtype"] != "fp32" and row["kernel"] not in ("quantize", "pool")
             assert row["tensor_cores"] > 0 or not multiplies
 
 
