@@ -55,7 +55,7 @@ CONFIGS = {
     (2, 128): Config(128, 64, 8, 3),
     (2, 256): Config(64, 64, 8, 2),
     (4, 64): Config(64, 32, 8, 2),
-    (4, 128): Config(16, 32, 16, 2),
+    (4, 128): Config(16, 32, 8, 1),
     (4, 256): Config(32, 32, 16, 2),
 }
 # Other GPUs hold the operands of tensor cores in registers; some have 99 KiB of shared memory.
@@ -63,6 +63,7 @@ CONFIGS_SMALL = CONFIGS | {
     (2, 64): Config(128, 64, 8, 3),
     (2, 128): Config(128, 32, 8, 3),
     (2, 256): Config(64, 32, 8, 2),
+    (4, 128): Config(16, 32, 16, 2),
     (4, 256): Config(32, 32, 16, 1),
 }
 ASYNC_TENSOR_CORE = (90, 100, 103)  # compute capabilities whose tensor cores read shared memory

@@ -54,7 +54,7 @@ CONFIGS = {
 }
 # Bytes an element -> configuration of the first pass: blocks of block_m × block_c of the state.
 STATE_CONFIGS = {
-    2: Config(64, 64, 64, 4, 2, "tf32"),
+    2: Config(64, 64, 64, 8, 2, "tf32"),
     4: Config(32, 32, 32, 4, 1, "ieee"),
 }
 

@@ -39,7 +39,7 @@ class Config(NamedTuple):
 # keys (keys, values, variances) where plain attention holds two.
 CONFIGS = {
     (2, 64): Config(128, 64, 8, 2),
-    (2, 128): Config(64, 32, 4, 2),
+    (2, 128): Config(64, 32, 8, 2),
     (2, 256): Config(32, 32, 8, 1),
     (4, 64): Config(32, 16, 8, 1),
     (4, 128): Config(16, 16, 8, 1),
