@@ -73,8 +73,9 @@ def compare(candidate: Tensor, reference: Tensor, *, seed: int = 0) -> dict[str,
 
     `small_sample` is set where a set has fewer than two rows per feature: its covariance is then
     mostly noise, and the Fréchet distance of two samples of one source is far above 0. Compare
-    with such a floor, or read the kernel distance, which is unbiased. Rows of frames count one by
-    one, though frames of one clip are alike: a set of clips is smaller than its rows say.
+    with such a floor, or read the kernel distance, which is unbiased for independent sets; two sets
+    of the same prompts and noise are not, and may fall below 0. Rows of frames count one by one,
+    though frames of one clip are alike: a set of clips is smaller than its rows say.
 
     Args:
         candidate: (N, D) features.

@@ -44,8 +44,9 @@ QUALITY = (
     " demo model, is the share of the caption's six attributes that a classifier reads from the"
     " clip; the CLIP score is 100 times the cosine with the prompt. The dense rows marked “other”"
     " are the noise floor: the same run by other code, and from other noise. KD is the kernel"
-    " distance between all clips of a row and the dense ones: 0 for sets that differ by chance"
-    " only, which may also make it negative; it is unbiased, but rough for so few clips."
+    " distance between all clips of a row and the dense ones: 0 for independent sets that differ by"
+    " chance only. Clips of the same prompts and noise are not independent, so that rows close to"
+    " dense fall below 0; it is rough for so few clips."
 )
 
 
@@ -240,8 +241,12 @@ def verdict(rows: Sequence[Row], bar: Mapping[str, float]) -> Verdict:
         pick = max(good, key=lambda one: one.gain)
         text = f"Pick {pick.label}: {pick.gain:.2f}× faster end to end, {_quality_text(pick)}."
         return Verdict(setting, pick.label, text + notes, rule)
+    unmeasured = [key for key in bar if not any(key in one.quality for one in able)]
     if not fast:
         text = "Stay dense: no method is faster here."
+    elif unmeasured:
+        names = " and ".join(METRICS[key].heading for key in unmeasured)
+        text = f"No verdict: {names} could not be measured on these clips; set another bar."
     else:
         near = max(fast, key=lambda one: one.quality["psnr"])
         text = (

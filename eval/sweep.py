@@ -14,8 +14,8 @@ from typing import Any
 
 from diffpatch.eval.sweep_plan import Run
 from diffpatch.eval.sweep_run import Session, Worker
-from diffpatch.eval.sweep_spec import SweepSpec
-from diffpatch.eval.sweep_store import Store, write_json
+from diffpatch.eval.sweep_spec import BadSweep, SweepSpec
+from diffpatch.eval.sweep_store import Store, read_json, write_json
 
 Say = Callable[[str], None]
 
@@ -61,7 +61,13 @@ class Progress:
 
 
 def run_sweep(
-    spec: SweepSpec, plan: Mapping[str, list[Run]], store: Store, worker: Worker, say: Say
+    spec: SweepSpec,
+    plan: Mapping[str, list[Run]],
+    store: Store,
+    worker: Worker,
+    say: Say,
+    *,
+    rescore: bool = False,
 ) -> list[Run]:
     """Do every run of a plan that is neither done nor failed.
 
@@ -71,13 +77,17 @@ def run_sweep(
         store: where they go.
         worker: which of several processes this is.
         say: told about progress.
+        rescore: whether the quality of earlier runs is computed anew afterwards.
 
     Returns:
         The runs that have failed, by this process or another.
 
     Raises:
+        BadSweep: the runs in the folder were judged by other networks.
         DiffpatchError: a model cannot be loaded, or a method does not fit it; nothing was run.
     """
+    if not rescore:
+        _check_networks(store, spec)
     runs = [run for found in plan.values() for run in found]
     progress = Progress(len(runs), 0, say)
     for model, found in plan.items():
@@ -87,6 +97,7 @@ def run_sweep(
             session.check(found)
             _write_plan(store, spec, runs)
             _work(session, found, runs, progress)
+    _write_plan(store, spec, runs)  # also where nothing was left to do: the bar may be another
     return [run for run in runs if store.failure(run) is not None]
 
 
@@ -122,6 +133,17 @@ def _attempt(session: Session, run: Run, runs: list[Run], progress: Progress) ->
         progress.finished(run, result, time.monotonic() - start)
     elif failure is not None:
         progress.failed(run, failure)
+
+
+def _check_networks(store: Store, spec: SweepSpec) -> None:
+    """Scores of different networks must not meet in one table."""
+    path = store.root / "sweep.json"
+    before = read_json(path)["networks"] if path.is_file() else {}
+    if path.is_file() and before != dict(spec.networks):
+        raise BadSweep(
+            f"networks: the runs in {store.root} were judged by {before or 'those shipped'}; add"
+            " --rescore to judge them anew, or choose another -o"
+        )
 
 
 def _write_plan(store: Store, spec: SweepSpec, runs: list[Run]) -> None:

@@ -30,6 +30,8 @@ class Case:
         seed: of the noise.
         call: every other argument of the call.
         steps: denoising steps, None if the pipeline does not tell.
+        offload: as in `SweepSpec`; it decides the time.
+        vae_tiling: as in `SweepSpec`.
     """
 
     model: str
@@ -39,6 +41,8 @@ class Case:
     seed: int
     call: Mapping[str, Any]
     steps: int | None
+    offload: str = "none"
+    vae_tiling: bool = False
 
     @property
     def setting(self) -> str:
@@ -77,7 +81,7 @@ class Variant:
         options = self.options.items() if self.told else ()
         words = [self.method.label, *(f"{key}={value}" for key, value in options)]
         if self.budget is not None:
-            words.append(f"at {self.budget:.0%}")
+            words.append(f"at {100 * self.budget:g}%")
         return " ".join(words)
 
 
@@ -115,6 +119,8 @@ class Run:
         if facts["variant"]["method"]:
             del facts["variant"]["method"]["budgets"]
         del facts["case"]["number"], facts["variant"]["told"]  # these are about the sweep
+        if (image := self.case.prompt.image) is not None:  # what it shows, wherever it lies
+            facts["case"]["prompt"]["image"] = hashlib.sha256(image.read_bytes()).hexdigest()
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -157,7 +163,9 @@ def _runs(spec: SweepSpec, model: str) -> list[Run]:
         total = call.get("num_inference_steps") or source.arguments.get("num_inference_steps")
         _check_steps(variants, total)
         for (number, prompt), seed in itertools.product(enumerate(spec.prompts), spec.seeds):
-            case = Case(model, spec.dtype, prompt, number, seed, call, total)
+            case = Case(
+                model, spec.dtype, prompt, number, seed, call, total, spec.offload, spec.vae_tiling
+            )
             wanted = number < spec.attention_error
             runs += [Run(case, v, errors=wanted and v.kind == "method") for v in variants]
     return runs
@@ -171,7 +179,9 @@ def _variants(spec: SweepSpec) -> list[Variant]:
         budgets = spec.budgets if method.budgets is None else method.budgets
         told = len(spec.schedules) > 1
         for budget in budgets or (None,):
-            found.append(Variant("method", method, options, budget, told))
+            variant = Variant("method", method, options, budget, told)
+            if variant not in found:  # a method's own schedule takes the place of the common ones
+                found.append(variant)
     return found
 
 

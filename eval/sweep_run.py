@@ -253,7 +253,8 @@ class Session:
         """Whether other processes computed on the same device, which spoils the clocks."""
         if self.worker.device.type == "cpu":
             return self.worker.crowded or self.store.others() > 0
-        return self.worker.crowded
+        alone = self.worker.world == 1  # else the processes were dealt to devices
+        return self.worker.crowded or (alone and self.store.others() > 0)
 
     def _keep(self, sample: sampling.Sample, stage: Path) -> torch.Tensor:
         """Write frames, clip and features; returns the frames as they can be read back."""

@@ -224,7 +224,7 @@ def _prompts(data: dict[str, Any], folder: Path) -> tuple[Prompt, ...]:
         except (OSError, UnicodeDecodeError):
             raise BadSweep(f"prompt_file: {path} is no text file in UTF-8") from None
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    prompts = tuple(_prompt(item, folder) for item in found)
+    prompts = tuple(dict.fromkeys(_prompt(item, folder) for item in found))
     if not prompts:
         raise BadSweep("prompts: there is none; list some, or name a prompt_file")
     if len({prompt.image is None for prompt in prompts}) > 1:

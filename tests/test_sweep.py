@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -156,6 +157,55 @@ def test_a_second_start_does_nothing_and_a_longer_list_only_the_rest(
     assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
     assert all("window" in path for path in set(after) - set(before))
     assert "window" in [row["label"] for row in json.loads(shown.out)["rows"]]
+
+
+def test_reports_follow_the_file_where_nothing_is_left_to_do(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(swept, tmp_path / "copy"))
+    before = stamps(folder)
+    fewer = {"title": "other", "bar": {"psnr": 99}, "methods": sweep["methods"][-1:]}
+    for data in ({**sweep, **fewer}, sweep):
+        assert main(["sweep", write(data, tmp_path), "-o", str(folder), "--json"]) == 0
+        found = json.loads((folder / "sweep.json").read_text())
+        assert found["title"] == data["title"] and found["bar"] == data["bar"]
+        labels = {row["label"].split()[0] for row in json.loads(capsys.readouterr().out)["rows"]}
+        assert ("radial" in labels) == (data["title"] == sweep["title"])
+    assert stamps(folder) == before
+
+
+def test_other_networks_do_not_join_a_table(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(swept, tmp_path / "copy"))
+    words = ["sweep", write({**sweep, "networks": {}}, tmp_path), "-o", str(folder), "--quiet"]
+    assert main(words) == 2
+    assert "add --rescore" in capsys.readouterr().err
+    assert main([*words, "--rescore"]) == 0
+    assert main(words) == 0
+
+
+def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) -> None:
+    """Repeated prompts, and schedules that a method's own replaces."""
+    data = {
+        **sweep,
+        "prompts": ["a cat", "a dog", "a cat"],
+        "schedules": [{"dense_layers": 0}, {"dense_layers": 1}],
+        "methods": [{"method": "neighborhood", "dense_layers": 1, "budgets": [0.12, 0.125]}],
+        "noise_floor": [],
+    }
+    [runs] = plan_sweep(check_spec(data, tmp_path)).values()
+    assert len({run.key for run in runs}) == len(runs) == 2 * (1 + 2)
+    assert len({run.variant.label for run in runs}) == 3
+
+
+def test_what_decides_a_result_is_in_its_key(sweep: dict[str, Any], tmp_path: Path) -> None:
+    def keys(**changes: Any) -> set[str]:
+        [runs] = plan_sweep(check_spec({**sweep, **changes}, tmp_path)).values()
+        return {run.key for run in runs}
+
+    assert keys() == keys(title="other")
+    assert not keys() & keys(offload="model") and not keys() & keys(vae_tiling=True)
 
 
 def test_what_fails_is_kept_apart_and_tried_again_on_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if args.retry_failed:
         store.forget_failures(before=started)
     try:
-        run_sweep(spec, plan, store, worker, lambda text: progress.say(text, args.quiet))
+        say = functools.partial(progress.say, quiet=args.quiet)
+        run_sweep(spec, plan, store, worker, say, rescore=args.rescore)
         if worker.rank:  # the first process waits for all runs, and reports
             return 0
         with store.alone():
