@@ -36,7 +36,10 @@ def read_captions(path: Path, count: int) -> dict[str, str]:
     """The first captions by picture: COCO's annotations, or what `diffpatch eval` reads."""
     found = None
     if path.suffix == ".json":
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is no readable JSON ({error})") from None
     if isinstance(found, dict) and "annotations" in found:
         names = {image["id"]: Path(image["file_name"]).stem for image in found["images"]}
         texts: dict[str, str] = {}
@@ -47,8 +50,18 @@ def read_captions(path: Path, count: int) -> dict[str, str]:
     return dict(sorted(texts.items())[:count])
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the pictures, beside the arguments of the call."""
+    return {key: getattr(args, key) for key in ("model", "dtype", "method", "set", "seed")}
+
+
 def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     """Renders the pictures that are not there yet, dense and with the method, from equal noise."""
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    made = settings(args) | {"call": call}
+    output.keep_settings(args.output / f"{args.method}.json", made)
+    output.keep_settings(args.output / "dense.json", made | {"method": "dense", "set": []})
     process = Process.current()
     mine = [list(captions)[number] for number in process.share(len(captions))]
     rows = ["dense", args.method]
@@ -57,8 +70,6 @@ def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     progress.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
     if not any(missing.values()):
         return
-    source = loading.find(args.model)
-    call = generation.call_arguments(args, source)
     pipe = loading.load_pipeline(
         source,
         dtype=loading.DTYPES.get(args.dtype),
@@ -114,7 +125,7 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
         notes.append("fewer than two pictures per feature: a Fréchet distance says little")
     return {
         "rows": rows, "notes": notes, "tools": tools.names(), "missing": tally.reasons(),
-        "model": args.model, "environment": environment(device),
+        **settings(args), "environment": environment(device),
     }  # fmt: skip
 
 

@@ -32,6 +32,11 @@ from diffpatch.pipelines import loading, sampling
 def render(args: argparse.Namespace) -> None:
     """Renders what is missing, every video from a seed of its own."""
     parameters = {} if args.method == "dense" else method_parameters(args.method, args.set)
+    source = loading.find(args.model)
+    media.check_format("mp4", source.is_video)
+    call = generation.call_arguments(args, source)
+    made = {key: getattr(args, key) for key in ("model", "dtype", "method", "set", "seed")}
+    output.keep_settings(args.output / ".settings.json", made | {"call": call})
     process, wanted = Process.current(), vbench.videos(args.prompts, args.samples)
     missing = [
         (number, *wanted[number])
@@ -41,9 +46,6 @@ def render(args: argparse.Namespace) -> None:
     progress.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
     if not missing:
         return
-    source = loading.find(args.model)
-    media.check_format("mp4", source.is_video)
-    call = generation.call_arguments(args, source)
     pipe = loading.load_pipeline(
         source,
         dtype=loading.DTYPES.get(args.dtype),

@@ -73,6 +73,9 @@ def test_coco(
     assert script.main(coco_words(coco, out)) == 0
     assert "0 pictures are left" in capsys.readouterr().err
     assert json.loads((out / "scores.json").read_text())["rows"] == result["rows"]
+    for changed in (["--seed", "3"], ["--set", "stride=1"]):
+        assert script.main(coco_words(coco, out, *changed)) == 2
+        assert "choose another -o" in capsys.readouterr().err
 
 
 def test_coco_needs_its_pictures(
@@ -96,7 +99,7 @@ def test_vbench_renders_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
     words += ["--num-frames", "5", "--steps", "1", "--method", "window", "--seed", "3"]
     assert script.main(words) == 0
     names = ["A cat.-0.mp4", "A cat.-1.mp4", "A dog, in snow-0.mp4", "A dog, in snow-1.mp4"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.glob("*.mp4")) == names
     clips = [items.read_frames(out / name) for name in names]
     assert all(clip.shape == (5, 3, 32, 32) for clip in clips)
     assert not torch.equal(clips[0], clips[1])  # other seeds

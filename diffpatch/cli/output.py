@@ -31,6 +31,22 @@ def staged(folder: Path) -> Iterator[Path]:
             os.replace(entry, target)
 
 
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Note in a file how results beside it are made, and refuse to go on in another way.
+
+    Raises:
+        UsageError: what is there was made in another way, and would pass for finished work.
+    """
+    text = to_json(settings)
+    if not path.is_file():
+        write_text(path, text)
+    elif (found := json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
+        changed = sorted(key for key in settings if found.get(key) != json.loads(text)[key])
+        raise UsageError(
+            f"{path.parent} holds results made with another {', '.join(changed)}; choose another -o"
+        )
+
+
 def to_json(data: Any) -> str:
     """JSON as every command writes it; a method in a method becomes its text."""
     return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"
