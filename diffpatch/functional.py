@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from diffpatch import composition
 from diffpatch.grid import TokenGrid
+from diffpatch.kernels.current_device import on_device_of
 from diffpatch.methods.base import Call, Method, MethodLike, make_method
 from diffpatch.pattern import BlockPattern
 
 
-@functools.lru_cache(maxsize=16)
-def _pattern(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+@functools.lru_cache(maxsize=64)
+def made_pattern(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
     with torch.device("cpu"):  # whatever torch.set_default_device says
         return method.pattern(grid, variant)
 
@@ -57,6 +59,8 @@ def attention(
         ValueError: a tensor does not fit the grid.
     """
     method = make_method(method, **params)
-    pattern = _pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
+    composition.check_method(method)
+    pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
     call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
-    return method.attend(q, k, v, call).out
+    with on_device_of(q):
+        return method.attend(q, k, v, call).out

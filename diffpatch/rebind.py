@@ -69,7 +69,12 @@ def new_handle(owner: Owner) -> int:
     return handle
 
 
-@torch.library.custom_op("diffpatch::attend", mutates_args=())
+# A CUDA graph would replay the kernels of one step and layer for all: the code that chooses them
+# runs on the host.
+_HOST = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("diffpatch::attend", mutates_args=(), tags=_HOST)
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,

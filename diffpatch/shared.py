@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # function that computes the dense one.
 Observer = Callable[[tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None]
 
-_CACHED_PATTERNS = 16  # patterns a patch keeps: a few resolutions times a few variants
+_CACHED_GRIDS = 4  # grids whose patterns a patch keeps, in all their variants
 
 
 class Patch:
@@ -46,7 +46,7 @@ class Patch:
         self.observers: list[Observer] = []
         self._run = -1
         self._bound: dict[int, BoundSchedule] = {}  # of this run, by number of layers
-        self._patterns: OrderedDict[Hashable, BlockPattern] = OrderedDict()
+        self._patterns: OrderedDict[TokenGrid, dict[Hashable, BlockPattern]] = OrderedDict()
         self._target = weakref.ref(target)
         self._schedulers: list[Any] = []
 
@@ -121,11 +121,11 @@ class Patch:
 
     def pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
         """The method's pattern, from the cache where possible."""
-        key = (grid, variant)
-        if key not in self._patterns:
+        made = self._patterns.setdefault(grid, {})
+        self._patterns.move_to_end(grid)
+        if len(self._patterns) > _CACHED_GRIDS:
+            self._patterns.popitem(last=False)
+        if variant not in made:
             with torch.device("cpu"):  # whatever torch.set_default_device says
-                self._patterns[key] = self.method.pattern(grid, variant)
-            if len(self._patterns) > _CACHED_PATTERNS:
-                self._patterns.popitem(last=False)
-        self._patterns.move_to_end(key)
-        return self._patterns[key]
+                made[variant] = self.method.pattern(grid, variant)
+        return made[variant]

@@ -15,6 +15,7 @@ from diffpatch import adapter, composition, internals, masks, parallel, rebind
 from diffpatch.errors import DiffpatchError, UnknownFamily
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import block_sparse
+from diffpatch.kernels.current_device import on_device_of
 from diffpatch.methods.base import Call
 from diffpatch.methods.temporal_frames import FrameClock
 from diffpatch.pattern import BlockPattern
@@ -242,7 +243,8 @@ class PatchedTransformer:
         learned = self._on(q.device, layer)
         total = patch.tracker.total
         call = Call(pattern, scale, seen.keys, patch.backend, step, total, state, learned)
-        done = patch.method.attend(q, k, v, call)
+        with on_device_of(q):
+            done = patch.method.attend(q, k, v, call)
         patch.check_state()
         self._record.add(self.name, layer, step, _pairs(q), done.kept, done.backend)
         out = done.out[..., :size]

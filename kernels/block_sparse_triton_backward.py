@@ -20,6 +20,7 @@ from diffpatch.kernels import block_sparse_triton as forward
 from diffpatch.kernels import block_sparse_triton_kernel as device
 from diffpatch.kernels.block_sparse_lists import identity_order, sub_blocks
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.current_device import on_device_of
 
 # (bytes an element, padded head size) -> configuration, on every GPU; nothing spills.
 CONFIGS = {
@@ -74,7 +75,8 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, key_mask = ctx.saved_tensors
         results = (q, k, v, out, lse, key_mask, grad_out, grad_lse)
-        return (*gradients(*results, ctx.blocks, ctx.scale), None, None, None)
+        with on_device_of(q):
+            return (*gradients(*results, ctx.blocks, ctx.scale), None, None, None)
 
 
 def gradients(
