@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from diffpatch.errors import NotPatched
-from diffpatch.patch import owners
+from diffpatch.patch import named_owners
+from diffpatch.shared import Observer
 
 
 @dataclass(frozen=True, order=True)
@@ -101,19 +102,28 @@ def attention_error(target: Any) -> Iterator[AttentionErrors]:
     Raises:
         NotPatched: the target carries no patch.
     """
-    found = owners(target)
+    found = named_owners(target)
     if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
     errors = AttentionErrors()
 
-    def observe(
-        place: tuple[str, int, int, int], out: torch.Tensor, dense: Callable[[], torch.Tensor]
-    ) -> None:
-        errors.add(Where(*place), out.detach(), dense().detach())
+    def observer(name: str | None) -> Observer:
+        def observe(
+            place: tuple[str, int, int, int], out: torch.Tensor, dense: Callable[[], torch.Tensor]
+        ) -> None:
+            transformer, *rest = place
+            where = Where(name or transformer, *rest)
+            errors.add(where, out.detach(), dense().detach())
 
-    observers = found[0].patch.observers
-    observers.append(observe)
+        return observe
+
+    patches = {id(owner.patch): (name, owner.patch) for name, owner in found.items()}
+    # Transformers patched one by one do not know what they are called in the target.
+    watched = [(p, observer(n if len(patches) > 1 else None)) for n, p in patches.values()]
+    for one, observe in watched:
+        one.observers.append(observe)
     try:
         yield errors
     finally:
-        observers.remove(observe)
+        for one, observe in watched:
+            one.observers.remove(observe)

@@ -6,6 +6,8 @@ import itertools
 import math
 from typing import Any
 
+import torch
+
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method, make_method
@@ -59,5 +61,6 @@ def kept_of(method: Method, grid: TokenGrid) -> float:
     Dense steps and layers, and the refreshes of methods that have such, come on top.
     """
     calls = [method.variant(layer, step) for layer, step in itertools.product(ROUNDS, ROUNDS)]
-    share = {v: method.kept(method.pattern(grid, v), age=1) for v in set(calls)}
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        share = {v: method.kept(method.pattern(grid, v), age=1) for v in set(calls)}
     return sum(share[v] for v in calls) / len(calls)

@@ -90,6 +90,9 @@ class _Watch(Method):
 class Distiller:
     """Learned parameters for every layer of one transformer, and how they are trained.
 
+    A step of the first stage holds q, k, v and the output of all layers for one forward: for a 14 B
+    model learn from small samples, since nothing that is learned depends on the grid.
+
     Args:
         transformer: a transformer of a known family, not patched; it is used as it is and left so.
         method: the form to teach, such as ``Linear(far="hedgehog", allow_untrained=True)``.

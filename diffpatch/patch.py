@@ -155,7 +155,7 @@ def report(target: Any) -> Report:
     if len(patches) == 1:
         record = patches[0].record
     else:  # transformers patched one by one, each with counts of its own
-        record = Record.joined({name: o.patch.record for name, o in _named_owners(target).items()})
+        record = Record.joined({name: o.patch.record for name, o in named_owners(target).items()})
     method = "; ".join(dict.fromkeys(str(p.method) for p in patches))
     return Report.of(method, layers, record, sum(p.state_bytes() for p in patches))
 
@@ -178,10 +178,11 @@ def _components(target: Any) -> dict[str, Any]:
 
 def owners(target: Any) -> list[PatchedTransformer]:
     """The patched transformers of a target; patched together, they share one `Patch`."""
-    return list(_named_owners(target).values())
+    return list(named_owners(target).values())
 
 
-def _named_owners(target: Any) -> dict[str, PatchedTransformer]:
+def named_owners(target: Any) -> dict[str, PatchedTransformer]:
+    """The same by the names they have in the target."""
     models = {name: _unwrap(m) for name, m in _components(target).items()}
     modules = {name: m for name, m in models.items() if isinstance(m, torch.nn.Module)}
     found = {name: getattr(m, "_diffpatch", None) for name, m in modules.items()}

@@ -46,7 +46,8 @@ class BlockPattern:
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What follows from this pattern and a key, made once and kept as long as the pattern."""
         if key not in self._cache:
-            self._cache[key] = make()
+            with torch.device("cpu"):  # whatever torch.set_default_device says
+                self._cache[key] = make()
         value: Value = self._cache[key]
         return value
 

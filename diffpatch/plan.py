@@ -251,7 +251,8 @@ def plan(
     grid = TokenGrid(frames, rows, columns, *sides)
 
     backend = BACKEND if device is None else device.backend
-    run = _Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        run = _Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
     kept = torch.tensor(run.kept, dtype=torch.float64).view(num_inference_steps, -1)
     mean = sum(run.kept) / len(run.kept)
     attention = shape.attention_flops(grid.num_tokens)

@@ -60,6 +60,7 @@ class Record:
         """One record of several transformers that were patched one by one, by their names."""
         out = cls()
         for name, one in records.items():
+            one.settle()
             out.calls += one.calls
             out.pairs += one.pairs
             out.kept_pairs += one.kept_pairs

@@ -25,7 +25,7 @@ from diffpatch.eval.clip import (
 
 SHIPPED = ("contrast", "frames", "judge")
 IMAGE_MODELS = ("clip", "clip_vision_model", "dinov2", "dinov2_with_registers", "siglip")
-VIDEO_MODELS = ("videomae", "vjepa2")
+VIDEO_MODELS = ("videomae",)
 
 
 class Extractor(Protocol):
@@ -99,7 +99,7 @@ class VideoFeatures:
         self.name = revision_of(source, self.model)
         self.prepare = load_processor(source)
         config = self.model.config
-        self.frames = int(getattr(config, "num_frames", 0) or config.frames_per_clip)
+        self.frames = int(config.num_frames)
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> Tensor:
@@ -107,9 +107,7 @@ class VideoFeatures:
         picks = torch.linspace(0, len(frames) - 1, self.frames).round().long()
         pixels = self.prepare(frames[picks])
         pixels = pixels.reshape(1, self.frames, *pixels.shape[-3:]).to(self.device)
-        # VideoMAE and V-JEPA name the same argument differently.
-        key = "pixel_values_videos" if self.model.config.model_type == "vjepa2" else "pixel_values"
-        return self.model(**{key: pixels}).last_hidden_state.mean(1).float().cpu()
+        return self.model(pixel_values=pixels).last_hidden_state.mean(1).float().cpu()
 
 
 def load_features(source: str | Path, device: torch.device | str = "cpu") -> Extractor:
@@ -117,8 +115,7 @@ def load_features(source: str | Path, device: torch.device | str = "cpu") -> Ext
 
     Args:
         source: "contrast", "frames" or "judge"; a folder or hub id of a transformers model (CLIP,
-            DINOv2, SigLIP, VideoMAE, V-JEPA 2); or a safetensors file with the weights of FID's
-            Inception.
+            DINOv2, SigLIP, VideoMAE); or a safetensors file with the weights of FID's Inception.
         device: where to compute.
 
     Raises:

@@ -68,7 +68,7 @@ def load_tools(
     Args:
         clip: "contrast" (shipped, knows the demo's captions), or a folder or hub id of a CLIP.
         features: one or several of "contrast", "frames" and "judge" (shipped), a folder or hub id
-            of CLIP, DINOv2, SigLIP, VideoMAE or V-JEPA 2, or a safetensors file with FID's
+            of CLIP, DINOv2, SigLIP, VideoMAE, or a safetensors file with FID's
             Inception.
         lpips: a safetensors file, or a folder of them, with AlexNet and the linear heads.
         device: where to compute.

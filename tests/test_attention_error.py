@@ -68,6 +68,15 @@ def test_experts_are_told_apart_and_repeats_are_one() -> None:
     assert twice.per_call == pytest.approx(once.per_call)
 
 
+def test_experts_patched_one_by_one_are_all_measured_and_counted() -> None:
+    tiny = wan22()
+    diffpatch.patch(tiny.pipe.transformer, "window", dense_steps=0)
+    diffpatch.patch(tiny.pipe.transformer_2, "neighborhood", dense_steps=0)
+    with diffpatch.attention_error(tiny.pipe) as errors:
+        tiny.run()
+    assert {where.transformer for where in errors.per_call} == {"transformer", "transformer_2"}
+
+
 def test_a_method_that_keeps_everything_has_no_error() -> None:
     tiny = wan()
     with (

@@ -14,6 +14,7 @@ methods that need more are refused. Families that call torch themselves never as
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 
-from diffpatch import functional, internals
+from diffpatch import composition, functional, internals
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method, MethodLike, make_method
@@ -47,6 +48,7 @@ class Backend:
         Call `reset_attention_backend()` on models that use it first: their processors keep it.
         """
         registry, names = _registry(), attention_dispatch.AttentionBackendName
+        functional.made_pattern.cache_clear()  # patterns hold memory of the device
         member = names._value2member_map_.pop(self.name, None)
         if member is None:
             return
@@ -77,7 +79,8 @@ def register(
     made, names = make_method(method, **params), attention_dispatch.AttentionBackendName
     if name in names._value2member_map_ or name != name.lower() or not name:
         raise BadParameter(f"name={name!r} must be in lower case, and new to diffusers")
-    varies = len({made.variant(*place) for place in ((0, 0), (1, 0), (0, 1))}) > 1
+    places = itertools.product(composition.STEPS, composition.STEPS)
+    varies = len({made.variant(*place) for place in places}) > 1
     if varies or made.needs_steps or made.learned_from():
         raise BadParameter(
             f"{made.name} differs between layers or steps, which a backend cannot tell: use"

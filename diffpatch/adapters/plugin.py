@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diffpatch import functional
+from diffpatch import composition, functional
 from diffpatch.errors import DiffpatchError
 from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import MethodLike, make_method
@@ -58,6 +58,7 @@ class Plugin:
         **params: Any,
     ) -> None:
         self.method = make_method(method, **params)
+        composition.check_method(self.method)
         self.dense_steps, self.dense_layers = dense_steps, dense_layers
         self._step, self._branch = -1, 0
         self._grid: TokenGrid | None = None

@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, fit, check and write; returns the exit code."""
     from diffpatch.eval import calibration
 
-    if not args.json.absolute().parent.is_dir():
-        raise UsageError(f"{args.json.parent} is no folder; choose another --json")
+    if args.json.is_dir():
+        raise UsageError(f"{args.json} is a folder; name a file with --json")
+    output.check_free([args.json], overwrite=True, option="--json")
     device = loading.choose_device(args.device)
     result = calibration.profile(
         str(device),

@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--features", action="append", metavar="MODEL",
         help="for set distances, repeatable: contrast (clips), frames (single ones), judge, a "
-        "folder or hub id of CLIP, DINOv2, SigLIP, VideoMAE or V-JEPA 2, or FID's Inception as "
+        "folder or hub id of CLIP, DINOv2, SigLIP, VideoMAE, or FID's Inception as "
         "safetensors (contrast and frames)",
     )  # fmt: skip
     group.add_argument("--lpips", type=Path, help="AlexNet and linear heads as safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,7 @@ class Export:
 
     def path(self, row: str, number: int) -> Path:
         """Where a clip goes; rows are folders that a shell need not quote."""
-        return self.folder / row.replace(", ", "-").replace(" ", "-") / self.names[number]
+        return self.folder / re.sub(r"[^\w.+=]+", "-", row).strip("-.") / self.names[number]
 
     def write(self, row: str, number: int, frames: torch.Tensor) -> None:
         """A clip (F, 3, H, W) in [0, 1]."""
