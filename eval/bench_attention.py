@@ -127,8 +127,8 @@ def check(
         error = error_on_rows(out, qkv, pattern)
     else:
         # No mask says what it should give, so its own definition in fp64 does, on the first head.
-        first = [x[:1, :, :1].cpu().double() for x in qkv]
-        expected = diffpatch.attention(*first, case.grid, method, backend="reference")
+        q, k, v = (x[:1, :, :1].cpu().double() for x in qkv)
+        expected = diffpatch.attention(q, k, v, case.grid, method, backend="reference")
         error = relative_l1(out[:1, :, :1].cpu(), expected)
     if not error <= TOLERANCE[case.dtype]:  # also true for NaN
         raise WrongResult(

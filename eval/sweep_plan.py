@@ -120,7 +120,7 @@ class Run:
             del facts["variant"]["method"]["budgets"]
         del facts["case"]["number"], facts["variant"]["told"]  # these are about the sweep
         if (image := self.case.prompt.image) is not None:  # what it shows, wherever it lies
-            facts["case"]["prompt"]["image"] = hashlib.sha256(image.read_bytes()).hexdigest()
+            facts["case"]["prompt"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
