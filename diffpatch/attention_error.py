@@ -6,13 +6,15 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffpatch.errors import NotPatched
 from diffpatch.patch import named_owners
-from diffpatch.shared import Observer
+
+if TYPE_CHECKING:
+    from diffpatch.shared import Observer
 
 
 @dataclass(frozen=True, order=True)

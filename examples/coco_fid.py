@@ -57,6 +57,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     """Renders the pictures that are not there yet, dense and with the method, from equal noise."""
+    parameters = method_parameters(args.method, args.set)
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     made = settings(args) | {"call": call}
@@ -83,7 +84,6 @@ def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     for row in rows:
         applied: Any = contextlib.nullcontext()
         if row != "dense":
-            parameters = method_parameters(args.method, args.set)
             applied = diffpatch.patched(pipe, args.method, **parameters)
         with applied:
             for name in missing[row]:

@@ -187,9 +187,11 @@ def test_other_networks_do_not_join_a_table(
 
 def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) -> None:
     """Repeated prompts, and schedules that a method's own replaces."""
+    (tmp_path / "captions.txt").write_text("a dog\na cat\na dog\n")
     data = {
         **sweep,
-        "prompts": ["a cat", "a dog", "a cat"],
+        "prompts": ["a cat"],
+        "prompt_file": "captions.txt",
         "schedules": [{"dense_layers": 0}, {"dense_layers": 1}],
         "methods": [{"method": "neighborhood", "dense_layers": 1, "budgets": [0.12, 0.125]}],
         "noise_floor": [],
