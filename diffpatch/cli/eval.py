@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +13,11 @@ from diffpatch.cli import arguments, bench, eval_vbench, generation, output, pro
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.eval_table import describe
 from diffpatch.cli.shares import Process
-from diffpatch.eval import quality
 from diffpatch.eval.team import Team
 from diffpatch.pipelines import loading, sampling
-from diffpatch.pipelines.demo import clips
+
+if TYPE_CHECKING:
+    from diffpatch.eval.quality import Tools
 
 EXAMPLES = """\
 examples:
@@ -116,7 +117,9 @@ def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, An
     return 0
 
 
-def _tools(args: argparse.Namespace, device: str | None) -> quality.Tools:
+def _tools(args: argparse.Namespace, device: str | None) -> Tools:
+    from diffpatch.eval import quality
+
     chosen = loading.choose_device(device)
     return quality.load_tools(args.clip, args.features or FEATURES, args.lpips, chosen)
 
@@ -198,6 +201,8 @@ _SHARED = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backen
 
 def _prompts(args: argparse.Namespace, source: loading.Source) -> list[str]:
     """The prompts given, the first of them with --count; for the demo else captions of its own."""
+    from diffpatch.pipelines.demo import clips  # imports diffusers
+
     if source.kind == "demo" and not args.prompt and args.prompt_file is None:
         generator = torch.Generator().manual_seed(args.seed)
         specs = clips.sample_specs(args.count or CAPTIONS, generator, held_out=True)
