@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,7 +106,10 @@ def test_a_patch_reports_what_a_level_chose(make: Any, kind: str) -> None:
     assert report.kept < 0.62  # of the image a quarter, of the text everything
 
 
-def test_the_command_takes_levels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_levels(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no earlier rendering is in the way
     size = ["--height", "480", "--width", "832", "--num-frames", "81"]
     plan = ["plan", "-m", "wan-1.3b", *size, "--method", "radial"]
     assert main([*plan, "--quality", "fast"]) == 0
