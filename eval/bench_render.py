@@ -11,6 +11,7 @@ from diffpatch import patched, report
 from diffpatch.eval.bench_attention import spread
 from diffpatch.eval.environment import environment
 from diffpatch.eval.metrics import psnr, ssim
+from diffpatch.internals import execution_device
 from diffpatch.pipelines.sampling import Sample, sample, warm_up
 
 CLOCKS = ("total", "denoising", "step_median")
@@ -62,7 +63,7 @@ def bench_render(
             | _entry(samples[name], samples["dense"])
             for name in variants
         },
-        "environment": environment(pipe._execution_device),
+        "environment": environment(execution_device(pipe)),
     }
 
 

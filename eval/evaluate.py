@@ -22,6 +22,7 @@ from diffpatch.eval.environment import environment
 from diffpatch.eval.quality import Tools
 from diffpatch.eval.tally import Tally, measure
 from diffpatch.eval.team import Team
+from diffpatch.internals import execution_device
 from diffpatch.pipelines.sampling import sample, warm_up
 
 Say = Callable[[str], None]
@@ -152,7 +153,7 @@ def evaluate_model(
         merged[row].row(row, base, role="method", kept=_mean(shares[row]), options=dict(options))
         for row, options in methods.items()
     ]
-    result = _result("model", rows, tools, base.reasons(), [], pipe._execution_device)
+    result = _result("model", rows, tools, base.reasons(), [], execution_device(pipe))
     plain = {key: value for key, value in call.items() if isinstance(value, str | int | float)}
     return {"prompts": list(prompts), "seed": seed, "call": plain, **result}
 
@@ -165,7 +166,7 @@ def _variant(pipe: Any, row: str, methods: Mapping[str, Mapping[str, Any]]) -> I
             yield
     elif row == ARITHMETIC:
         # Neither is what torch takes by itself; the plain one would need memory for every pair.
-        on_cpu = pipe._execution_device.type == "cpu"
+        on_cpu = execution_device(pipe).type == "cpu"
         with sdpa_kernel(SDPBackend.MATH if on_cpu else SDPBackend.EFFICIENT_ATTENTION):
             yield
     else:

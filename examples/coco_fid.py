@@ -71,15 +71,7 @@ def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     progress.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
     if not any(missing.values()):
         return
-    pipe = loading.load_pipeline(
-        source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=process.device(args.device),
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = generation.load(args, source, process.device(args.device))
     numbers = {name: number for number, name in enumerate(captions)}
     for row in rows:
         applied: Any = contextlib.nullcontext()

@@ -46,15 +46,7 @@ def render(args: argparse.Namespace) -> None:
     progress.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
     if not missing:
         return
-    pipe = loading.load_pipeline(
-        source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=process.device(args.device),
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = generation.load(args, source, process.device(args.device))
     applied: Any = contextlib.nullcontext()
     if args.method != "dense":
         applied = diffpatch.patched(pipe, args.method, **parameters)

@@ -103,6 +103,12 @@ def existing_file(text: str) -> Path:
     return path
 
 
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_method_options` asked for beside --set, as `diffpatch.patch` takes it."""
+    names = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
+    return {name: getattr(args, name) for name in names}
+
+
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """--set, --quality, --dense-steps, --dense-layers, --dense-last-steps, --backend."""
     group = parser.add_argument_group("method")

@@ -135,20 +135,12 @@ def run_render(args: argparse.Namespace) -> int:
     from diffpatch.eval.bench_render import bench_render
 
     methods = chosen(args)
-    shared = {n: getattr(args, n) for n in _SHARED}
+    shared = arguments.method_options(args)
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     generation.check_dense_steps(args, generation.steps_of(call, source))
-    pipe = loading.load_pipeline(
-        source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=args.device,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = generation.load(args, source, args.device)
     result = bench_render(
         pipe,
         generation.fit(call, pipe) | {"prompt": args.prompt},
@@ -168,9 +160,6 @@ def run_kernels(args: argparse.Namespace) -> int:
     """Hand over to the kernel benchmark; returns the exit code."""
     bench_kernels = importlib.import_module("diffpatch.eval.bench_kernels")
     return int(bench_kernels.main(args.rest) or 0)
-
-
-_SHARED = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
 
 
 def _render_row(name: str, entry: dict[str, Any]) -> list[str]:

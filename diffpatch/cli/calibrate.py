@@ -53,17 +53,7 @@ def run(args: argparse.Namespace) -> int:
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
-    pipe = loading.load_pipeline(
-        source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=args.device,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    if args.image is not None:
-        pipe = loading.with_image_input(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = generation.load(args, source, args.device)
     found = diffpatch.calibrate(
         pipe,
         args.method,
@@ -72,11 +62,7 @@ def run(args: argparse.Namespace) -> int:
         max_error=args.max_error,
         spread=args.spread,
         seed=args.seed,
-        quality=args.quality,
-        dense_steps=args.dense_steps,
-        dense_layers=args.dense_layers,
-        dense_last_steps=args.dense_last_steps,
-        backend=args.backend,
+        **arguments.method_options(args),
         **parameters,
     )
     options = _options(args, found.threshold)

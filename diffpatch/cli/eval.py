@@ -162,7 +162,7 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     if args.captions is not None:
         raise UsageError("--captions is for folders; give the folders and --reference")
     methods = bench.chosen(args)
-    shared = {name: getattr(args, name) for name in _SHARED}
+    shared = arguments.method_options(args)
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     generation.check_dense_steps(args, generation.steps_of(call, source))
@@ -175,13 +175,7 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         fps = generation.frames_per_second(args, source)
         rows = ["dense", evaluate.ARITHMETIC, evaluate.NOISE, *methods]
         options["keep"] = eval_vbench.Export.of(args.vbench_export, prompts, fps, rows, team).write
-    pipe = loading.load_pipeline(
-        source, dtype=loading.DTYPES.get(args.dtype), device=device, offload=args.offload,
-        vae_tiling=args.vae_tiling, compile=args.compile,
-    )  # fmt: skip
-    if args.image is not None:
-        pipe = loading.with_image_input(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = generation.load(args, source, device)
     applied = {name: shared | values for name, values in methods.items()}
     try:
         result = evaluate.evaluate_model(
@@ -194,9 +188,6 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
             "out of memory; try --offload model, --vae-tiling, or less to make"
         ) from error
     return {"model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), **result}
-
-
-_SHARED = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
 
 
 def _prompts(args: argparse.Namespace, source: loading.Source) -> list[str]:

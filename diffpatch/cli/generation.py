@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from diffpatch.cli.errors import UsageError
+from diffpatch.pipelines import loading
 from diffpatch.pipelines.loading import Source
 
 OPTIONS = (
@@ -55,6 +56,22 @@ def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
             raise UsageError(f"{source.pipeline.__name__} has no {name}; drop {option}")
         call[name] = value
     return call | _image(args, source)
+
+
+def load(args: argparse.Namespace, source: Source, device: str | None) -> Any:
+    """The pipeline as the model options want it, on its device, taking an image if one is given."""
+    pipe = loading.load_pipeline(
+        source,
+        dtype=loading.DTYPES.get(args.dtype),
+        device=device,
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
+        compile=args.compile,
+    )
+    if args.image is not None:
+        pipe = loading.with_image_input(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def steps_of(call: dict[str, Any], source: Source) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch import patched
-from diffpatch.cli import generation, media, output, shares
+from diffpatch.cli import arguments, generation, media, output, shares
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.pipelines import loading
@@ -78,14 +78,7 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
             )
         return [dense]
     parameters = method_parameters(args.method, args.set)
-    options = {
-        "quality": args.quality,
-        "dense_steps": args.dense_steps,
-        "dense_layers": args.dense_layers,
-        "dense_last_steps": args.dense_last_steps,
-        "backend": args.backend,
-    }
-    fast = Variant(args.method, options | parameters)
+    fast = Variant(args.method, arguments.method_options(args) | parameters)
     return [dense, fast] if args.compare == "dense" else [fast]
 
 

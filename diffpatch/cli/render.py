@@ -15,7 +15,7 @@ from diffpatch.cli import arguments, generation, media, output, progress, shares
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.job import Job, Variant, check_variants, describe, plan, request
 from diffpatch.eval.environment import environment
-from diffpatch.pipelines import loading, sampling
+from diffpatch.pipelines import sampling
 
 EXAMPLES = """\
 examples:
@@ -113,18 +113,7 @@ def render_all(args: argparse.Namespace, job: Job, printing: bool) -> list[dict[
 def load(args: argparse.Namespace, job: Job) -> Any:
     """The pipeline, on its device."""
     progress.say(f"loading {job.source.name}", args.quiet)
-    pipe = loading.load_pipeline(
-        job.source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=args.device,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    if args.image is not None:
-        pipe = loading.with_image_input(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return generation.load(args, job.source, args.device)
 
 
 def render(
