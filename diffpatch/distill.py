@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from diffpatch import adapter
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
+from diffpatch.kernels import dense_attention
 from diffpatch.methods import distilled
 from diffpatch.methods.base import Attended, Call, Method
 from diffpatch.methods.linear import Linear
@@ -78,11 +78,7 @@ class _Watch(Method):
         return self.like.pattern(grid, variant)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
-        mask = None if call.key_mask is None else call.key_mask[:, None, None]
-        x, y, z = (t.transpose(1, 2) for t in (q, k, v))
-        gqa = q.shape[2] != k.shape[2]
-        out = F.scaled_dot_product_attention(x, y, z, mask, scale=call.scale, enable_gqa=gqa)
-        out = out.transpose(1, 2)
+        out = dense_attention.attend(q, k, v, call.scale, call.key_mask)
         self.seen.append((q, k, v, call, out))
         return Attended(out, 1.0, "dense")
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from diffpatch import composition, functional
 from diffpatch.errors import DiffpatchError
 from diffpatch.grid import TokenGrid
+from diffpatch.kernels import dense_attention
 from diffpatch.methods.base import MethodLike, make_method
 
 
@@ -93,25 +93,8 @@ class Plugin:
         early = self._step < self.dense_steps or params.layer < self.dense_layers
         fits = q.shape[1] == k.shape[1] == self._grid.num_tokens
         if early or not fits or is_causal or params.mask is not None:
-            return _dense(q, k, v, params.mask, is_causal, softmax_scale)
+            return dense_attention.attend(q, k, v, softmax_scale, params.mask, is_causal=is_causal)
         return functional.attention(
             q, k, v, self._grid, self.method, scale=softmax_scale, layer=params.layer,
             step=self._step, state=self._states[params.layer, self._branch, self._grid],
         )  # fmt: skip
-
-
-def _dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    gqa = q.shape[2] != k.shape[2]
-    keys = None if mask is None else mask[:, None, None]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, keys, is_causal=is_causal, scale=scale, enable_gqa=gqa
-    )
-    return out.transpose(1, 2)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from diffpatch.grid import TokenGrid
+from diffpatch.kernels import dense_attention
 from diffpatch.methods.base import Attended, Call, Method
 from diffpatch.methods.temporal import Temporal, phase
 from diffpatch.pattern import BlockPattern
@@ -41,20 +42,9 @@ class Trial(Method):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
         """The dense answer; every candidate goes on with a state of its own."""
-        exact = _dense(q, k, v, call)
+        exact = dense_attention.attend(q, k, v, call.scale, call.key_mask)
         for i, candidate in enumerate(self.candidates):
             own = replace(call, state=call.state.setdefault(str(i), {}))
             wrong = candidate.attend(q, k, v, own).out.float() - exact.float()
             self.errors[phase(call), i].append(wrong.abs().sum() / exact.float().abs().sum())
         return Attended(exact, 1.0, "dense")
-
-
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
-    """Attention to everything, (B, S, H, D)."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
-    mask = None if call.key_mask is None else call.key_mask[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=call.scale
-    )
-    return out.transpose(1, 2)
