@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
 
-from diffpatch.kernels import block_sparse_reference, block_sparse_torch, quantize
+from diffpatch.kernels import (
+    block_sparse_reference,
+    block_sparse_torch,
+    quantize,
+    triton_support,
+)
 from diffpatch.kernels.blocks import BlockIndex
 
-OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 BACKENDS = ("auto", "triton", "triton-int8", "torch", "torch-int8", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,25 +119,14 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
     if not backend.startswith("triton"):
         return None
-    if q.device.type == "cpu":
-        return "triton needs a GPU and q is on the cpu"
-    if "triton" not in sys.modules and not find_spec("triton"):
-        return "triton is not installed"
-    if _triton_version() < OLDEST_TRITON:
-        installed, oldest = (".".join(map(str, v)) for v in (_triton_version(), OLDEST_TRITON))
-        return f"triton {installed} is too old, {oldest} or newer can"
+    reason = triton_support.unsupported_reason(q.device)
+    if reason:
+        return reason
     from diffpatch.kernels import block_sparse_triton as kernel
 
     if backend == "triton-int8":
         return kernel.unsupported_int8_reason(q, blocks)
     return kernel.unsupported_reason(q, blocks)
-
-
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def choose_backend(

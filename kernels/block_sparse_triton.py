@@ -21,6 +21,7 @@ from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.quantize import mean_key, mean_score
 from diffpatch.kernels.quantize_triton import quantize_keys
+from diffpatch.kernels.triton_support import arch as arch
 
 MAX_HEAD_SIZE = 256
 LOG2_E = 1.4426950408889634
@@ -66,8 +67,9 @@ CONFIGS_SMALL = CONFIGS | {
     (4, 128): Config(16, 32, 16, 2),
     (4, 256): Config(32, 32, 16, 1),
 }
-ASYNC_TENSOR_CORE = (90, 100, 103)  # compute capabilities whose tensor cores read shared memory
-SPECIALIZED = (100, 103)  # where Triton gives loads warps of their own and nothing spills
+# Compute capabilities as `triton_support.arch` gives them.
+ASYNC_TENSOR_CORE = (90, 100)  # where tensor cores read shared memory
+SPECIALIZED = (100,)  # where Triton gives loads warps of their own and nothing spills
 
 
 def configuration(
@@ -91,7 +93,7 @@ def configuration(
         dtype: of q, k and v.
         size: the head size.
         tile: the largest tile of the block index, in tokens.
-        arch: the compute capability, 90 for 9.0.
+        arch: the compute capability as `triton_support.arch` gives it, 90 for 9.0.
         int8: whether scores are computed in 8 bits.
         loads: one of `LOADS`.
         specialize: whether to leave the loads to warps of their own, on `SPECIALIZED`.
@@ -103,7 +105,7 @@ def configuration(
     config = table[dtype.itemsize, padded(size)]
     if int8 and table is CONFIGS_SMALL and padded(size) == 128:
         config = config._replace(block_m=64, num_warps=4)  # spills otherwise
-    if int8 and arch in (100, 103) and padded(size) == 64:
+    if int8 and arch == 100 and padded(size) == 64:
         config = config._replace(num_warps=8)  # as well, with Triton 3.6
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)
@@ -267,11 +269,3 @@ def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
         return x.index_select(1, blocks.order)
     # Within a sub-block the kernel counts in 32 bits.
     return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
-
-
-def arch(device: torch.device) -> int:
-    """The compute capability of a GPU, 90 for 9.0; 0 for anything that is not CUDA or ROCm."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor

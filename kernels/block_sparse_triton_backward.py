@@ -130,7 +130,7 @@ def configuration(dtype: torch.dtype, size: int, keys: bool, arch: int) -> forwa
     config = CONFIGS[dtype.itemsize, forward.padded(size)]
     if not keys and config == CONFIGS[2, 256]:  # one accumulator less; spills a little otherwise
         config = config._replace(num_warps=4)
-    if keys and arch in (100, 103):  # Triton 3.9 cannot pipeline two accumulators there
+    if keys and arch == 100:  # Triton 3.9 cannot pipeline two accumulators there
         warps = 16 if config == CONFIGS[4, 128] else config.num_warps  # 3.6 spills otherwise
         config = config._replace(num_stages=1, num_warps=warps)
     return config

@@ -22,6 +22,7 @@ from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
 from diffpatch.kernels.linear_attention_triton_kernel import apply_kernel, state_kernel
 from diffpatch.kernels.quantize import RUN
 from diffpatch.kernels.quantize_triton import quantize_kernel
+from diffpatch.kernels.triton_support import GPUS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Config = forward.Config | virtual.Config | linear.Config
@@ -89,7 +90,7 @@ def _loads_asked_for(arch: int) -> Iterator[Case]:
     if arch >= 90:
         for size in (64, 128, 256):
             yield Case(arch, "forward", "bf16", size, 128, False, "pointer")
-    if arch in forward.SPECIALIZED:
+    if GPUS[arch].like in forward.SPECIALIZED:
         for key_mask in (False, True):
             yield Case(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
 
@@ -113,11 +114,11 @@ def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
 
 def configuration(case: Case) -> Config:
     """The configuration that ships for a case."""
-    dtype = DTYPES[case.dtype]
+    dtype, arch = DTYPES[case.dtype], GPUS[case.arch].like
     if case.kernel == "quantize":
         return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
-        return backward.configuration(dtype, case.size, case.kernel == "keys", case.arch)
+        return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
     if case.kernel == "pool":
         return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
     if case.kernel == "virtual":
@@ -127,10 +128,10 @@ def configuration(case: Case) -> Config:
     if case.kernel == "apply":
         return linear.configuration(dtype, case.size)
     if case.kernel in ("active", "skip"):
-        return active.configuration(dtype, case.size, case.tile, case.arch)
+        return active.configuration(dtype, case.size, case.tile, arch)
     int8 = case.kernel == "int8"
     asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
-    return forward.configuration(dtype, case.size, case.tile, case.arch, int8=int8, **asked)
+    return forward.configuration(dtype, case.size, case.tile, arch, int8=int8, **asked)
 
 
 def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:

@@ -34,12 +34,14 @@ from diffpatch.kernels.compile_cases import (
     configuration,
     specialization,
 )
+from diffpatch.kernels.triton_support import GPUS
 
 log = logging.getLogger(__name__)
 
-# Shared memory a block may use, in bytes, and the tensor-core instruction in PTX.
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+# Compute capabilities that the table has; others take the configuration of one of these.
+ARCHS = tuple(arch for arch, gpu in GPUS.items() if gpu.like == arch)
+TENSOR_CORE = {90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma", 110: "mma"}  # in PTX
+OLDER_TENSOR_CORE = "mma.sync"  # of all others
 MAIN_ARCHS = (80, 90, 100)  # no byte may spill here
 SPILL_LIMIT = 32  # bytes, elsewhere
 
@@ -79,7 +81,9 @@ def compiled(case: Case) -> tuple[Result, Any]:
     registers, stack = _resources(kernel.asm["cubin"])
     # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one; so
     # do 8-bit scores on sm_100 in Triton 3.6, but not what follows them.
-    instruction = TENSOR_CORE[case.arch] if config.block_m >= 64 else "mma.sync"
+    instruction = TENSOR_CORE.get(case.arch, OLDER_TENSOR_CORE)
+    if config.block_m < 64:
+        instruction = OLDER_TENSOR_CORE
     if case.kernel in ("virtual", "state", "apply"):
         instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
@@ -95,8 +99,8 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
     case, config = result.case, result.config
     if result.stack > (0 if case.arch in MAIN_ARCHS else SPILL_LIMIT):
         yield f"{result.stack} bytes of stack"
-    if result.shared > SHARED_LIMIT[case.arch]:
-        yield f"{result.shared} bytes of shared memory, {SHARED_LIMIT[case.arch]} allowed"
+    if result.shared > GPUS[case.arch].shared:
+        yield f"{result.shared} bytes of shared memory, {GPUS[case.arch].shared} allowed"
     if case.dtype == "fp32" or case.kernel in ("quantize", "pool"):
         return
     if not result.tensor_cores:
@@ -105,7 +109,7 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
         return
     # Tensor cores that do not read shared memory hold one stage in registers, unless the copy into
     # shared memory is that of a descriptor.
-    depth = config.num_stages - (case.arch not in forward.ASYNC_TENSOR_CORE)
+    depth = config.num_stages - (GPUS[case.arch].like not in forward.ASYNC_TENSOR_CORE)
     depth -= getattr(config, "loads", "") == "gather"  # the indices of keys are staged like keys
     if case.kernel == "int8" and case.arch == 100 and triton.__version__.startswith("3.6."):
         depth -= 1
@@ -159,8 +163,7 @@ def _buffers(ttgir: str, block_n: int, size: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: prints a line for each case, returns 1 if one has a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    archs = list(SHARED_LIMIT)
-    parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=GPUS)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
     parser.add_argument("--missing", action="store_true", help="only what the table does not have")
@@ -207,7 +210,7 @@ def write(results: Sequence[Result], path: Path) -> None:
     Other versions stay, and so do the rows of this one that were not compiled now and still ship.
     """
     table = json.loads(path.read_text()) if path.exists() else {}
-    shipped = {_key(asdict(case)): None for case in cases(list(SHARED_LIMIT))}
+    shipped = {_key(asdict(case)): None for case in cases(ARCHS)}
     rows = shipped | _rows(path)
     rows |= {_key(asdict(result.case)): _row(result) for result in results}
     table[triton.__version__] = [row for key, row in rows.items() if row and key in shipped]

@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from diffpatch.kernels.compile_check import SHARED_LIMIT
+from diffpatch.kernels.triton_support import GPUS
 
 
 class PretendGPU:
@@ -38,7 +38,7 @@ class PretendGPU:
         return torch.cpu
 
     def get_device_properties(self, device: int = 0) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_LIMIT[self.arch], "max_num_regs": 65536, "warpSize": 32}
+        return {"max_shared_mem": GPUS[self.arch].shared, "max_num_regs": 65536, "warpSize": 32}
 
     def load_binary(self, *_: Any) -> tuple[str, str, int, int, int]:
         """Module, function, registers, spills, most threads of a block."""
