@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # Compute capabilities that the table has; others take the configuration of one of these.
 ARCHS = tuple(arch for arch, gpu in GPUS.items() if gpu.like == arch)
-TENSOR_CORE = {90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma", 110: "mma"}  # in PTX
+TENSOR_CORE = {90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma"}  # in PTX
 OLDER_TENSOR_CORE = "mma.sync"  # of all others
 MAIN_ARCHS = (80, 90, 100)  # no byte may spill here
 SPILL_LIMIT = 32  # bytes, elsewhere
@@ -80,7 +80,7 @@ def compiled(case: Case) -> tuple[Result, Any]:
     kernel = _compile(case, config)
     registers, stack = _resources(kernel.asm["cubin"])
     # The asynchronous instructions take 64 rows or more, so smaller blocks use the older one; so
-    # do 8-bit scores on sm_100 in Triton 3.6, but not what follows them.
+    # do 8-bit scores on sm_103 and, in Triton 3.6, on sm_100, but not what follows them.
     instruction = TENSOR_CORE.get(case.arch, OLDER_TENSOR_CORE)
     if config.block_m < 64:
         instruction = OLDER_TENSOR_CORE
@@ -111,8 +111,8 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
     # shared memory is that of a descriptor.
     depth = config.num_stages - (GPUS[case.arch].like not in forward.ASYNC_TENSOR_CORE)
     depth -= getattr(config, "loads", "") == "gather"  # the indices of keys are staged like keys
-    if case.kernel == "int8" and case.arch == 100 and triton.__version__.startswith("3.6."):
-        depth -= 1
+    older = case.arch == 103 or (case.arch == 100 and triton.__version__.startswith("3.6."))
+    depth -= case.kernel == "int8" and older  # where 8-bit scores use the older instruction
     if result.buffers < depth:
         yield f"{result.buffers} buffers of keys, {depth} expected"
 

@@ -25,7 +25,6 @@ SAMPLE = {
     "a smaller GPU": Case(89, "forward", "fp16", 96, 128, False),
     "as on 8.9": Case(86, "forward", "bf16", 128, 128, False),
     "as on 10.0": Case(103, "forward", "bf16", 128, 128, False),
-    "as on 12.0, with other tensor cores": Case(110, "forward", "bf16", 128, 128, False),
     "a key mask": Case(100, "forward", "bf16", 128, 128, True),
     "loads by warps of their own": Case(100, "forward", "bf16", 128, 128, False, "tma", True),
     "keys where they are": Case(90, "forward", "bf16", 128, 128, False, "gather"),
