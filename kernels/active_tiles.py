@@ -172,10 +172,10 @@ def choose_backend(
     Raises:
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    if backend.endswith("-int8"):
+    if backend == "gluon" or backend.endswith("-int8"):
         raise RuntimeError(
-            f"backend {backend!r} cannot run: there are no 8-bit scores for tiles that change from"
-            " head to head; use backend='auto'."
+            f"backend {backend!r} cannot run: it knows no tiles that change from head to head; use"
+            " backend='auto'."
         )
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if needs_grad and backend == "auto":

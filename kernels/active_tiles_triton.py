@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.active_tiles import LOG2_E, Result, TileTable, tile_table
-from diffpatch.kernels.block_sparse_lists import identity_order
+from diffpatch.kernels.block_sparse_lists import in_tile_order
 from diffpatch.kernels.block_sparse_triton import ASYNC_TENSOR_CORE, Config, arch, padded
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -66,8 +66,8 @@ def attend(
         ("active tiles", *cut), lambda b: _narrow(b, *cut)
     )
     q = q if q.stride(3) == 1 else q.contiguous()
-    k, v = (_in_tile_order(x, blocks) for x in (k, v))
-    allowed = None if key_mask is None else _in_tile_order(key_mask, blocks).view(torch.uint8)
+    k, v = (in_tile_order(x, blocks) for x in (k, v))
+    allowed = None if key_mask is None else in_tile_order(key_mask, blocks).view(torch.uint8)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     hits = None
     if threshold is not None:
@@ -136,12 +136,6 @@ def _words(masks: torch.Tensor, block_m: int, block_n: int) -> torch.Tensor:
     shifted = words.long() << torch.arange(32, device=masks.device)
     # As a signed number, the last bit counts negative.
     return (shifted.sum(-1) - (words[..., 31].long() << 32)).int().contiguous()
-
-
-def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
-    if not identity_order(blocks):
-        return x.index_select(1, blocks.order)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Block-sparse attention: one function, three backends, two of them also with 8-bit scores."""
+"""Block-sparse attention: one function, four backends, two of them also with 8-bit scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from diffpatch.kernels import (
 )
 from diffpatch.kernels.blocks import BlockIndex
 
-BACKENDS = ("auto", "triton", "triton-int8", "torch", "torch-int8", "reference")
+BACKENDS = ("auto", "triton", "triton-int8", "gluon", "torch", "torch-int8", "reference")
+GPU_BACKENDS = ("triton", "triton-int8", "gluon")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -81,7 +82,8 @@ def block_sparse_attention(
         backend: "triton", "torch", "reference", or "auto": triton where it can, else torch. With
             "triton-int8" scores are computed from queries and smoothed keys in 8 bits, which costs
             some accuracy (see `quantize`) and has no gradients; "torch-int8" rounds the same way
-            on any device, to see what it does to quality, and gains no time. "auto" takes neither.
+            on any device, to see what it does to quality, and gains no time. "gluon" is a kernel
+            scheduled by hand for Hopper GPUs, without gradients. "auto" takes none of these.
 
     Returns:
         The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,
@@ -117,16 +119,26 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
-    if not backend.startswith("triton"):
+    if backend not in GPU_BACKENDS:
         return None
     reason = triton_support.unsupported_reason(q.device)
     if reason:
         return reason
+    if backend == "gluon":
+        return _gluon_reason(q, blocks)
     from diffpatch.kernels import block_sparse_triton as kernel
 
     if backend == "triton-int8":
         return kernel.unsupported_int8_reason(q, blocks)
     return kernel.unsupported_reason(q, blocks)
+
+
+def _gluon_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    try:
+        from diffpatch.kernels import block_sparse_gluon
+    except (ImportError, AttributeError) as error:  # Gluon is experimental and changes
+        return f"this Triton has another Gluon: {error}"
+    return block_sparse_gluon.unsupported_reason(q, blocks)
 
 
 def choose_backend(
@@ -152,6 +164,8 @@ def choose_backend(
         reason = backward.unsupported_reason(q)
     elif needs_grad and backend.endswith("-int8"):
         reason = "scores in 8 bits have no gradients"
+    elif needs_grad and backend == "gluon":
+        reason = "this kernel has no gradients"
     if backend == "auto":
         return "torch" if reason else "triton"
     if reason:
@@ -162,6 +176,10 @@ def choose_backend(
 def _attend_with(backend: str) -> Attend:
     if backend in ATTEND_ANYWHERE:
         return ATTEND_ANYWHERE[backend]
+    if backend == "gluon":
+        from diffpatch.kernels import block_sparse_gluon
+
+        return block_sparse_gluon.attend
     from diffpatch.kernels import block_sparse_triton, block_sparse_triton_backward
 
     kernels = {

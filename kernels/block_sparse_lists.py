@@ -52,6 +52,14 @@ def identity_order(blocks: BlockIndex) -> bool:
     return blocks.derived("identity order", compare)
 
 
+def in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
+    """Rows of (B, S, ...) in tile order; a copy only if they are not, or far apart in memory."""
+    if not identity_order(blocks):
+        return x.index_select(1, blocks.order)
+    # Within a sub-block the kernels count in 32 bits.
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
+
+
 def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
     host = blocks.to("cpu")
     tiles, per_tile = host.num_tiles, -(-host.max_tile // block_n)

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diffpatch.kernels.block_sparse_lists import identity_order, sub_blocks
+from diffpatch.kernels.block_sparse_lists import in_tile_order, sub_blocks
 from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.quantize import mean_key, mean_score
@@ -186,7 +186,7 @@ def attend(
     if config.loads == "gather":
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     else:
-        k, v = (_in_tile_order(x, blocks) for x in (k, v))
+        k, v = (in_tile_order(x, blocks) for x in (k, v))
     return _launch(q, k, v, None, blocks, scale, key_mask, config)
 
 
@@ -208,7 +208,7 @@ def attend_int8(
     config = _configured(q, blocks, loads, int8=True)
     mean = mean_key(k, key_mask)
     keys, scales = quantize_keys(k, mean, blocks, key_mask)
-    v = _in_tile_order(v, blocks)
+    v = in_tile_order(v, blocks)
     out, lse = _launch(q, keys, v, scales, blocks, scale, key_mask, config)
     return out, lse + mean_score(q, mean, scale) if return_lse else lse
 
@@ -232,12 +232,13 @@ def _launch(
     batch, tokens, heads, size = q.shape
     lists = sub_blocks(blocks, config.block_m, config.block_n)
     q = q if q.stride(3) == 1 else q.contiguous()
-    allowed = None if key_mask is None else _in_tile_order(key_mask, blocks).view(torch.uint8)
+    allowed = None if key_mask is None else in_tile_order(key_mask, blocks).view(torch.uint8)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sides: Sequence[Any] = (k, v)
     if config.loads == "tma":
-        sides = [_boxes(x, config.block_n) for x in sides]
+        boxes = [config.block_n, size]
+        sides = [TensorDescriptor.from_tensor(side_by_side(x), boxes) for x in sides]
     grid = (blocks.num_tiles * lists.parts, batch * heads)
     attend_kernel[grid](
         q, *sides, out, lse, key_scales, allowed, blocks.order, blocks.starts, blocks.head_pattern,
@@ -253,19 +254,12 @@ def _launch(
     return out, lse
 
 
-def _boxes(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """What fetches boxes of `rows` tokens of one head from (B, S, heads, D), without a copy if such
-    boxes can lie as they are: channels and heads side by side, rows that begin at 16 bytes."""
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """(B, S, heads, D) as (B * S, heads * D), of which descriptors can fetch boxes: channels and
+    heads side by side, rows that begin at 16 bytes; without a copy if they lie so."""
     batch, tokens, heads, size = x.shape
     flat = x.reshape(batch * tokens, heads * size)
     step = flat.stride(0) * flat.itemsize
     if flat.stride(1) != 1 or flat.stride(0) < heads * size or (step | flat.data_ptr()) % 16:
         flat = flat.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(flat, [rows, size])
-
-
-def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
-    if not identity_order(blocks):
-        return x.index_select(1, blocks.order)
-    # Within a sub-block the kernel counts in 32 bits.
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
+    return flat

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from diffpatch.kernels import active_tiles_triton as active
+from diffpatch.kernels import block_sparse_gluon as gluon
 from diffpatch.kernels import block_sparse_triton as forward
 from diffpatch.kernels import block_sparse_triton_backward as backward
 from diffpatch.kernels import linear_attention_triton as linear
 from diffpatch.kernels import virtual_tokens_triton as virtual
+from diffpatch.kernels.block_sparse_gluon_kernel import attend_kernel as gluon_kernel
 from diffpatch.kernels.block_sparse_triton_kernel import attend_kernel
 from diffpatch.kernels.linear_attention_triton_kernel import apply_kernel, state_kernel
 from diffpatch.kernels.quantize import RUN
@@ -25,7 +27,7 @@ from diffpatch.kernels.quantize_triton import quantize_kernel
 from diffpatch.kernels.triton_support import GPUS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Config = forward.Config | virtual.Config | linear.Config
+Config = forward.Config | virtual.Config | linear.Config | gluon.Config
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Case:
 
     Attributes:
         arch: the compute capability, 90 for 9.0.
-        kernel: "forward", "int8" (forward with scores in 8 bits), "quantize", the gradient of
+        kernel: "forward", "gluon" (the same for Hopper, scheduled by hand), "int8" (forward with
+            scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
             tokens, "state" and "apply" of linear attention.
@@ -63,6 +66,9 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
     compiled in every form.
     """
     for arch, dtype in product(archs, dtypes):
+        if GPUS[arch].like == gluon.HOPPER and DTYPES[dtype] in gluon.TYPES:
+            for size, key_mask in product(gluon.CONFIGS, (False, True)):
+                yield Case(arch, "gluon", dtype, size, 128, key_mask)
         for size in (64, 96, 128, 256):
             yield Case(arch, "forward", dtype, size, 128, False)
         if dtype == "fp16":
@@ -115,6 +121,8 @@ def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
 def configuration(case: Case) -> Config:
     """The configuration that ships for a case."""
     dtype, arch = DTYPES[case.dtype], GPUS[case.arch].like
+    if case.kernel == "gluon":
+        return gluon.configuration(case.size, case.key_mask)
     if case.kernel == "quantize":
         return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
@@ -164,6 +172,8 @@ def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[st
         return _virtual(case)
     if isinstance(config, linear.Config):
         return _linear(case, config)
+    if isinstance(config, gluon.Config):
+        return _gluon(case, config)
     assert isinstance(config, forward.Config)
     if case.kernel == "quantize":
         types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
@@ -195,6 +205,15 @@ def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], d
         types[name] = box if config.loads == "tma" else f"*{dtype}"
     constants = {"group": 1, "LOADS": config.loads, "SPECIALIZE": config.specialize}
     return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
+
+
+def _gluon(case: Case, config: gluon.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    layout = gluon.boxes(config, case.size, DTYPES[case.dtype])
+    box = f"tensordesc<{case.dtype}[{config.block_n},{case.size}],{layout!r}>"
+    types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
+    types |= {"K": box, "V": box, "LSE": "*fp32"}
+    constants = {"group": 1, "PARTS": 1, "REGISTERS": gluon.COMPUTING_REGISTERS}
+    return gluon_kernel, constants, types
 
 
 def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:

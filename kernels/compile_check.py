@@ -24,7 +24,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from diffpatch.kernels import block_sparse_gluon as gluon
 from diffpatch.kernels import block_sparse_triton as forward
 from diffpatch.kernels.compile_cases import (
     DTYPES,
@@ -90,6 +92,10 @@ def compiled(case: Case) -> tuple[Result, Any]:
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
     result = Result(case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers)
     problems = list(_problems(result, instruction))
+    if case.kernel == "gluon":
+        weights = config.block_n // 2  # of a thread: 64 rows, 128 threads
+        if _overlapped(kernel.asm["cubin"]) < weights:
+            problems.append("the softmax waits for the sums")
     if case.specialize and "ttg.warp_specialize(" not in kernel.asm["ttgir"]:
         problems.append("no warps of their own for the loads")
     return replace(result, problems=tuple(problems)), kernel
@@ -126,17 +132,15 @@ def _compile(case: Case, config: Config) -> Any:
         signature[name] = "constexpr" if name in constants else types.get(name, plain)
     aligned = [n for n, t in signature.items() if t[0] == "*" or n.startswith("stride_")]
     position = kernel.arg_names.index
-    source = ASTSource(
+    by_hand = isinstance(config, gluon.Config)
+    source = (GluonASTSource if by_hand else ASTSource)(
         fn=kernel,
         signature=signature,
         constexprs={(position(name),): value for name, value in constants.items()},
         attrs={(position(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    options |= {"maxnreg": gluon.REGISTERS} if by_hand else {"num_stages": config.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
@@ -152,6 +156,27 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump says nothing about registers: {text!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def _overlapped(cubin: bytes) -> int:
+    """The exponentials of a thread that a Hopper kernel computes while products are under way.
+
+    That is between a wait which leaves one product going and the next, which does not: the
+    assembler is free to move the second wait up, and to end every product before it goes on.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found, going = [0], False
+    for wait, exponential in re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, (0x\w+)|(MUFU\.EX2)", text):
+        if wait:
+            going = wait == "0x1"
+            found += [0] if going else []
+        elif going and exponential:
+            found[-1] += 1
+    return max(found)
 
 
 def _buffers(ttgir: str, block_n: int, size: int) -> int:

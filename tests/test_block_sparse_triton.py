@@ -169,16 +169,16 @@ def test_boxes_of_memory_lie_in_the_tensors_of_the_caller() -> None:
     blocks = BlockIndex(**{**vars_of(blocks), "order": torch.arange(sum(SIZES))})
     fused = torch.cat(random_qkv(2, sum(SIZES), 2, 64, torch.bfloat16), 2)
     q, k, v = fused.split(2, 2)
-    boxes = [block_sparse_triton._boxes(x, 64) for x in (k, v)]
-    assert [box.base.data_ptr() for box in boxes] == [k.data_ptr(), v.data_ptr()]
-    assert [tuple(box.strides) for box in boxes] == [(384, 1), (384, 1)]
+    boxes = [block_sparse_triton.side_by_side(x) for x in (k, v)]
+    assert [box.data_ptr() for box in boxes] == [k.data_ptr(), v.data_ptr()]
+    assert [box.stride() for box in boxes] == [(384, 1), (384, 1)]
     assert_exact_enough((q, k, v), blocks, None, 90)
     for awkward in (k.mT.contiguous().mT, k[:, :, :1].expand_as(k), fused.flatten()[1:]):
         if awkward.ndim == 1:  # rows that begin 2 bytes after a multiple of 16
             awkward = awkward[: k.numel()].view_as(k)
-        box = block_sparse_triton._boxes(awkward, 64)
-        assert box.base.data_ptr() != awkward.data_ptr()
-        assert torch.equal(box.base.view_as(awkward), awkward)
+        box = block_sparse_triton.side_by_side(awkward)
+        assert box.data_ptr() != awkward.data_ptr()
+        assert torch.equal(box.view_as(awkward), awkward)
 
 
 @pytest.mark.parametrize("loads", ["pointer", "tma", "gather", "int8"])

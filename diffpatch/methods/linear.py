@@ -15,6 +15,7 @@ from diffpatch import adapter
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
 from diffpatch.kernels import linear_attention, linear_features, virtual_tokens
+from diffpatch.kernels.block_sparse import GPU_BACKENDS
 from diffpatch.kernels.block_sparse_work import Work, work_of
 from diffpatch.methods import axis, distilled
 from diffpatch.methods.base import Attended, Call, Method, param, register
@@ -144,7 +145,7 @@ class Linear(Method):
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         near, near_lse, used = call.sparse(q, k, v)
         # Where the exact part runs in Triton the rest decides for itself: it has no gradients.
-        backend = "auto" if used.startswith("triton") else used.removesuffix("-int8")
+        backend = "auto" if used in GPU_BACKENDS else used.removesuffix("-int8")
         if self.far == "pool":
             tokens = virtual_tokens.pool(
                 k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask,

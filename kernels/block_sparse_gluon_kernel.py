@@ -1,0 +1,284 @@
+"""Block-sparse attention for Hopper, scheduled by hand in Gluon: what runs on the GPU.
+
+Three groups of warps share a program. One warp loads: it walks the list of sub-blocks and has the
+copy engine (TMA) bring their keys and values into a ring of buffers. Two warpgroups compute, each
+for half of the queries. While its tensor cores multiply the weights of one sub-block by the values,
+a warpgroup already has the scores of the next, and turns those into weights (the overlap within a
+warpgroup of FlashAttention-3, arXiv 2407.08608, section 3.2; the two warpgroups overlap by drifting
+apart).
+
+`ready` barriers say that a buffer is filled, `free` ones that both warpgroups have done with it.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel takes and returns are Triton's values and has no Python types)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LN_2 = gl.constexpr(0.6931471805599453)
+# A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
+START = gl.constexpr(-1.0e30)
+WARPGROUP = gl.constexpr(4)  # warps
+ROWS = gl.constexpr(64)  # queries of a warpgroup: what one tensor-core instruction takes
+COMPUTING = gl.constexpr(2)  # warpgroups that compute
+
+# Triton renamed it between 3.7 and 3.9.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _load(
+    K, V, PLACES, keys, values, barriers, begin, end, first_row, first_channel,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: fill the ring with the keys and values of each sub-block in turn."""
+    keys_ready, values_ready, keys_free, values_free = barriers
+    place = gl.load(PLACES + begin)
+    for i in range(begin, end):
+        following = gl.load(PLACES + i + 1)
+        slot = (i - begin) % STAGES
+        phase = (i - begin) // STAGES & 1
+        row = first_row + place
+        # A new barrier counts as having completed phase 1: the first round does not wait.
+        mbarrier.wait(keys_free.index(slot), phase ^ 1)
+        mbarrier.expect(keys_ready.index(slot), K.block_type.nbytes)
+        async_load(K, [row, first_channel], keys_ready.index(slot), keys.index(slot))
+        mbarrier.wait(values_free.index(slot), phase ^ 1)
+        mbarrier.expect(values_ready.index(slot), V.block_type.nbytes)
+        async_load(V, [row, first_channel], values_ready.index(slot), values.index(slot))
+        place = following
+
+
+@gluon.jit
+def _mask_words(BITS, mask, row, masked, WORDS: gl.constexpr, MASK_ROWS: gl.constexpr):
+    """The mask words of each query, loaded long before they are needed; anything without a mask.
+
+    (Constants instead of anything make LLVM move the arithmetic on the words up to here.)
+    """
+    first, second, third, fourth = row, row, row, row
+    if masked:
+        at = BITS + (mask.to(gl.int64) * MASK_ROWS + row) * WORDS
+        first = gl.load(at)
+        second = gl.load(at + 1)
+        if WORDS == 4:
+            third = gl.load(at + 2)
+            fourth = gl.load(at + 3)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _hide(
+    scores, seen, masked, ALLOWED, PLACES, i, tokens,
+    BLOCK_N: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Scores, with -inf where a query does not see a key."""
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    if masked:
+        first, second, third, fourth = seen
+        word = gl.where((column < 32)[None, :], first[:, None], second[:, None])
+        if BLOCK_N == 128:
+            word = gl.where((column >= 64)[None, :], third[:, None], word)
+            word = gl.where((column >= 96)[None, :], fourth[:, None], word)
+        scores = gl.where((word & (1 << (column % 32))[None, :]) != 0, scores, -float("inf"))
+    if ALLOWED is not None:
+        key = gl.load(PLACES + i) + column
+        may = gl.load(ALLOWED + key, mask=key < tokens, other=0)
+        scores = gl.where((may != 0)[None, :], scores, -float("inf"))
+    return scores
+
+
+@gluon.jit
+def _weigh(scores, top, total, scale):
+    """One step of the softmax: weights, the new maximum and sum, and what older sums shrink by."""
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    return weights, new_top, total * shrink + gl.sum(weights, 1), shrink
+
+
+@gluon.jit
+def _compute(
+    which, tensors, lists, buffers, barriers, queries,
+    batch, head, key_head, row, part, tile, scale, strides, tokens, heads,
+    SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASK_ROWS: gl.constexpr,
+):  # fmt: skip
+    """A computing warpgroup: attention of its queries to every sub-block of the row."""
+    Q, OUT, LSE, ALLOWED = tensors
+    ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS = lists
+    keys, values = buffers
+    keys_ready, values_ready, keys_free, values_free = barriers
+    stride_qb, stride_qs, stride_qh = strides
+    dtype: gl.constexpr = Q.dtype.element_ty
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPGROUP, 1], [16, SIZE, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [WARPGROUP, 1], [16, BLOCK_N, 16]
+    )
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
+    # 16 bytes a thread, whole rows side by side.
+    row_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // SIZE, SIZE // 8], [WARPGROUP, 1], [1, 0]
+    )
+    own: gl.constexpr = gl.SliceLayout(1, row_layout)
+
+    first = gl.load(STARTS + tile)
+    held = gl.load(STARTS + tile + 1) - first
+    first_query = part * (COMPUTING * ROWS) + which * ROWS
+    queries = queries.index(which)
+    channel = gl.arange(0, SIZE, layout=gl.SliceLayout(0, row_layout))
+    in_tile = first_query + gl.arange(0, ROWS, layout=own)
+    token = gl.load(ORDER + first + in_tile, mask=in_tile < held, other=0)
+    at = Q + batch * stride_qb + head.to(gl.int64) * stride_qh
+    at = at + token[:, None] * stride_qs + channel[None, :]
+    queries.store(gl.load(at, mask=(in_tile < held)[:, None], other=0.0))
+    fence_async_shared()  # the tensor cores read shared memory past the usual path
+
+    begin = gl.load(ROW_PTR + row)
+    middle = gl.load(FULL_END + row)
+    end = gl.load(ROW_PTR + row + 1)
+    in_mask = first_query + gl.arange(0, ROWS, layout=score_rows)
+    if ALLOWED is not None:
+        ALLOWED += batch * tokens
+
+    acc = gl.zeros([ROWS, SIZE], gl.float32, acc_layout)
+    nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+    total = gl.zeros([ROWS], gl.float32, score_rows)
+    top = gl.full([ROWS], START, gl.float32, score_rows)
+    if begin < end:
+        # The scores of the first sub-block.
+        mask = gl.load(MASK_IDS + begin)
+        masked = begin >= middle
+        seen = _mask_words(BITS, mask, in_mask, masked, BLOCK_N // 32, MASK_ROWS)
+        mbarrier.wait(keys_ready.index(0), 0)
+        scores = warpgroup_mma(
+            queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(keys_free.index(0), count=1)
+        scores = _hide(scores, seen, masked, ALLOWED, PLACES, begin, tokens, BLOCK_N, score_layout)
+        weights, top, total, _ = _weigh(scores, top, total, scale)
+        left = gl.convert_layout(weights.to(dtype), left_layout)
+        mask = gl.load(MASK_IDS + begin + 1)
+        mbarrier.wait(keys_ready.index(1 % STAGES), 1 // STAGES & 1, pred=begin + 1 < end)
+        for i in range(begin + 1, end):
+            n = i - begin
+            slot = n % STAGES
+            before = (n - 1) % STAGES
+            masked = i >= middle
+            seen = _mask_words(BITS, mask, in_mask, masked, BLOCK_N // 32, MASK_ROWS)
+            following = gl.load(MASK_IDS + i + 1)
+            scores = warpgroup_mma(
+                queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True
+            )
+            mbarrier.wait(values_ready.index(before), (n - 1) // STAGES & 1)
+            sums = warpgroup_mma(left, values.index(before), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(keys_free.index(slot), count=1)
+            scores = _hide(scores, seen, masked, ALLOWED, PLACES, i, tokens, BLOCK_N, score_layout)
+            weights, top, total, shrink = _weigh(scores, top, total, scale)
+            rounded = weights.to(dtype)
+            mask = following
+            # The wait for the next keys stands here because it branches: otherwise the assembler
+            # moves the wait for the sums up, before the weights that are computed meanwhile.
+            following_slot = (n + 1) % STAGES
+            mbarrier.wait(keys_ready.index(following_slot), (n + 1) // STAGES & 1, pred=i + 1 < end)
+            acc = warpgroup_mma_wait(0, deps=(sums, left))[0]
+            mbarrier.arrive(values_free.index(before), count=1)
+            acc = acc * gl.convert_layout(shrink, acc_rows)[:, None]
+            left = gl.convert_layout(rounded, left_layout)
+        last = end - begin - 1
+        mbarrier.wait(values_ready.index(last % STAGES), last // STAGES & 1)
+        sums = warpgroup_mma(left, values.index(last % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(sums, left))[0]
+
+    blind = total == 0.0
+    total = gl.where(blind, 1.0, total)
+    acc = acc / gl.convert_layout(total, acc_rows)[:, None]
+    lse = gl.where(blind, -float("inf"), (top + gl.log2(total)) * LN_2)
+    # Through the memory of the queries, so that a thread has 16 bytes of a row to store.
+    queries.store(acc.to(dtype))
+    # Not kept since the beginning: registers are scarce in between.
+    token = gl.load(ORDER + first + in_tile, mask=in_tile < held, other=0)
+    at_out = (batch * tokens + token) * heads + head
+    at = OUT + at_out[:, None] * SIZE + channel[None, :]
+    gl.store(at, queries.load(row_layout), mask=(in_tile < held)[:, None])
+    gl.store(LSE + at_out, gl.convert_layout(lse, own), mask=in_tile < held)
+
+
+@gluon.jit
+def attend_kernel(
+    Q, K, V, OUT, LSE, ALLOWED, ORDER, STARTS, HEAD_PATTERN,
+    SCHEDULE, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS,
+    scale,
+    stride_qb, stride_qs, stride_qh,
+    tokens, heads, group, tiles,
+    SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program: 128 queries of one tile, for one head of one batch entry; with 4 warps.
+
+    As in `block_sparse_triton_kernel`, with K and V descriptors of (B * S, heads * SIZE) in tile
+    order. REGISTERS are those of a thread that computes.
+    """
+    batch = (gl.program_id(1) // heads).to(gl.int64)
+    head = gl.program_id(1) % heads
+    row = gl.program_id(0) // PARTS
+    part = gl.program_id(0) % PARTS
+    pattern_start = 0
+    if HEAD_PATTERN is not None:
+        pattern_start = gl.load(HEAD_PATTERN + head) * tiles
+    tile = gl.load(SCHEDULE + pattern_start + row)
+    row = pattern_start + tile
+    key_head = head // group
+
+    dtype: gl.constexpr = Q.dtype.element_ty
+    query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, SIZE], dtype)
+    queries = gl.allocate_shared_memory(dtype, [COMPUTING, ROWS, SIZE], query_layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, SIZE], K.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, SIZE], V.layout)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(i), count=1)
+        mbarrier.init(values_ready.index(i), count=1)
+        mbarrier.init(keys_free.index(i), count=COMPUTING)
+        mbarrier.init(values_free.index(i), count=COMPUTING)
+
+    barriers = (keys_ready, values_ready, keys_free, values_free)
+    common = (
+        (Q, OUT, LSE, ALLOWED),
+        (ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS),
+    )
+    begin = gl.load(ROW_PTR + row)
+    end = gl.load(ROW_PTR + row + 1)
+    first_row = (batch * tokens).to(gl.int32)
+    gl.warp_specialize(
+        [
+            (_compute, (0, common[0], common[1], (keys, values), barriers, queries,
+                batch, head, key_head, row, part, tile, scale,
+                (stride_qb, stride_qs, stride_qh), tokens, heads,
+                SIZE, BLOCK_N, STAGES, PARTS * COMPUTING * ROWS)),
+            (_compute, (1, common[0], common[1], (keys, values), barriers, queries,
+                batch, head, key_head, row, part, tile, scale,
+                (stride_qb, stride_qs, stride_qh), tokens, heads,
+                SIZE, BLOCK_N, STAGES, PARTS * COMPUTING * ROWS)),
+            (_load, (K, V, PLACES, keys, values, barriers, begin, end, first_row, key_head * SIZE,
+                STAGES)),
+        ],
+        [WARPGROUP, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
