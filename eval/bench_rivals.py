@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +25,26 @@ def flex_call(qkv: Tensors, blocks: BlockIndex, compiled: bool) -> Call:
     Args:
         qkv: (B, S, H, D) each.
         blocks: one pattern for all heads.
-        compiled: False runs it eagerly, which materializes the scores; for tests.
+        compiled: False runs it eagerly, which materializes the scores; for tests. True drops what
+            else was compiled in this process.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = flex_mask(blocks)
-    attend: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
     place = blocks.order.argsort()
 
+    @functools.cache
+    def prepared() -> tuple[Any, Any]:
+        """The function and the mask, made in the first call: what fails there fails as this one."""
+        if not compiled:
+            return flex_attention, flex_mask(blocks)
+        # All compiled versions count as one function's, and beyond the eighth torch would run the
+        # unfused one instead; with fullgraph that would be an error.
+        torch.compiler.reset()
+        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        return attend, flex_mask(blocks)
+
     def call() -> torch.Tensor:
+        attend, mask = prepared()
         q, k, v = (x[:, blocks.order].transpose(1, 2) for x in qkv)
         out: torch.Tensor = attend(q, k, v, block_mask=mask)
         return out.transpose(1, 2)[:, place]
@@ -51,15 +63,17 @@ def flex_mask(blocks: BlockIndex) -> Any:
     tiles, edge = blocks.num_tiles, blocks.masks.shape[1]
     ends = blocks.masks.new_zeros(1, edge, edge), blocks.masks.new_ones(1, edge, edge)
     table = torch.cat([*ends, blocks.masks])  # nothing, everything, and the masks from 2 on
-    ids = torch.zeros(tiles, tiles, dtype=torch.long, device=blocks.device)
+    # Looked up for every score of a block that is not full, so in as few bytes as can be.
+    ids = torch.zeros(tiles, tiles, dtype=torch.int32, device=blocks.device)
     row = torch.arange(tiles, device=blocks.device).repeat_interleave(blocks.row_ptr.diff())
-    ids[row, blocks.cols.long()] = blocks.mask_ids.long() + 2
+    ids[row, blocks.cols.long()] = blocks.mask_ids + 2
     start = blocks.starts.long()
     tile = torch.arange(tiles, device=blocks.device).repeat_interleave(start.diff())
-    inside = torch.arange(blocks.num_tokens, device=blocks.device) - start[tile]
+    inside = (torch.arange(blocks.num_tokens, device=blocks.device) - start[tile]).int()
+    tile_of = tile.int()
 
     def mask_mod(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return table[ids[tile[q], tile[k]], inside[q], inside[k]]
+        return table[ids[tile_of[q], tile_of[k]], inside[q], inside[k]]
 
     # How many pairs of tiles of each kind a block meets, by products with (blocks, tiles).
     block = torch.arange(blocks.num_tokens, device=blocks.device) // FLEX_BLOCK

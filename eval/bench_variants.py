@@ -41,14 +41,17 @@ class Variants:
 
 def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[str, Call]:
     """The other ways to compute the same that run on these tensors; "… ordered" in tile order."""
-    q, k, v = (x[:, blocks.order] for x in qkv)
-    ordered = q, k, v
-    in_order = replace(blocks, order=torch.arange(blocks.num_tokens, device=blocks.device))
+    ordered, in_order = qkv, blocks
     calls: dict[str, Call] = {}
     if "ordered" in variants.layouts:
-        calls["torch ordered"] = partial(
-            block_sparse_attention, *ordered, in_order, backend="torch"
-        )
+        q, k, v = (x[:, blocks.order] for x in qkv)
+        ordered = q, k, v
+        in_order = replace(blocks, order=torch.arange(blocks.num_tokens, device=blocks.device))
+        # As a model would: where the Triton kernel runs, the slower one of PyTorch is not asked.
+        if qkv[0].device.type != "cuda" or unsupported_reason(qkv[0], blocks, "triton"):
+            calls["torch ordered"] = partial(
+                block_sparse_attention, *ordered, in_order, backend="torch"
+            )
     for name in ("triton", "triton-int8"):
         if name == "triton-int8" and not variants.int8:
             continue

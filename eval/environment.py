@@ -17,6 +17,7 @@ PACKAGES = ("diffpatch", "torch", "diffusers", "transformers", "accelerate", "tr
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, the device and the commit, ready for JSON."""
+    device = torch.device(device)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -25,6 +26,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": commit(),
+        **({"gpu": _gpu(device)} if device.type == "cuda" else {}),
     }
 
 
@@ -39,7 +41,13 @@ def device_name(device: torch.device | str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout we run from, with "-dirty" if it changed; None if installed."""
+    """The commit of the checkout we run from, with "-dirty" if it changed; None if installed.
+
+    A copy of the files without the repository can name it in the variable DIFFPATCH_COMMIT.
+    """
+    named = os.environ.get("DIFFPATCH_COMMIT")
+    if named:
+        return named
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -56,6 +64,30 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What a speed depends on besides the name of the GPU; None for what cannot be found out."""
+    properties = torch.cuda.get_device_properties(device)
+    asked = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
+    query = ["nvidia-smi", f"--query-gpu=uuid,{','.join(asked)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        lines = [line.split(", ") for line in done.stdout.splitlines()]
+    except (OSError, subprocess.SubprocessError):
+        lines = []
+    lines = [line for line in lines if len(line) == 1 + len(asked)]
+    uuid = str(getattr(properties, "uuid", "?"))
+    # A part of a GPU (MIG) has another id; what drives the first GPU drives all.
+    own = [line for line in lines if uuid in line[0]] or lines[:1]
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **dict(zip(asked, own[0][1:] if own else [None] * len(asked), strict=True)),
+    }
 
 
 def _cpu_name() -> str:
