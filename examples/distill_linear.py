@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 import diffpatch
 from diffpatch import Linear, distill
 from diffpatch.budget import fit_budget
+from diffpatch.eval.environment import environment
 from diffpatch.eval.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo, pipeline_num_frames
 
@@ -108,6 +111,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=8, help="of the corrections of q, k, v and the output")
     add("--prompts", type=int, default=6, help="captions to learn from")
     add("--steps", type=int, nargs=2, default=(60, 60), help="of the two stages")
+    add("--held-out", type=int, default=2, help="captions to compare on, never learned from")
+    add("--json", type=Path, help="a file for what was measured")
     add("--smoke", action="store_true", help="tiny clips and few steps, to see that it works")
     return parser.parse_args(argv)
 
@@ -117,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     preset = PRESETS["demo"]
     size = Size(preset.height, preset.num_frames, preset.num_inference_steps)
-    prompts, held, stages, near = options.prompts, 2, options.steps, options.near
+    prompts, held, stages, near = options.prompts, options.held_out, options.steps, options.near
     if options.smoke:
         size, prompts, held, stages, near = Size(64, 5, 2), 1, 1, (4, 4), 40
     pipe = load_demo(dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    logging.set_verbosity_error()  # which says for every sample that frames are not packed
     unseen = captions(held, held_out=True)
     started = time.monotonic()
     samples = record(pipe, captions(prompts, held_out=False), SAMPLED, size)
@@ -140,19 +146,36 @@ def main(argv: list[str] | None = None) -> None:
     print("relative error     before    after   (captions never seen)")
     for what, a, b in zip(("attention", "prediction"), before, after, strict=True):
         print(f"  {what:<15}{a:>8.4f} {b:>8.4f}")
+    rows = table(pipe, unseen, size, near, options.out)
+    if options.json:
+        learned = {"prompts": prompts, "stages": stages, "far": options.far, "rank": options.rank}
+        result = {
+            "settings": learned
+            | {"near": near, "held_out": held, "size": dataclasses.asdict(size)},
+            "errors": {"what": ["attention", "prediction"], "before": before, "after": after},
+            "rows": rows,
+            "environment": environment(),
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
+
+def table(
+    pipe: Any, prompts: list[str], size: Size, near: int, weights: Path
+) -> list[dict[str, Any]]:
+    """Print what each method keeps and how close it comes, and return it."""
     grid = diffpatch.TokenGrid(size.frames, size.side // 8, size.side // 8)
-    taught = diffpatch.make_method("linear", weights=str(options.out))
-    share = taught.pattern(grid).kept
+    taught = diffpatch.make_method("linear", weights=str(weights))
     methods = {
-        "dropping tiles": fit_budget("neighborhood", grid, share),
+        "dropping tiles": fit_budget("neighborhood", grid, taught.pattern(grid).kept),
         "piecewise, untrained": Linear(near=near),
         "distilled": taught,
     }
     print("\nmethod                   kept  PSNR to dense")
-    for name, score in compare(pipe, unseen, size, methods).items():
-        kept = methods[name].pattern(grid).kept
-        print(f"  {name:<22}{kept:>6.3f} {score:>8.2f} dB")
+    rows = []
+    for name, score in compare(pipe, prompts, size, methods).items():
+        rows.append({"method": name, "kept": methods[name].pattern(grid).kept, "psnr": score})
+        print(f"  {name:<22}{rows[-1]['kept']:>6.3f} {score:>8.2f} dB")
+    return rows
 
 
 if __name__ == "__main__":
