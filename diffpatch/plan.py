@@ -12,16 +12,15 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.grid import TokenGrid
-from diffpatch.kernels.block_sparse_work import Work
-from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.methods.base import Method, MethodLike
+from diffpatch.methods.base import MethodLike
 from diffpatch.pattern import BlockPattern
 from diffpatch.pipelines.families import families
 from diffpatch.pipelines.find_shape import find_shape
 from diffpatch.pipelines.shapes import ModelShape
+from diffpatch.plan_run import Run
 from diffpatch.prediction import Prediction, predict
 from diffpatch.profiles import DeviceProfile, load_profile
-from diffpatch.schedule import Amount, BoundSchedule
+from diffpatch.schedule import Amount
 from diffpatch.settings import settle
 
 BACKEND = "triton"  # whose padding is counted where no device says which backend runs
@@ -242,42 +241,48 @@ def plan(
         experts=shape.experts,
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
+    grid = _grid(shape, (num_frames, height, width), text_tokens)
+    backend = BACKEND if device is None else device.backend
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        run = Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
+        predicted = None
+        if device is not None and run.modelled and not run.at_most():
+            predicted = predict(
+                device, shape, grid.num_tokens, run.work,
+                steps=num_inference_steps, branches=branches, dtype=dtype,
+            )  # fmt: skip
+        return _plan_of(run, shape, branches, predicted)
+
+
+def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
+    """The tokens of a clip of (frames, height, width) pixels."""
     try:
-        frames, rows, columns = shape.grid(num_frames, height, width)
+        latent = shape.grid(*size)
     except ValueError as error:
         raise BadParameter(str(error)) from None
     text = shape.text_tokens if text_tokens is None else text_tokens
-    sides = (text, 0) if shape.text_before else (0, text)
-    grid = TokenGrid(frames, rows, columns, *sides)
+    return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
 
-    backend = BACKEND if device is None else device.backend
-    with torch.device("cpu"):  # whatever torch.set_default_device says
-        run = _Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
-    kept = torch.tensor(run.kept, dtype=torch.float64).view(num_inference_steps, -1)
-    mean = sum(run.kept) / len(run.kept)
-    attention = shape.attention_flops(grid.num_tokens)
-    rest = shape.linear_flops(grid.num_tokens)
+
+def _plan_of(run: Run, shape: ModelShape, branches: int, predicted: Prediction | None) -> Plan:
+    """What there is to say about a run of a model."""
+    tokens, steps = run.grid.num_tokens, run.steps
+    mean, kept = sum(run.kept) / len(run.kept), run.kept_table()
+    attention, rest = shape.attention_flops(tokens), shape.linear_flops(tokens)
     share = attention / (attention + rest)
-    patterns, at_most = tuple(run.made.values()), any(map(chosen.at_most, run.made.values()))
     state = run.state_size(shape) * branches
-    predicted = None
-    if device is not None and run.modelled and not at_most:
-        predicted = predict(
-            device, shape, grid.num_tokens, run.work,
-            steps=num_inference_steps, branches=branches, dtype=dtype,
-        )  # fmt: skip
     return Plan(
         model=shape.name,
-        method=str(chosen),
-        grid=grid,
-        tokens=grid.num_tokens,
+        method=str(run.method),
+        grid=run.grid,
+        tokens=tokens,
         kept=mean,
-        kept_sparse=sum(run.sparse) / len(run.sparse) if run.sparse else 1.0,
+        kept_sparse=run.kept_sparse(),
         kept_per_step=tuple(kept.mean(1).tolist()),
         kept_per_layer=tuple(kept.mean(0).tolist()),
-        dense_steps=sum(bool(bound.reason(s, -1)) for s in range(num_inference_steps)),
-        dense_layers=len(bound.layers),
-        steps=num_inference_steps,
+        dense_steps=sum(bool(run.bound.reason(s, -1)) for s in range(steps)),
+        dense_layers=len(run.bound.layers),
+        steps=steps,
         layers=shape.layers,
         attention_share=share,
         attention_speedup=1 / mean,
@@ -286,96 +291,11 @@ def plan(
         step_flops=branches * shape.layers * (attention * mean + rest),
         visited=run.visited(),
         computed=run.computed(),
-        backend=backend,
+        backend=run.backend,
         partial_share=run.partial_share(),
         state_bytes=state,
         predicted=predicted,
-        patterns=patterns,
-        at_most=at_most,
-        fits=state <= chosen.state_limit(),
+        patterns=tuple(run.made.values()),
+        at_most=run.at_most(),
+        fits=state <= run.method.state_limit(),
     )
-
-
-class _Run:
-    """The attention calls of one guidance branch, counted one by one.
-
-    Attributes:
-        kept: of every (step, layer).
-        sparse: of those that are not dense.
-        work: of every (step, layer), None where it is dense.
-        modelled: whether every sparse call has a model of its work.
-        made: the patterns by variant.
-        used: of every sparse call, its pattern.
-        holds: by layer, the pattern that its state is about.
-    """
-
-    def __init__(
-        self,
-        method: Method,
-        grid: TokenGrid,
-        bound: BoundSchedule,
-        steps: int,
-        layers: int,
-        backend: str,
-    ) -> None:
-        self.method, self.grid = method, grid
-        self.kept: list[float] = []
-        self.sparse: list[float] = []
-        self.work: list[Work | None] = []
-        self.modelled = True
-        self.made: dict[Any, BlockPattern] = {}
-        self.used: list[BlockPattern] = []
-        self.holds: dict[int, BlockPattern] = {}
-        for step, layer in itertools.product(range(steps), range(layers)):
-            if bound.reason(step, layer):
-                self.kept.append(1.0)
-                self.work.append(None)
-                continue
-            variant, age = method.variant(layer, step), step - bound.first
-            if variant not in self.made:
-                self.made[variant] = method.pattern(grid, variant)
-            pattern = self.made[variant]
-            self.holds.setdefault(layer, pattern)
-            self.used.append(pattern)
-            self.kept.append(method.kept(pattern, age))
-            self.sparse.append(self.kept[-1])
-            self.work.append(method.work(pattern, age, backend))
-            self.modelled = self.modelled and self.work[-1] is not None
-
-    def visited(self) -> float | None:
-        """Pairs in visited tiles, the mean over sparse calls; None if there is more than tiles."""
-        if type(self.method).attend is not Method.attend or not self.used:
-            return None
-        areas = {id(p): p.blocks.derived("visited", _visited) for p in self.made.values()}
-        return sum(areas[id(p)] for p in self.used) / len(self.used)
-
-    def computed(self) -> float | None:
-        """Pairs that the backend computes, the mean over sparse calls; None without a model."""
-        done = [work.computed for work in self.work if work is not None]
-        if not done or not self.modelled:
-            return None
-        return sum(done) / len(done) / self.grid.num_tokens**2
-
-    def partial_share(self) -> float:
-        """Visited tiles that need an element mask, as a fraction."""
-        if not self.made:
-            return 0.0
-        visits = torch.cat([pattern.blocks.mask_ids for pattern in self.made.values()])
-        return float((visits >= 0).float().mean()) if len(visits) else 0.0
-
-    def state_size(self, shape: ModelShape) -> int:
-        """Bytes held across steps for one guidance branch."""
-        size = shape.heads, shape.head_dim
-        return sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
-
-
-def _visited(blocks: BlockIndex) -> float:
-    """Pairs in the tiles that are visited, as a fraction of all pairs; the mean over heads."""
-    sizes = blocks.starts.diff().double()
-    row = torch.arange(len(blocks.full_end)).repeat_interleave(blocks.row_ptr.diff().long())
-    area = sizes[row % blocks.num_tiles] * sizes[blocks.cols.long()]
-    pattern = torch.zeros(blocks.num_patterns, dtype=torch.float64)
-    pattern.index_add_(0, row // blocks.num_tiles, area)
-    heads = blocks.head_pattern
-    mean = pattern.mean() if heads is None else pattern[heads.long()].mean()
-    return float(mean) / blocks.num_tokens**2

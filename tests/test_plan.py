@@ -162,6 +162,14 @@ def test_pictures_show_the_mask(method: diffpatch.Method, grid: TokenGrid) -> No
         draw(pattern, "query", query=(0, 99, 0))
 
 
+def test_a_plan_does_not_depend_on_the_default_device() -> None:
+    size: dict[str, Any] = {"height": 96, "width": 160, "num_frames": 9, "num_inference_steps": 3}
+    with torch.device("meta"):
+        plan = diffpatch.plan("wan-1.3b", "neighborhood", window=0.5, profile="h100", **size)
+    again = diffpatch.plan("wan-1.3b", "neighborhood", window=0.5, profile="h100", **size)
+    assert again.to_dict() == plan.to_dict() and plan.predicted is not None
+
+
 def test_runs_of_equal_shares_are_counted() -> None:
     assert runs([1.0, 1.0, 0.25]) == "2 × 100.0%, 1 × 25.0%"
     assert runs([1.0, 1.0, *[0.2, 0.3] * 4]) == "2 × 100.0%, 8 × 20.0% to 30.0%"
