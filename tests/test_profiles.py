@@ -12,8 +12,8 @@ import pytest
 import diffpatch
 from diffpatch import BadParameter
 from diffpatch.cli import main
-from diffpatch.eval import calibration
-from diffpatch.eval.calibration import CHECKED, ON_CPU, Sizes
+from diffpatch.eval import device_costs
+from diffpatch.eval.device_costs import CHECKED, ON_CPU, Sizes
 from diffpatch.kernels.block_sparse_work import Work
 from diffpatch.profiles import DEVICES, DeviceProfile, load_profile, profile_names
 
@@ -23,7 +23,7 @@ TINY = Sizes(((2, 8, 8), (3, 8, 10), (4, 8, 8)), ((3, 9, 10),), 2)
 
 def test_predictions_are_within_15_percent_of_measurements_they_were_not_fitted_to() -> None:
     result = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    checks = calibration.check(result)
+    checks = device_costs.check(result)
     # demo-long's grid and an odd one, both dtypes, two head sizes, the demo's methods
     assert len(checks) == len(ON_CPU.held_out) * 2 * 2 * len(CHECKED)
     assert (33, 16, 16) in {tuple(row["grid"]) for row in checks}
@@ -40,7 +40,7 @@ def test_predictions_are_within_15_percent_of_measurements_they_were_not_fitted_
 def test_the_committed_profile_is_what_its_rows_give() -> None:
     result = json.loads(COMMITTED.read_text(encoding="utf-8"))
     fitted = [row for row in result["rows"] if not row["held_out"]]
-    again = calibration.fit(fitted, "torch")
+    again = device_costs.fit(fitted, "torch")
     committed = result["profile"]["coefficients"]
     assert again.keys() == committed.keys()
     for key, costs in again.items():
@@ -56,16 +56,16 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     device = DeviceProfile("made up", "torch", {"fp32": 1e12}, 1e10, {"fp32/64": true})
     rows: list[dict[str, Any]] = []
     for shape in ((8, 16, 16), (7, 18, 20), (11, 14, 18)):
-        for name, params in (("dense", {}), *calibration.METHODS):
+        for name, params in (("dense", {}), *device_costs.METHODS):
             row: dict[str, Any] = {"dtype": "fp32", "head_dim": 64, "heads": 3, "held_out": False}
             row |= {"method": name, "params": params, "grid": list(shape)}
-            done = calibration.work(row, "torch")
+            done = device_costs.work(row, "torch")
             tokens = diffpatch.TokenGrid(*shape).num_tokens
             dense = device.dense_seconds(tokens, 3, 64, "fp32")
             seconds = dense if name == "dense" else device.seconds(done, 3, 64, "fp32")
             rows.append(row | {"seconds": seconds})
-    found = DeviceProfile("fit", "torch", {}, 1.0, calibration.fit(rows, "torch"))
-    for row in calibration.predictions(rows, found):
+    found = DeviceProfile("fit", "torch", {}, 1.0, device_costs.fit(rows, "torch"))
+    for row in device_costs.predictions(rows, found):
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.06), row["method"]
 
 
@@ -123,8 +123,8 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str | None, message
 def test_the_command_writes_a_profile_that_a_plan_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(calibration, "ON_CPU", TINY)
-    monkeypatch.setattr(calibration, "METHODS", (("window", {}), ("linear", {})))
+    monkeypatch.setattr(device_costs, "ON_CPU", TINY)
+    monkeypatch.setattr(device_costs, "METHODS", (("window", {}), ("linear", {})))
     monkeypatch.setattr("diffpatch.eval.bench_attention.SHORTEST", 0.0)
     path = str(tmp_path / "here.json")
     command = ["bench", "profile", "--json", path, "--dtype", "fp32", "--head-dim", "64",

@@ -46,13 +46,13 @@ def add_parser(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, fit, check and write; returns the exit code."""
-    from diffpatch.eval import calibration
+    from diffpatch.eval import device_costs
 
     if args.json.is_dir():
         raise UsageError(f"{args.json} is a folder; name a file with --json")
     output.check_free([args.json], overwrite=True, option="--json")
     device = loading.choose_device(args.device)
-    result = calibration.profile(
+    result = device_costs.profile(
         str(device),
         dtypes=args.dtype or (("fp32", "bf16") if device.type == "cpu" else ("bf16",)),
         head_dims=args.head_dim or (64, 128),
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         say=lambda text: progress.say(text, args.quiet),
     )
     output.write_text(args.json, output.to_json(result))
-    found = calibration.check(result)
+    found = device_costs.check(result)
     rows = [["method", "grid", "dtype", "head", "measured", "predicted", "off by"]]
     for row in found:
         off = row["predicted"] / row["measured"] - 1
