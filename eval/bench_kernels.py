@@ -1,7 +1,7 @@
 """The block-sparse kernels alone, at the shapes of known models, against dense attention.
 
     diffpatch bench kernels --device cuda --limit-seconds 480 --json kernels.json
-    diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8
+    diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8 --gluon
 
 Each shape is measured with a window of its own and, on GPUs, with neighborhoods that keep 50, 25,
 10 and 5 % of the pairs. Each backend's output is checked first; a wrong one has no speed. Then
@@ -13,15 +13,16 @@ what the dense rate would give if nothing but the kept pairs were computed. A ti
 a row that take 20 ms or more together; the tensors do not fit into the caches of a GPU.
 
 Rows are written as they are measured, what matters most first. A call that fails is named in its
-row, and what there was no time for is written as not measured. For an H200 we estimate 5 minutes
-from FLOPs (1 for dense attention, 3 for compiling FlexAttention); the limit keeps a run in its slot
-whatever it really takes.
+row, one that hangs ends the run, and what there was no time for is written as not measured. For an
+H200 we estimate 5 minutes from FLOPs (1 for dense attention, 3 for compiling FlexAttention); the
+limit keeps a run in its slot whatever it really takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +37,10 @@ import torch
 
 from diffpatch.budget import fit_budget
 from diffpatch.eval.bench_attention import spread
-from diffpatch.eval.bench_row import DeviceLost, Say, Tensors, dense_times, failure, measure
+from diffpatch.eval.bench_row import DeviceLost, Tensors, dense_times, failure, measure
 from diffpatch.eval.bench_shapes import KEPT, LARGE, SHAPES, SMALL, Shape
 from diffpatch.eval.bench_variants import LAYOUTS, LOADS, Variants
+from diffpatch.eval.bench_watch import Watch
 from diffpatch.eval.environment import environment
 from diffpatch.eval.sweep_store import write_text
 from diffpatch.pipelines.loading import choose_device
@@ -47,17 +49,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REACHED = 1.25  # times the wanted pairs: a window beyond it stands for something else
 
 Result = dict[str, Any]
+Say = Callable[[str], None]
 
 
 @dataclass
 class _Bench:
-    """What rows share: the dense calls that were tried, the time, and whether the GPU answers."""
+    """What rows share: the dense calls that were tried, the time, and whether the GPU answers.
+
+    Attributes:
+        result: what there is so far, ready for JSON.
+        row: what is measured now.
+        longest: seconds of the longest row.
+        lost: why nothing can be measured any more.
+        tried: seconds of the dense calls, by shape and dtype.
+    """
 
     device: torch.device
     variants: Variants
     repeats: int
     limit: float | None
     say: Say
+    save: Callable[[Result], None]
+    result: Result
+    row: Result = field(default_factory=dict)
     began: float = field(default_factory=lambda: time.perf_counter())
     longest: float = 0.0
     lost: str | None = None
@@ -67,7 +81,27 @@ class _Bench:
         """Seconds since the beginning."""
         return time.perf_counter() - self.began
 
-    def row(self, name: str, dtype: str, wanted: float | None) -> Result:
+    def add(self, name: str, dtype: str, wanted: float | None) -> None:
+        """Measure a row, or say why not, and save what there is."""
+        what = "its window" if wanted is None else f"{wanted:.0%} kept"
+        self.say(f"{self.spent():.0f} s: {name}, {dtype}, {what}")
+        self.row = {"shape": name, "dtype": dtype, "wanted": wanted}
+        self._end(self._outcome(SHAPES[name], DTYPES[dtype], wanted))
+
+    def hung(self, reason: str) -> None:
+        """End the process, as nothing else ends a kernel that waits for itself."""
+        self._end({"failed": f"hangs: {reason}; the rest was not measured"})
+        os._exit(1)
+
+    def _end(self, outcome: Result) -> None:
+        reason = _reason(outcome)
+        if reason:
+            self.say(f"  {reason}")
+        self.result["rows"].append(self.row | outcome)
+        self.result["seconds"] = self.spent()
+        self.save(self.result)
+
+    def _outcome(self, shape: Shape, dtype: torch.dtype, wanted: float | None) -> Result:
         """What was measured of a row, or why nothing was."""
         if self.lost:
             return {"failed": self.lost}
@@ -75,13 +109,13 @@ class _Bench:
         if self.limit is not None and began + self.longest > self.limit:
             return {"not_measured": f"{began:.0f} of {self.limit:.0f} seconds are over"}
         try:
-            row = self._attempt(SHAPES[name], DTYPES[dtype], wanted)
+            outcome = self._attempt(shape, dtype, wanted)
         except DeviceLost as error:
             self.lost = f"the GPU answers no more: {error}"
             return {"failed": self.lost}
-        row["row_seconds"] = self.spent() - began
-        self.longest = max(self.longest, row["row_seconds"])
-        return row
+        outcome["row_seconds"] = self.spent() - began
+        self.longest = max(self.longest, outcome["row_seconds"])
+        return outcome
 
     def _attempt(self, shape: Shape, dtype: torch.dtype, wanted: float | None) -> Result:
         try:
@@ -98,10 +132,12 @@ class _Bench:
         pattern = method.pattern(shape.grid, method.variant(0, 0))
         if wanted is not None and pattern.kept > REACHED * wanted:
             return {"not_measured": f"no window here keeps less than {pattern.kept:.1%}"}
+        watch = Watch(self.device, self.say, self.hung)
         qkv = _tensors(shape, dtype, self.device)
         key = (shape.grid, shape.heads, shape.head_dim, dtype)
         if key not in self.tried:
-            self.tried[key] = dense_times(qkv)
+            with watch("dense"):
+                self.tried[key] = dense_times(qkv)
         tried = self.tried[key]
         fastest = min(tried, key=lambda call: median(tried[call]))
         return {
@@ -111,7 +147,7 @@ class _Bench:
             "heads": shape.heads,
             "head_dim": shape.head_dim,
             "dense": {call: spread(times) for call, times in tried.items()},
-            **measure(shape, method, pattern, qkv, fastest, self.variants, self.repeats, self.say),
+            **measure(shape, method, pattern, qkv, fastest, self.variants, self.repeats, watch),
         }
 
 
@@ -124,6 +160,7 @@ def bench_kernels(
     layouts: Sequence[str] = ("permuted",),
     loads: Sequence[str] = ("auto",),
     int8: bool = False,
+    gluon: bool = False,
     repeats: int = 5,
     limit_seconds: float | None = None,
     say: Say = lambda text: None,
@@ -139,30 +176,18 @@ def bench_kernels(
         layouts: names from `LAYOUTS`; the torch backend knows "permuted" and "ordered".
         loads: names from `LOADS`, for the Triton kernel.
         int8: whether to measure 8-bit scores too.
+        gluon: whether to measure the kernel that is scheduled by hand for Hopper.
         repeats: rounds, in each of which everything runs once.
         limit_seconds: begin no row that may end later, measured by the longest so far.
         say: told what is being measured.
         save: given the result after every row; the same object that is returned.
     """
-    bench = _Bench(
-        choose_device(device),
-        Variants(tuple(layouts), tuple(loads), int8),
-        repeats,
-        limit_seconds,
-        say,
-    )
-    rows: list[Result] = []
-    result = {"repeats": repeats, "environment": environment(bench.device), "rows": rows}
-    for name, dtype, wanted in _plan(shapes, dtypes, kept):
-        what = "its window" if wanted is None else f"{wanted:.0%} kept"
-        say(f"{bench.spent():.0f} s: {name}, {dtype}, {what}")
-        row = bench.row(name, dtype, wanted)
-        reason = _reason(row)
-        if reason:
-            say(f"  {reason}")
-        rows.append({"shape": name, "dtype": dtype, "wanted": wanted, **row})
-        result["seconds"] = bench.spent()
-        save(result)
+    device = choose_device(device)
+    variants = Variants(tuple(layouts), tuple(loads), int8, gluon)
+    result = {"repeats": repeats, "environment": environment(device), "rows": []}
+    bench = _Bench(device, variants, repeats, limit_seconds, say, save, result)
+    for row in _plan(shapes, dtypes, kept):
+        bench.add(*row)
     return result
 
 
@@ -202,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layouts=options.layout,
         loads=options.loads,
         int8=options.int8,
+        gluon=options.gluon,
         repeats=options.repeats,
         limit_seconds=options.limit_seconds,
         say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -227,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
     parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
+    parser.add_argument("--gluon", action="store_true", help="and the kernel made for Hopper")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--limit-seconds", type=float, metavar="S", help="begin no row that may end later"

@@ -28,6 +28,7 @@ from diffpatch.eval.bench_attention import (
 from diffpatch.eval.bench_rivals import flex_call, natten_call
 from diffpatch.eval.bench_shapes import Shape
 from diffpatch.eval.bench_variants import Variants, variant_calls
+from diffpatch.eval.bench_watch import Watch
 from diffpatch.eval.metrics import relative_l1
 from diffpatch.kernels.block_sparse import block_sparse_attention, unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
@@ -37,7 +38,6 @@ PERMUTING = "permuting"
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Call = Callable[[], torch.Tensor]
-Say = Callable[[str], None]
 
 
 class DeviceLost(RuntimeError):
@@ -52,7 +52,7 @@ def measure(
     dense: str,
     variants: Variants,
     repeats: int,
-    say: Say,
+    watch: Watch,
 ) -> dict[str, Any]:
     """What there is to say about a pattern at a shape, ready for JSON.
 
@@ -64,7 +64,7 @@ def measure(
         dense: the call to beat, a name in `dense_calls`.
         variants: what to measure besides the usual calls.
         repeats: rounds, in each of which everything runs once.
-        say: told what is tried, so that one knows what a GPU hangs in.
+        watch: over every call, so that one knows what a GPU hangs in.
 
     Raises:
         DeviceLost: after an error of the GPU that does not go away.
@@ -77,11 +77,12 @@ def measure(
     chosen, expected = exact_rows(qkv, pattern)
     entries: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
-        say(f"  {name}")
-        entries[name] = _checked(name, call, blocks, chosen, expected)
+        with watch(name):
+            entries[name] = _checked(name, call, blocks, chosen, expected)
     calls = {name: call for name, call in calls.items() if "failed" not in entries[name]}
     everything = {dense: dense_call(dense, qkv), **calls, PERMUTING: permuting(qkv, blocks)}
-    times = interleaved(everything, repeats, device)
+    with watch("everything in turns"):
+        times = interleaved(everything, repeats, device)
     visited = visited_pairs(blocks)
     flops = 4 * shape.heads * shape.head_dim  # a pair
     for name, call in calls.items():
@@ -101,7 +102,9 @@ def measure(
         "dense_tflops": flops * blocks.num_tokens**2 / median(times[dense]) / 1e12,
         "permuting": spread(times[PERMUTING]),
         "sparse": entries,
-        "unsupported": {"triton": unsupported_reason(qkv[0], blocks, "triton")},
+        "unsupported": {
+            name: unsupported_reason(qkv[0], blocks, name) for name in ("triton", "gluon")
+        },
     }
 
 

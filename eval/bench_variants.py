@@ -32,11 +32,13 @@ class Variants:
         layouts: of `LAYOUTS`; the torch backend knows "permuted" and "ordered".
         loads: of `LOADS`, for the Triton kernel.
         int8: whether to measure 8-bit scores too.
+        gluon: whether to measure the kernel that is scheduled by hand for Hopper.
     """
 
     layouts: tuple[str, ...]
     loads: tuple[str, ...]
     int8: bool
+    gluon: bool = False
 
 
 def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[str, Call]:
@@ -51,6 +53,12 @@ def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[
         if qkv[0].device.type != "cuda" or unsupported_reason(qkv[0], blocks, "triton"):
             calls["torch ordered"] = partial(
                 block_sparse_attention, *ordered, in_order, backend="torch"
+            )
+    if variants.gluon and not unsupported_reason(qkv[0], blocks, "gluon"):
+        calls["gluon"] = partial(block_sparse_attention, *qkv, blocks, backend="gluon")
+        if "ordered" in variants.layouts:
+            calls["gluon ordered"] = partial(
+                block_sparse_attention, *ordered, in_order, backend="gluon"
             )
     for name in ("triton", "triton-int8"):
         if name == "triton-int8" and not variants.int8:

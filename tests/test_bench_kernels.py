@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from diffpatch.eval import (
     bench_rivals,
     bench_row,
     bench_variants,
+    bench_watch,
     environment,
 )
 from diffpatch.eval.bench_shapes import SHAPES, Shape
@@ -49,12 +53,15 @@ def test_every_variant_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) 
     from diffpatch.kernels import block_sparse_triton
     from tests.triton_interpreter import interpreted
 
+    def reason(q: torch.Tensor, blocks: Any, backend: str) -> str | None:
+        return "no interpreter knows it" if backend == "gluon" else None
+
     monkeypatch.setattr(block_sparse_triton, "arch", lambda device: 90)
     for module in (bench_row, bench_variants, block_sparse):
-        monkeypatch.setattr(module, "unsupported_reason", lambda q, blocks, backend: None)
+        monkeypatch.setattr(module, "unsupported_reason", reason)
     layouts, loads = bench_variants.LAYOUTS, bench_variants.LOADS
     with interpreted():
-        result = measured(dtypes=["bf16"], layouts=layouts, loads=loads, int8=True)
+        result = measured(dtypes=["bf16"], layouts=layouts, loads=loads, int8=True, gluon=True)
     (row,) = result["rows"]
     kernels = ("triton", "triton-int8")
     expected = {f"{name}{load}{place}" for name in kernels for load in ("", " pointer", " tma")
@@ -64,6 +71,7 @@ def test_every_variant_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) 
     assert max(errors[name] for name in errors if "int8" not in name) < 5e-3
     assert min(errors[name] for name in errors if "int8" in name) > 5e-3
     assert row["kept"] < row["visited"] <= 1
+    assert row["unsupported"] == {"triton": None, "gluon": "no interpreter knows it"}
 
 
 def test_the_command_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +224,39 @@ def test_a_gpu_that_answers_no_more_fails_all_that_follows(
     ] * 2
 
 
+def test_what_hangs_is_named_before_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def exit_process(code: int) -> None:
+        if code == 1:
+            ended.set()
+
+    def hangs() -> torch.Tensor:
+        assert ended.wait(60)
+        raise KeyboardInterrupt  # the process would be over
+
+    monkeypatch.setattr(bench_watch, "HANGS_AFTER", {"cpu": 0.5})
+    monkeypatch.setattr(os, "_exit", exit_process)
+    monkeypatch.setattr(bench_row, "variant_calls", lambda *_: {"gluon": hangs})
+    options = ["--device", "cpu", "--shapes", "tiny", "tiny-last", "--dtype", "fp32"]
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.main([*options, "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["shape"] == "tiny" and "hangs: gluon: no end after 0.5 s" in row["failed"]
+
+
+def test_the_kernel_made_for_hopper_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_variants, "unsupported_reason", lambda q, blocks, name: None)
+    blocks, q = random_blocks([64, 37]), torch.randn(1, 101, 1, 64)
+    variants = bench_variants.Variants(("permuted", "ordered"), (), int8=False, gluon=True)
+    calls = bench_variants.variant_calls((q, q, q), blocks, variants)
+    assert set(calls) == {"gluon", "gluon ordered", "torch ordered"}
+    without = dataclasses.replace(variants, gluon=False)
+    assert set(bench_variants.variant_calls((q, q, q), blocks, without)) == {"torch ordered"}
+
+
 def test_flex_stays_compiled_from_shape_to_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch compiles a function eight times and then runs it as it is: unfused, at these sizes
     without any memory left."""
@@ -226,7 +267,7 @@ def test_flex_stays_compiled_from_shape_to_shape(monkeypatch: pytest.MonkeyPatch
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for count in range(1, 11):
+    for count in range(1, 10):
         blocks = random_blocks([64] * count + [37], seed=count)
         q, k, v = (torch.randn(1, blocks.num_tokens, 1, 16) for _ in range(3))
         call = bench_rivals.flex_call((q, k, v), blocks, compiled=True)
