@@ -173,9 +173,10 @@ def choose_backend(
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     if backend == "gluon" or backend.endswith("-int8"):
+        lacking = "is no kernel in Gluon" if backend == "gluon" else "are no 8-bit scores"
         raise RuntimeError(
-            f"backend {backend!r} cannot run: it knows no tiles that change from head to head; use"
-            " backend='auto'."
+            f"backend {backend!r} cannot run: there {lacking} for tiles that change from head to"
+            " head; use backend='auto'."
         )
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if needs_grad and backend == "auto":
