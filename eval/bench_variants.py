@@ -55,7 +55,7 @@ def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[
                 block_sparse_attention, *ordered, in_order, backend="torch"
             )
     if variants.gluon and not unsupported_reason(qkv[0], blocks, "gluon"):
-        calls["gluon"] = partial(block_sparse_attention, *qkv, blocks, backend="gluon")
+        calls |= _gluon_calls(qkv, blocks)
         if "ordered" in variants.layouts:
             calls["gluon ordered"] = partial(
                 block_sparse_attention, *ordered, in_order, backend="gluon"
@@ -76,6 +76,19 @@ def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[
                 words = (name, "" if loads in ("auto", "gather") else loads, layout)
                 calls[" ".join(word for word in words if word not in ("", "permuted"))] = call
     return calls
+
+
+def _gluon_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
+    """The kernel made for Hopper as it ships, and in other configurations."""
+    from diffpatch.kernels import block_sparse_gluon as kernel
+
+    size = qkv[0].shape[-1]
+
+    def with_config(config: kernel.Config) -> Call:
+        return lambda: kernel.attend(*qkv, blocks, size**-0.5, None, False, config=config)[0]
+
+    calls = {f"gluon {name}": with_config(c) for name, c in kernel.alternatives(size).items()}
+    return {"gluon": partial(block_sparse_attention, *qkv, blocks, backend="gluon")} | calls
 
 
 def _triton_call(name: str, qkv: Tensors, blocks: BlockIndex, loads: str) -> Call | None:

@@ -32,10 +32,12 @@ class Config(NamedTuple):
     Attributes:
         block_n: keys of a sub-block, 64 or 128.
         num_stages: sub-blocks of keys and values in the ring, 2 at least.
+        turns: whether the two warpgroups take turns at the tensor cores.
     """
 
     block_n: int
     num_stages: int
+    turns: bool = True
 
     @property
     def block_m(self) -> int:
@@ -57,6 +59,16 @@ CONFIG_KEY_MASK = Config(64, 4)  # with a key mask, which takes registers too, h
 def configuration(size: int, key_mask: bool) -> Config:
     """The configuration that ships for a head size, with or without a key mask."""
     return CONFIG_KEY_MASK if key_mask and size == 128 else CONFIGS[size]
+
+
+def alternatives(size: int) -> dict[str, Config]:
+    """Other configurations that fit and do not spill, to be measured beside the one that ships."""
+    shipped = configuration(size, key_mask=False)
+    return {
+        "no turns": shipped._replace(turns=False),
+        "64 keys": Config(64, 4),
+        "64 keys, no turns": Config(64, 4, turns=False),
+    }
 
 
 def boxes(config: Config, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
@@ -128,7 +140,7 @@ def attend(
         *q.stride()[:3],
         tokens, heads, heads // k.shape[2], blocks.num_tiles,
         SIZE=size, BLOCK_N=config.block_n, STAGES=config.num_stages, PARTS=lists.parts,
-        REGISTERS=COMPUTING_REGISTERS,
+        TURNS=config.turns, REGISTERS=COMPUTING_REGISTERS,
         num_warps=config.num_warps, maxnreg=REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

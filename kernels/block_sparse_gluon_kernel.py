@@ -3,11 +3,12 @@
 Three groups of warps share a program. One warp loads: it walks the list of sub-blocks and has the
 copy engine (TMA) bring their keys and values into a ring of buffers. Two warpgroups compute, each
 for half of the queries. While its tensor cores multiply the weights of one sub-block by the values,
-a warpgroup already has the scores of the next, and turns those into weights (the overlap within a
-warpgroup of FlashAttention-3, arXiv 2407.08608, section 3.2; the two warpgroups overlap by drifting
-apart).
+a warpgroup already has the scores of the next, and turns those into weights. If they take turns,
+one warpgroup starts its products while the other computes weights. (Both are ideas of
+FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2.)
 
-`ready` barriers say that a buffer is filled, `free` ones that both warpgroups have done with it.
+`ready` barriers say that a buffer is filled, `free` ones that both warpgroups have done with it,
+`turns` ones whose turn it is.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -42,7 +43,7 @@ def _load(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: fill the ring with the keys and values of each sub-block in turn."""
-    keys_ready, values_ready, keys_free, values_free = barriers
+    keys_ready, values_ready, keys_free, values_free, _ = barriers
     place = gl.load(PLACES + begin)
     for i in range(begin, end):
         following = gl.load(PLACES + i + 1)
@@ -108,15 +109,16 @@ def _weigh(scores, top, total, scale):
 
 @gluon.jit
 def _compute(
-    which, tensors, lists, buffers, barriers, queries,
-    batch, head, key_head, row, part, tile, scale, strides, tokens, heads,
+    which, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
     SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASK_ROWS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: attention of its queries to every sub-block of the row."""
     Q, OUT, LSE, ALLOWED = tensors
     ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS = lists
-    keys, values = buffers
-    keys_ready, values_ready, keys_free, values_free = barriers
+    queries, keys, values = buffers
+    batch, head, row, part, tile = place
+    keys_ready, values_ready, keys_free, values_free, turns = barriers
     stride_qb, stride_qs, stride_qh = strides
     dtype: gl.constexpr = Q.dtype.element_ty
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPGROUP, 1], [16, SIZE, 16])
@@ -178,11 +180,15 @@ def _compute(
             masked = i >= middle
             seen = _mask_words(BITS, mask, in_mask, masked, BLOCK_N // 32, MASK_ROWS)
             following = gl.load(MASK_IDS + i + 1)
+            if TURNS:  # the first warpgroup begins
+                mbarrier.wait(turns.index(which), ((n - 1) & 1) ^ (1 - which))
             scores = warpgroup_mma(
                 queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             mbarrier.wait(values_ready.index(before), (n - 1) // STAGES & 1)
             sums = warpgroup_mma(left, values.index(before), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - which), count=1)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(keys_free.index(slot), count=1)
             scores = _hide(scores, seen, masked, ALLOWED, PLACES, i, tokens, BLOCK_N, score_layout)
@@ -224,12 +230,12 @@ def attend_kernel(
     stride_qb, stride_qs, stride_qh,
     tokens, heads, group, tiles,
     SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 queries of one tile, for one head of one batch entry; with 4 warps.
 
     As in `block_sparse_triton_kernel`, with K and V descriptors of (B * S, heads * SIZE) in tile
-    order. REGISTERS are those of a thread that computes.
+    order. TURNS says whether warpgroups take turns. REGISTERS are those of a thread that computes.
     """
     batch = (gl.program_id(1) // heads).to(gl.int64)
     head = gl.program_id(1) % heads
@@ -240,7 +246,6 @@ def attend_kernel(
         pattern_start = gl.load(HEAD_PATTERN + head) * tiles
     tile = gl.load(SCHEDULE + pattern_start + row)
     row = pattern_start + tile
-    key_head = head // group
 
     dtype: gl.constexpr = Q.dtype.element_ty
     query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, SIZE], dtype)
@@ -257,27 +262,28 @@ def attend_kernel(
         mbarrier.init(values_ready.index(i), count=1)
         mbarrier.init(keys_free.index(i), count=COMPUTING)
         mbarrier.init(values_free.index(i), count=COMPUTING)
+    turns = gl.allocate_shared_memory(gl.int64, [COMPUTING, 1], barrier_layout)
+    for i in gl.static_range(COMPUTING):
+        mbarrier.init(turns.index(i), count=1)
 
-    barriers = (keys_ready, values_ready, keys_free, values_free)
-    common = (
-        (Q, OUT, LSE, ALLOWED),
-        (ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS),
-    )
+    barriers = (keys_ready, values_ready, keys_free, values_free, turns)
+    tensors = (Q, OUT, LSE, ALLOWED)
+    lists = (ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS)
+    buffers = (queries, keys, values)
+    place = (batch, head, row, part, tile)
+    strides = (stride_qb, stride_qs, stride_qh)
+    mask_rows: gl.constexpr = PARTS * COMPUTING * ROWS
     begin = gl.load(ROW_PTR + row)
     end = gl.load(ROW_PTR + row + 1)
     first_row = (batch * tokens).to(gl.int32)
     gl.warp_specialize(
         [
-            (_compute, (0, common[0], common[1], (keys, values), barriers, queries,
-                batch, head, key_head, row, part, tile, scale,
-                (stride_qb, stride_qs, stride_qh), tokens, heads,
-                SIZE, BLOCK_N, STAGES, PARTS * COMPUTING * ROWS)),
-            (_compute, (1, common[0], common[1], (keys, values), barriers, queries,
-                batch, head, key_head, row, part, tile, scale,
-                (stride_qb, stride_qs, stride_qh), tokens, heads,
-                SIZE, BLOCK_N, STAGES, PARTS * COMPUTING * ROWS)),
-            (_load, (K, V, PLACES, keys, values, barriers, begin, end, first_row, key_head * SIZE,
-                STAGES)),
+            (_compute, (0, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
+                SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
+            (_compute, (1, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
+                SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
+            (_load, (K, V, PLACES, keys, values, barriers, begin, end, first_row,
+                head // group * SIZE, STAGES)),
         ],
         [WARPGROUP, 1],
         [REGISTERS, 24],

@@ -212,7 +212,12 @@ def _gluon(case: Case, config: gluon.Config) -> tuple[Any, dict[str, Any], dict[
     box = f"tensordesc<{case.dtype}[{config.block_n},{case.size}],{layout!r}>"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
     types |= {"K": box, "V": box, "LSE": "*fp32"}
-    constants = {"group": 1, "PARTS": 1, "REGISTERS": gluon.COMPUTING_REGISTERS}
+    constants = {
+        "group": 1,
+        "PARTS": 1,
+        "TURNS": config.turns,
+        "REGISTERS": gluon.COMPUTING_REGISTERS,
+    }
     return gluon_kernel, constants, types
 
 

@@ -217,7 +217,7 @@ class Machine:
             partition.start()
         while any(not p.done for p in self.partitions):
             ready = [p for p in self.partitions if not p.done and p.can_go_on()]
-            if self.copies and (not ready or self.chance.random() < 0.2):
+            if self.copies and (not ready or self.chance.random() < 0.05):
                 self._land(self.chance.randrange(len(self.copies)))
                 continue
             if not ready:

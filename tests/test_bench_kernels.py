@@ -252,7 +252,8 @@ def test_the_kernel_made_for_hopper_is_asked_for(monkeypatch: pytest.MonkeyPatch
     blocks, q = random_blocks([64, 37]), torch.randn(1, 101, 1, 64)
     variants = bench_variants.Variants(("permuted", "ordered"), (), int8=False, gluon=True)
     calls = bench_variants.variant_calls((q, q, q), blocks, variants)
-    assert set(calls) == {"gluon", "gluon ordered", "torch ordered"}
+    others = {"gluon no turns", "gluon 64 keys", "gluon 64 keys, no turns"}
+    assert set(calls) == {"gluon", "gluon ordered", "torch ordered", *others}
     without = dataclasses.replace(variants, gluon=False)
     assert set(bench_variants.variant_calls((q, q, q), blocks, without)) == {"torch ordered"}
 
