@@ -1,9 +1,9 @@
 """How the torch backend cuts a block index into a few large attention calls.
 
-SDPA is efficient on hundreds of query rows, a tile has at most 128 or so. So query tiles are put
-together: first those that see exactly the same keys, then others whose key lists overlap: either
-they attend to the union under a mask, or together to the keys that all of them see and each on its
-own to the rest, merged by log-sum-exp. The costs in `block_sparse_grouping` decide.
+SDPA is efficient on hundreds of query rows, and fewer see exactly the same keys. So rows whose keys
+overlap are put together: either they attend to the union under a mask, or together to the keys that
+all of them see and in smaller groups to the rest, merged by log-sum-exp. The costs in
+`block_sparse_grouping` decide, from what `block_sparse_views` finds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from diffpatch.kernels.block_sparse_grouping import Cut, KeyLists, cuts
+from diffpatch.kernels.block_sparse_grouping import Cut, cuts
+from diffpatch.kernels.block_sparse_views import Views
 from diffpatch.kernels.blocks import BlockIndex
 
 MAX_STACKED_KEYS = 2048  # keys of a call that stacks several groups
@@ -27,30 +28,36 @@ class TileMask:
 
     Attributes:
         ids: int64 (query tiles, key tiles): rows of `masks`, or NOTHING or EVERYTHING.
-        rows: int64, which of the query tiles' T rows are the group's; None: all of them.
-        keys: int64, the same for the columns of the key tiles.
-        blind: bool (query rows,), the rows that see no key at all; None: there are none.
+        rows: int64 (kinds of query rows,), which of the query tiles' T rows; one of each kind.
+        keys: int64 (keys,), which of the columns of the key tiles; None: all of them.
+        row_kinds: int64 (query rows,), the kind of each row; None: each row is of its own.
+        blind: whether some rows may see no key at all.
     """
 
     ids: torch.Tensor
-    rows: torch.Tensor | None
+    rows: torch.Tensor
     keys: torch.Tensor | None
-    blind: torch.Tensor | None
+    row_kinds: torch.Tensor | None
+    blind: bool
 
-    def expand(self, table: torch.Tensor) -> torch.Tensor:
-        """The mask in full.
+    def compact(self, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The mask of one row of each kind, (kinds of query rows, keys): 1 where the key is seen.
 
         Args:
-            table: (M + 2, T, T), `masks` in any form, with nothing and everything appended.
-
-        Returns:
-            (query rows, keys) in the dtype of the table.
+            table: bool (M + 2, T, T), `masks` with nothing and everything appended.
+            dtype: of the result.
         """
         height, width = self.ids.shape
         edge = table.shape[-1]
         full = table[self.ids].transpose(1, 2).reshape(height * edge, width * edge)
-        full = full if self.rows is None else full[self.rows]
-        return full if self.keys is None else full[:, self.keys]
+        seen = full.index_select(0, self.rows).view(torch.uint8)
+        # Columns of fp32 are selected several times faster than those of smaller types.
+        return (seen if self.keys is None else seen.float().index_select(1, self.keys)).to(dtype)
+
+    def expand(self, table: torch.Tensor) -> torch.Tensor:
+        """The mask in full, bool (query rows, keys), by such a table."""
+        compact = self.compact(table, torch.bool)
+        return compact if self.row_kinds is None else compact[self.row_kinds]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +125,8 @@ class Plan:
 
     @cached_property
     def mask_entries(self) -> int:
-        """How many entries the distinct masks of all calls have together."""
-        sizes = {c.mask: c.rows * c.num_keys for c in self.calls if c.mask is not None}
+        """How many entries the distinct masks of all calls have together, of a row of each kind."""
+        sizes = {c.mask: len(c.mask.rows) * c.num_keys for c in self.calls if c.mask is not None}
         return sum(sizes.values())
 
 
@@ -149,16 +156,17 @@ def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[Plan, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Query tiles that attend together, to the places (of tile order) that any of them sees."""
+    """Parts that attend together, to the keys of the classes that any of them sees."""
 
-    tiles: np.ndarray
-    places: np.ndarray
+    parts: np.ndarray
+    classes: np.ndarray
     rows: int
+    num_keys: int
     masked: bool
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        return self.rows, len(self.places), self.masked
+        return self.rows, self.num_keys, self.masked
 
 
 class _Planner:
@@ -167,46 +175,46 @@ class _Planner:
     def __init__(
         self, blocks: BlockIndex, pattern: int, table: torch.Tensor, merging: bool
     ) -> None:
-        self.lists = KeyLists(blocks, pattern, table)
+        self.views = Views(blocks, pattern, table)
         self.table, self.merging = table, merging
-        self.row_sees = table.any(2).cpu()
         self.order = blocks.order.numpy()
         self.masks: dict[tuple[bytes, ...], TileMask] = {}
 
     def plan(self, heads: torch.Tensor | None) -> Plan:
         """The whole plan, for the given heads."""
-        found = cuts(self.lists, splitting=self.merging)
+        found = cuts(self.views, splitting=self.merging)
         keys, runs = None, self._runs(found, self.order)
         # In tile order more key lists are contiguous, but it takes a pass over all keys.
         in_tile_order = self._runs(found, np.arange(len(self.order)))
         if len(self.order) + _gathered(in_tile_order) < _gathered(runs):
             keys, runs = torch.from_numpy(self.order).to(self.table.device), in_tile_order
-        starts = self.lists.starts
-        tiles = np.concatenate([cut.tiles for cut in found])
-        held = np.concatenate([np.arange(starts[tile], starts[tile + 1]) for tile in tiles])
+        held = self.views.parts.places(np.concatenate([cut.parts for cut in found]))
         rows = torch.from_numpy(self.order[held]).to(self.table.device)
         places = torch.argsort(rows)
         if torch.equal(rows, places) and bool((rows.diff() == 1).all()):
             return Plan(heads, None, None, keys, runs, self.table)
         return Plan(heads, rows, places, keys, runs, self.table)
 
-    def _group(self, tiles: np.ndarray, without: np.ndarray | None = None) -> _Group:
-        """Tiles that attend to whatever any of them sees, but for some places, bool (S,)."""
-        places, masked = self.lists.seen(tiles, without)
-        return _Group(tiles, places, int(self.lists.sizes[tiles].sum()), masked)
+    def _group(self, parts: np.ndarray, without: np.ndarray | None = None) -> _Group:
+        """Parts that attend to whatever any of them sees, but for some classes, bool (C,)."""
+        classes, masked = self.views.seen(parts, without)
+        return self._group_of(parts, classes, masked)
+
+    def _group_of(self, parts: np.ndarray, classes: np.ndarray, masked: bool) -> _Group:
+        rows, num_keys = self.views.parts.sizes[parts].sum(), self.views.count(classes)
+        return _Group(parts, classes, int(rows), int(num_keys), masked)
 
     def _runs(self, found: list[Cut], key_order: np.ndarray) -> tuple[Run, ...]:
         runs = []
         for split, alike in groupby(found, key=lambda cut: cut.split):
             if not split:
-                groups = [self._group(cut.tiles) for cut in alike]
+                groups = [self._group(cut.parts) for cut in alike]
                 runs += [Run(None, (call,)) for call in self._calls(groups, key_order)]
                 continue
             for cut in alike:
-                common = self.lists.common(cut.tiles)
+                common = self.views.common(cut.parts)
                 rest = [self._group(unit, common) for unit in cut.units]
-                rows = sum(group.rows for group in rest)
-                shared = _Group(cut.tiles, common.nonzero()[0], rows, False)
+                shared = self._group_of(cut.parts, common, False)
                 runs.append(Run(self._call([shared], key_order), self._calls(rest, key_order)))
         return tuple(runs)
 
@@ -221,37 +229,45 @@ class _Planner:
 
     def _call(self, groups: list[_Group], key_order: np.ndarray) -> Call:
         first = groups[0]
-        num_keys = len(first.places)
-        tokens = key_order[np.concatenate([group.places for group in groups])]
+        places = [group.classes[self.views.classes.of_place].nonzero()[0] for group in groups]
+        tokens = key_order[np.concatenate(places)]
         keys: torch.Tensor | slice = torch.from_numpy(tokens).to(self.table.device)
         if len(groups) == 1:
-            if not first.masked and num_keys == len(self.order):
-                keys = slice(0, num_keys)  # without a mask their order does not matter
+            if not first.masked and first.num_keys == len(self.order):
+                keys = slice(0, first.num_keys)  # without a mask their order does not matter
             elif (np.diff(tokens) == 1).all():
-                keys = slice(int(tokens[0]), int(tokens[-1]) + 1) if num_keys else slice(0, 0)
-        mask = self._mask(first) if first.masked else None
-        return Call(len(groups), first.rows, num_keys, keys, mask)
+                keys = slice(int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else slice(0, 0)
+        mask = self._mask(first, places[0]) if first.masked else None
+        return Call(len(groups), first.rows, first.num_keys, keys, mask)
 
-    def _mask(self, group: _Group) -> TileMask:
-        edge = self.table.shape[-1]
-        starts, sizes = self.lists.starts, self.lists.sizes
-        tile = np.searchsorted(starts, group.places, side="right") - 1
-        tiles, nth = np.unique(tile, return_inverse=True)
-        columns = nth * edge + group.places - starts[tile]
-        rows = (np.arange(edge) < sizes[group.tiles][:, None]).reshape(-1).nonzero()[0]
-        ids = self.lists.ids[np.ix_(group.tiles, tiles)]
-        key = tuple(x.tobytes() for x in (ids, rows, columns))
+    def _mask(self, group: _Group, key_places: np.ndarray) -> TileMask:
+        parts = self.views.parts
+        exact = self.views.exact  # then one row of a part stands for all
+        row_tiles, rows = self._within(
+            parts.first[group.parts] if exact else parts.places(group.parts)
+        )
+        kinds = np.repeat(np.arange(len(group.parts)), parts.sizes[group.parts])
+        key_tiles, keys = self._within(key_places)
+        ids = self.views.ids[np.ix_(row_tiles, key_tiles)]
+        key = tuple(x.tobytes() for x in (ids, rows, keys, kinds))
         if key not in self.masks:
-            blind = ~self.row_sees[torch.from_numpy(ids)].any(1).flatten()[torch.from_numpy(rows)]
             device = self.table.device
-            all_rows, all_columns = len(rows) == len(ids) * edge, len(columns) == len(tiles) * edge
+            every_key = len(keys) == ids.shape[1] * self.table.shape[-1]
+            always_seen = self.views.sees_all[np.ix_(group.parts, group.classes)].any(1)
             self.masks[key] = TileMask(
                 ids=torch.from_numpy(ids).to(device),
-                rows=None if all_rows else torch.from_numpy(rows).to(device),
-                keys=None if all_columns else torch.from_numpy(columns).to(device),
-                blind=blind.to(device) if blind.any() else None,
+                rows=torch.from_numpy(rows).to(device),
+                keys=None if every_key else torch.from_numpy(keys).to(device),
+                row_kinds=torch.from_numpy(kinds).to(device) if exact else None,
+                blind=not always_seen.all(),
             )
         return self.masks[key]
+
+    def _within(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tiles that places lie in, and where among all the rows of these, T each."""
+        tile, row = self.views.within(places)
+        tiles, nth = np.unique(tile, return_inverse=True)
+        return tiles, nth * self.table.shape[-1] + row
 
 
 def _gathered(runs: tuple[Run, ...]) -> int:
