@@ -12,8 +12,14 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from diffpatch.kernels.block_sparse_gluon_kernel import COMPUTING, ROWS, WARPGROUP, attend_kernel
-from diffpatch.kernels.block_sparse_lists import in_tile_order, sub_blocks
+from diffpatch.kernels.block_sparse_gluon_kernel import (
+    COMPUTING,
+    LANES,
+    ROWS,
+    WARPGROUP,
+    attend_kernel,
+)
+from diffpatch.kernels.block_sparse_lists import WORD, in_tile_order, sub_blocks
 from diffpatch.kernels.block_sparse_triton import LOG2_E, side_by_side
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.triton_support import arch
@@ -59,6 +65,16 @@ CONFIG_KEY_MASK = Config(64, 4)  # with a key mask, which takes registers too, h
 def configuration(size: int, key_mask: bool) -> Config:
     """The configuration that ships for a head size, with or without a key mask."""
     return CONFIG_KEY_MASK if key_mask and size == 128 else CONFIGS[size]
+
+
+def lane_words(bits: torch.Tensor) -> torch.Tensor:
+    """Mask words (K, rows, n / 32), a bit for every key in turn, as (K, rows, 4), one for each of
+    the four threads that share a row of scores: of every 8 keys each has 2."""
+    keys = torch.arange(32 * bits.shape[-1], device=bits.device)
+    seen = (bits[..., keys // WORD] >> keys % WORD) & 1
+    of_lane = seen.unflatten(-1, (-1, LANES.value, 2)).transpose(-2, -3).flatten(-2).long()
+    words = (of_lane << torch.arange(of_lane.shape[-1], device=bits.device)).sum(-1)
+    return (words - ((words >> (WORD - 1)) << WORD)).int()
 
 
 def alternatives(size: int) -> dict[str, Config]:
@@ -132,10 +148,11 @@ def attend(
         )
         for x in (k, v)
     ]
+    words = blocks.derived(("lane words", config.block_n), lambda _: lane_words(lists.bits))
     grid = (blocks.num_tiles * lists.parts, batch * heads)
     attend_kernel[grid](
         q, *sides, out, lse, allowed, blocks.order, blocks.starts, blocks.head_pattern,
-        lists.schedule, lists.row_ptr, lists.full_end, lists.places, lists.mask_ids, lists.bits,
+        lists.schedule, lists.row_ptr, lists.full_end, lists.places, lists.mask_ids, words,
         scale * LOG2_E,
         *q.stride()[:3],
         tokens, heads, heads // k.shape[2], blocks.num_tiles,

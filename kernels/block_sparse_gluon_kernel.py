@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import constexpr_function
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -32,6 +33,7 @@ START = gl.constexpr(-1.0e30)
 WARPGROUP = gl.constexpr(4)  # warps
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one tensor-core instruction takes
 COMPUTING = gl.constexpr(2)  # warpgroups that compute
+LANES = gl.constexpr(4)  # threads that share a row of scores, and mask words of a row
 
 # Triton renamed it between 3.7 and 3.9.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -60,37 +62,45 @@ def _load(
         place = following
 
 
-@gluon.jit
-def _mask_words(BITS, mask, row, masked, WORDS: gl.constexpr, MASK_ROWS: gl.constexpr):
-    """The mask words of each query, loaded long before they are needed; anything without a mask.
+@constexpr_function
+def _by_lane(columns):
+    """How a warpgroup holds scores, told apart as (row, 8 columns each, lane of 4, column of 2)."""
+    eights = [[0, 1 << n, 0, 0] for n in range(8) if 8 << n < columns]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [8, 0, 0, 0], *eights],
+        lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        warp_bases=[[16, 0, 0, 0], [32, 0, 0, 0]],
+        block_bases=[],
+        shape=[64, columns // 8, 4, 2],
+    )
 
-    (Constants instead of anything make LLVM move the arithmetic on the words up to here.)
-    """
-    first, second, third, fourth = row, row, row, row
+
+@gluon.jit
+def _mask_words(BITS, mask, at, masked, MASK_ROWS: gl.constexpr):
+    """A thread's mask word of each of its queries, loaded long before it is needed; anything
+    without a mask (a constant would make LLVM move the arithmetic on the words up to here)."""
+    words = at
     if masked:
-        at = BITS + (mask.to(gl.int64) * MASK_ROWS + row) * WORDS
-        first = gl.load(at)
-        second = gl.load(at + 1)
-        if WORDS == 4:
-            third = gl.load(at + 2)
-            fourth = gl.load(at + 3)
-    return first, second, third, fourth
+        words = gl.load(BITS + mask.to(gl.int64) * (MASK_ROWS * LANES) + at)
+    return words
 
 
 @gluon.jit
 def _hide(
-    scores, seen, masked, ALLOWED, PLACES, i, tokens,
+    scores, words, masked, ALLOWED, PLACES, i, tokens,
     BLOCK_N: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Scores, with -inf where a query does not see a key."""
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     if masked:
-        first, second, third, fourth = seen
-        word = gl.where((column < 32)[None, :], first[:, None], second[:, None])
-        if BLOCK_N == 128:
-            word = gl.where((column >= 64)[None, :], third[:, None], word)
-            word = gl.where((column >= 96)[None, :], fourth[:, None], word)
-        scores = gl.where((word & (1 << (column % 32))[None, :]) != 0, scores, -float("inf"))
+        whole: gl.constexpr = _by_lane(BLOCK_N)
+        eight: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, whole)))
+        two: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, whole)))
+        pair = gl.arange(0, BLOCK_N // 8, layout=eight)[None, :, None, None]
+        bit = 2 * pair + gl.arange(0, 2, layout=two)[None, None, None, :]
+        seen = (words[:, None, :, None] & (1 << bit)) != 0
+        seen = gl.convert_layout(seen.reshape([ROWS, BLOCK_N]), layout, assert_trivial=True)
+        scores = gl.where(seen, scores, -float("inf"))
     if ALLOWED is not None:
         key = gl.load(PLACES + i) + column
         may = gl.load(ALLOWED + key, mask=key < tokens, other=0)
@@ -149,7 +159,10 @@ def _compute(
     begin = gl.load(ROW_PTR + row)
     middle = gl.load(FULL_END + row)
     end = gl.load(ROW_PTR + row + 1)
-    in_mask = first_query + gl.arange(0, ROWS, layout=score_rows)
+    word_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, _by_lane(BLOCK_N)))
+    in_mask = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, word_layout))
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, word_layout))
+    in_mask = in_mask[:, None] * LANES + lane[None, :]
     if ALLOWED is not None:
         ALLOWED += batch * tokens
 
@@ -161,7 +174,7 @@ def _compute(
         # The scores of the first sub-block.
         mask = gl.load(MASK_IDS + begin)
         masked = begin >= middle
-        seen = _mask_words(BITS, mask, in_mask, masked, BLOCK_N // 32, MASK_ROWS)
+        seen = _mask_words(BITS, mask, in_mask, masked, MASK_ROWS)
         mbarrier.wait(keys_ready.index(0), 0)
         scores = warpgroup_mma(
             queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -178,7 +191,7 @@ def _compute(
             slot = n % STAGES
             before = (n - 1) % STAGES
             masked = i >= middle
-            seen = _mask_words(BITS, mask, in_mask, masked, BLOCK_N // 32, MASK_ROWS)
+            seen = _mask_words(BITS, mask, in_mask, masked, MASK_ROWS)
             following = gl.load(MASK_IDS + i + 1)
             if TURNS:  # the first warpgroup begins
                 mbarrier.wait(turns.index(which), ((n - 1) & 1) ^ (1 - which))

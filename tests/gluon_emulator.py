@@ -291,7 +291,7 @@ class Machine:
 class _Layout:
     """Stands for any layout."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **named: Any) -> None: ...
 
     @classmethod
     def get_default_for(cls, *_: Any) -> _Layout:
@@ -308,9 +308,8 @@ def _language(machine: Machine, allocated: list[Shared]) -> Any:
         allocated.append(Shared(torch.full(tuple(shape), torch.nan, dtype=dtype)))
         return allocated[-1]
 
-    layouts = dict.fromkeys(
-        ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"), _Layout
-    )
+    kinds = ("DistributedLinear", "NVMMADistributed", "DotOperand", "Slice", "Blocked")
+    layouts = {f"{kind}Layout": _Layout for kind in kinds}
     return types.SimpleNamespace(
         **layouts,
         NVMMASharedLayout=_Layout,
@@ -330,7 +329,7 @@ def _language(machine: Machine, allocated: list[Shared]) -> Any:
         sum=lambda x, axis: x.sum(axis),
         exp2=torch.exp2,
         log2=torch.log2,
-        convert_layout=lambda x, layout: x,
+        convert_layout=lambda x, layout, assert_trivial=False: x,
         static_range=range,
         allocate_shared_memory=allocate,
         warp_specialize=machine.specialize,
