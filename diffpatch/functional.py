@@ -46,7 +46,8 @@ def attention(
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference"; "triton-int8", "torch-int8" and "gluon" as
+            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         state: a dictionary of yours for each layer and guidance branch, for methods that carry
             something from step to step; start each run with empty ones.
         **params: parameters of the method.
