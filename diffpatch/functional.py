@@ -46,7 +46,7 @@ def attention(
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.
-        backend: "auto", "triton", "torch" or "reference"; "triton-int8", "torch-int8" and "gluon" as
+        backend: "auto", "triton", "torch", "reference", or "triton-int8", "torch-int8", "gluon" as
             `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         state: a dictionary of yours for each layer and guidance branch, for methods that carry
             something from step to step; start each run with empty ones.

@@ -89,7 +89,9 @@ class _Attention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
     ) -> Result:
         """q, k, v (B, S, h, D), one key head a query head -> the output alike, and (B, S, h)."""
-        q = q if self.plan.rows is None else self._take(q, self.plan.rows)
+        rows = self.plan.rows
+        if rows is not None and not self.lean:
+            q, rows = self._take(q, rows), None
         if self.plan.keys is not None:
             k, v = self._take(k, self.plan.keys), self._take(v, self.plan.keys)
             key_mask = None if key_mask is None else key_mask[:, self.plan.keys]
@@ -99,11 +101,13 @@ class _Attention:
         whole = torch.empty_like(q, memory_format=torch.contiguous_format) if self.lean else None
         for run in self.plan.runs:
             last = first + run.rows
-            out, lse = self._run(run, q[:, first:last], k, v, key_mask)
+            place: torch.Tensor | slice = slice(first, last)
+            place = place if rows is None else rows[place]
+            out, lse = self._run(run, self._take(q, place, "queries"), k, v, key_mask)
             if whole is None:
                 outs.append(out)
             else:
-                self._put(out, whole, slice(first, last))
+                _put(out, whole, place)
             lses.append(lse)
             first = last
         out, lse = _cat(outs, 1) if whole is None else whole, _cat(lses, 1)
@@ -207,14 +211,6 @@ class _Attention:
             torch.index_select(source, 0, rows, out=target)
         return out
 
-    def _put(self, rows: torch.Tensor, whole: torch.Tensor, place: slice) -> None:
-        """Write results (B, rows, h, D), which stand there in plan order, into sequence order."""
-        if self.plan.rows is None:
-            whole[:, place] = rows
-            return
-        for source, target in zip(rows, whole, strict=True):
-            target.index_copy_(0, self.plan.rows[place], source)
-
     def _bias(
         self, mask: TileMask | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -295,6 +291,15 @@ def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor: ...
 def _cat(parts: list[torch.Tensor | None], dim: int) -> torch.Tensor | None: ...
 def _cat(parts: Any, dim: int) -> torch.Tensor | None:
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim)
+
+
+def _put(rows: torch.Tensor, whole: torch.Tensor, place: torch.Tensor | slice) -> None:
+    """Write results (B, rows, h, D) to their places in (B, S, h, D)."""
+    if isinstance(place, slice):
+        whole[:, place] = rows
+        return
+    for source, target in zip(rows, whole, strict=True):
+        target.index_copy_(0, place, source)
 
 
 def _additive(seen: torch.Tensor) -> torch.Tensor:
