@@ -11,11 +11,11 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 
-from diffpatch.kernels.block_sparse_plan import Call, Plan, Run, TileMask, plans
+from diffpatch.kernels.block_sparse_plan import Call, Plan, Run, plans
 from diffpatch.kernels.blocks import BlockIndex
 
 MAX_CACHED_MASKS = 192 << 20  # bytes of expanded masks kept with an index
-MAX_GATHERED = 256 << 20  # bytes of keys and values gathered at a time
+MAX_GATHERED = 32 << 20  # bytes of keys and values gathered at a time, which caches may hold
 
 Result = tuple[torch.Tensor, torch.Tensor | None]  # the output and, if asked for, the log-sum-exp
 
@@ -157,8 +157,9 @@ class _Attention:
         if not isinstance(call.keys, slice):
             per_head = 2 * k.shape[0] * call.stack * call.num_keys * k.shape[3] * k.element_size()
             heads = max(1, min(heads, MAX_GATHERED // max(1, per_head)))
+        bias, blind = self._bias(call, key_mask, q.dtype)
         parts = [
-            self._call(call, q[:, :, h], k[:, :, h], v[:, :, h], key_mask, return_lse)
+            self._call(call, q[:, :, h], k[:, :, h], v[:, :, h], bias, blind, return_lse)
             for h in (slice(i, i + heads) for i in range(0, q.shape[2], heads))
         ]
         return _cat([out for out, _ in parts], 2), _cat([lse for _, lse in parts], 2)
@@ -169,7 +170,8 @@ class _Attention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        key_mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        blind: torch.Tensor | None,
         return_lse: bool,
     ) -> Result:
         """One call: q (B, stack * rows, h, D) -> the output alike, and (B, stack * rows, h)."""
@@ -180,10 +182,6 @@ class _Attention:
         q = _stack(q, call, call.rows)
         k = _stack(self._take(k, call.keys, "keys"), call, call.num_keys)
         v = _stack(self._take(v, call.keys, "values"), call, call.num_keys)
-        if key_mask is None:
-            bias, blind = self._bias(call.mask, q.dtype)
-        else:
-            bias, blind = self._bias_with(call, key_mask, q.dtype)
         out, lse = _sdpa(q, k, v, bias, self.scale, return_lse)
         if blind is not None:
             out = out.masked_fill(blind[..., None], 0.0)
@@ -212,9 +210,12 @@ class _Attention:
         return out
 
     def _bias(
-        self, mask: TileMask | None, dtype: torch.dtype
+        self, call: Call, key_mask: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The mask as what SDPA adds to the scores, and the rows to blank afterwards."""
+        if key_mask is not None:
+            return self._bias_with(call, key_mask, dtype)
+        mask = call.mask
         if mask is None:
             return None, None
 

@@ -7,7 +7,7 @@ import torch
 
 import diffpatch
 from diffpatch import TokenGrid
-from diffpatch.kernels import block_sparse_grouping, block_sparse_views
+from diffpatch.kernels import block_sparse_grouping, block_sparse_torch, block_sparse_views
 from diffpatch.kernels.block_sparse import block_sparse_attention
 from diffpatch.kernels.block_sparse_plan import Plan, plans
 from diffpatch.kernels.block_sparse_reference import dense_mask
@@ -64,6 +64,8 @@ def test_discs_over_all_frames_equal_the_reference(
     blocks = index("disc", TokenGrid(5, 10, 14), radius=4)
     if not exact:
         monkeypatch.setattr(block_sparse_views, "MAX_KINDS", 20)
+        monkeypatch.setattr(block_sparse_torch, "MAX_GATHERED", 1)  # one head at a time
+        monkeypatch.setattr(block_sparse_torch, "MAX_CACHED_MASKS", 0)
     for name, value in (("LEAST_ROWS", least_rows), ("KEY_COST", 0.0), ("CALL_COST", 0.0)):
         monkeypatch.setattr(block_sparse_grouping, name, value)
     q, k, v = random_qkv(2, blocks.num_tokens, 2, 16, torch.float64)
