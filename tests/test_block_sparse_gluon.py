@@ -17,16 +17,15 @@ pytest.importorskip("triton")
 from diffpatch.kernels import (
     block_sparse_gluon,
     block_sparse_gluon_kernel,
-    block_sparse_reference,
 )
 from diffpatch.kernels.block_sparse_gluon import Config
 from diffpatch.kernels.blocks import BlockIndex
+from tests.exactness import Tensors, assert_exact, poisoned
 from tests.gluon_emulator import KernelError, emulated
 from tests.pretend_gpu import pretend_gpu
 from tests.random_blocks import HARD_INPUTS, random_blocks, random_qkv
 
 SIZES = [128, 128, 72, 30]
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(
@@ -38,34 +37,15 @@ def attend(
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel, emulated, with outputs that are NaN unless it writes them."""
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
-        return empty(*shape, **options).fill_(torch.nan)
-
     scale = inputs[0].shape[-1] ** -0.5
-    with (
-        emulated(block_sparse_gluon, "attend_kernel", seed),
-        mock.patch.object(torch, "empty", poisoned),
-    ):
+    with emulated(block_sparse_gluon, "attend_kernel", seed), poisoned():
         return block_sparse_gluon.attend(*inputs, blocks, scale, key_mask, True, config=config)
 
 
-def assert_exact_enough(inputs: Tensors, blocks: BlockIndex, *args: Any, **options: Any) -> None:
-    out, lse = attend(inputs, blocks, *args, **options)
-    q, k, v = (x.double() for x in inputs)
-    key_mask = args[0] if args else None
-    expected, expected_lse = block_sparse_reference.attend(
-        q, k, v, blocks, q.shape[-1] ** -0.5, key_mask, True
-    )
-    assert expected_lse is not None
-    assert out.dtype == inputs[0].dtype
-    blind = expected_lse.isinf()
-    assert torch.equal(lse.isinf(), blind)
-    assert not out[blind].any()
-    tolerance = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[out.dtype]
-    assert (out.double() - expected).norm() <= tolerance * expected.norm()
-    torch.testing.assert_close(lse[~blind].double(), expected_lse[~blind], rtol=1e-5, atol=1e-5)
+def assert_exact_enough(
+    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None, **options: Any
+) -> None:
+    assert_exact(attend(inputs, blocks, key_mask, **options), inputs, blocks, key_mask)
 
 
 @pytest.mark.parametrize("size", [64, 128])

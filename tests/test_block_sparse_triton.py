@@ -26,12 +26,12 @@ from diffpatch.kernels import (
 from diffpatch.kernels.block_sparse_lists import SubBlocks, sub_blocks
 from diffpatch.kernels.block_sparse_reference import dense_mask
 from diffpatch.kernels.blocks import BlockIndex
+from tests.exactness import Tensors, assert_exact, exact, poisoned
 from tests.pretend_gpu import pretend_gpu
 from tests.random_blocks import HARD_INPUTS, random_blocks, random_qkv
 from tests.triton_interpreter import interpreted
 
 SIZES = [64, 64, 40, 64, 17]
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(
@@ -42,29 +42,13 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel, interpreted, with outputs that are NaN unless it writes them."""
-
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
-        return empty(*shape, **options).fill_(torch.nan)
-
     scale = inputs[0].shape[-1] ** -0.5
     with (
         interpreted(),
-        mock.patch.object(torch, "empty", poisoned),
+        poisoned(),
         mock.patch.object(block_sparse_triton, "arch", lambda device: arch),
     ):
         return block_sparse_triton.attend(*inputs, blocks, scale, key_mask, True, **options)
-
-
-def exact(
-    inputs: Tensors, blocks: BlockIndex, key_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in fp64."""
-    q, k, v = (x.double() for x in inputs)
-    out, lse = block_sparse_reference.attend(q, k, v, blocks, q.shape[-1] ** -0.5, key_mask, True)
-    assert lse is not None
-    return out, lse
 
 
 def assert_exact_enough(
@@ -74,15 +58,7 @@ def assert_exact_enough(
     arch: int = 0,
     **options: Any,
 ) -> None:
-    out, lse = attend(inputs, blocks, key_mask, arch, **options)
-    expected, expected_lse = exact(inputs, blocks, key_mask)
-    assert out.dtype == inputs[0].dtype
-    blind = expected_lse.isinf()
-    assert torch.equal(lse.isinf(), blind)
-    assert not out[blind].any()
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[out.dtype]
-    assert (out.double() - expected).norm() <= tolerance * expected.norm()
-    torch.testing.assert_close(lse[~blind].double(), expected_lse[~blind], rtol=1e-5, atol=1e-5)
+    assert_exact(attend(inputs, blocks, key_mask, arch, **options), inputs, blocks, key_mask)
 
 
 @pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 128])

@@ -21,6 +21,7 @@ from diffpatch.kernels import (
 )
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.linear import Linear
+from tests.exactness import poisoned
 from tests.random_blocks import random_blocks, random_qkv, with_outliers
 from tests.triton_interpreter import interpreted
 
@@ -49,14 +50,9 @@ def a_key_mask(blocks: BlockIndex) -> torch.Tensor:
 
 def on_kernels(function: Any, *args: Any, **options: Any) -> Any:
     """A call on the Triton kernels, interpreted, with outputs that are NaN unless written."""
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
-        return empty(*shape, **options).fill_(torch.nan)
-
     with (
         interpreted(),
-        mock.patch.object(torch, "empty", poisoned),
+        poisoned(),
         mock.patch.object(block_sparse, "unsupported_reason", lambda *_: None),
     ):
         return function(*args, backend="triton", **options)

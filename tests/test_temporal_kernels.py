@@ -13,6 +13,7 @@ from diffpatch.kernels import active_tiles, active_tiles_reference, active_tiles
 from diffpatch.kernels.active_tiles import tile_table
 from diffpatch.kernels.block_sparse import block_sparse_attention
 from diffpatch.kernels.blocks import BlockIndex
+from tests.exactness import poisoned
 from tests.random_blocks import random_blocks, random_qkv
 
 SIZES = [5, 8, 3, 8, 7]
@@ -41,17 +42,6 @@ def uneven(inputs: Tensors, blocks: BlockIndex) -> Tensors:
     small = (torch.arange(len(sizes)) % 2 == 1).repeat_interleave(sizes)
     factor = torch.ones(k.shape[1]).index_fill(0, blocks.order[small], 0.02)
     return q, k * factor.to(k.dtype)[:, None, None], v
-
-
-def poisoned() -> Any:
-    """Every output is NaN until it is written."""
-    empty = torch.empty
-
-    def make(*shape: Any, **options: Any) -> torch.Tensor:
-        made = empty(*shape, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    return mock.patch.object(torch, "empty", make)
 
 
 @pytest.mark.parametrize("heads", [None, [0, 1, 0, 2]])
