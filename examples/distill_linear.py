@@ -27,6 +27,7 @@ from diffusers.utils import logging
 import diffpatch
 from diffpatch import Linear, distill
 from diffpatch.budget import fit_budget
+from diffpatch.cli.arguments import number
 from diffpatch.eval.environment import environment
 from diffpatch.eval.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo, pipeline_num_frames
@@ -106,12 +107,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("linear.safetensors"), help="the file to write")
+    count = number(int, 1)
     add("--far", default="hedgehog", help="the far part: a feature map, 'pool' or 'state'")
-    add("--near", type=int, default=416, help="tokens that a query sees exactly")
-    add("--rank", type=int, default=8, help="of the corrections of q, k, v and the output")
-    add("--prompts", type=int, default=6, help="captions to learn from")
+    add("--near", type=count, default=416, help="tokens that a query sees exactly")
+    add(
+        "--rank",
+        type=count,
+        default=8,
+        help="of the corrections of q, k, v and the output",
+    )
+    add("--prompts", type=count, default=6, help="captions to learn from")
     add("--steps", type=int, nargs=2, default=(60, 60), help="of the two stages")
-    add("--held-out", type=int, default=2, help="captions to compare on, never learned from")
+    add(
+        "--held-out",
+        type=count,
+        default=2,
+        help="captions to compare on, never learned from",
+    )
     add("--json", type=Path, help="a file for what was measured")
     add("--smoke", action="store_true", help="tiny clips and few steps, to see that it works")
     return parser.parse_args(argv)

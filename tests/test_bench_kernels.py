@@ -336,3 +336,22 @@ def test_visited_pairs_are_those_of_the_tiles() -> None:
         for key in blocks.cols[blocks.row_ptr[tile] : blocks.row_ptr[tile + 1]].tolist():
             pairs += int(sizes[tile] * sizes[key])
     assert bench_row.visited_pairs(blocks) == pairs
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--repeats", "0", "a whole number of at least 1"),
+        ("--limit-seconds", "-5", "a number of at least 1"),
+        ("--kept", "1.5", "a fraction of the pairs in (0, 1]"),
+        ("--kept", "half", "a fraction of the pairs in (0, 1]"),
+        ("--shapes", "nope", "invalid choice: 'nope'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        bench_kernels.main([option, value])
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
