@@ -110,20 +110,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     count = number(int, 1)
     add("--far", default="hedgehog", help="the far part: a feature map, 'pool' or 'state'")
     add("--near", type=count, default=416, help="tokens that a query sees exactly")
-    add(
-        "--rank",
-        type=count,
-        default=8,
-        help="of the corrections of q, k, v and the output",
-    )
+    add("--rank", type=count, default=8, help="of the corrections of q, k, v and the output")
     add("--prompts", type=count, default=6, help="captions to learn from")
     add("--steps", type=int, nargs=2, default=(60, 60), help="of the two stages")
-    add(
-        "--held-out",
-        type=count,
-        default=2,
-        help="captions to compare on, never learned from",
-    )
+    add("--held-out", type=count, default=2, help="captions to compare on, never learned from")
     add("--json", type=Path, help="a file for what was measured")
     add("--smoke", action="store_true", help="tiny clips and few steps, to see that it works")
     return parser.parse_args(argv)
