@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -135,8 +136,7 @@ class Descriptor:
         if not (column >= 0 and column + self.box[1] <= self.rows.shape[1] and row >= 0):
             raise KernelError(f"a box at {row}, {column} of {tuple(self.rows.shape)}")
         found = self.rows[row : row + self.box[0], column : column + self.box[1]]
-        missing = self.box[0] - len(found)
-        return torch.cat([found, found.new_zeros(missing, self.box[1])])
+        return torch.cat([found, found.new_zeros(self.box[0] - len(found), self.box[1])])
 
 
 class Sums:
@@ -200,7 +200,7 @@ class Partition(threading.Thread):
 class Machine:
     """One program: its partitions, its copies under way, and the order of things by chance."""
 
-    def __init__(self, program: tuple[int, int], chance: random.Random) -> None:
+    def __init__(self, program: tuple[int, ...], chance: random.Random) -> None:
         self.program, self.chance = program, chance
         self.copies: list[tuple[Barrier, Shared, torch.Tensor]] = []
         self.partitions: list[Partition] = []
@@ -280,11 +280,9 @@ class Machine:
         partition.pause()
         while len(partition.flying) > still_flying:
             partition.flying.popleft().finish()
-        found = []
-        for dep in deps:
-            if isinstance(dep, Sums) and dep.value is None:
-                raise KernelError("sums are used that have not been waited for")
-            found.append(dep.value if isinstance(dep, Sums) else dep)
+        if any(isinstance(dep, Sums) and dep.value is None for dep in deps):
+            raise KernelError("sums are used that have not been waited for")
+        found = [dep.value if isinstance(dep, Sums) else dep for dep in deps]
         return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -308,15 +306,12 @@ def _language(machine: Machine, allocated: list[Shared]) -> Any:
         allocated.append(Shared(torch.full(tuple(shape), torch.nan, dtype=dtype)))
         return allocated[-1]
 
-    kinds = ("DistributedLinear", "NVMMADistributed", "DotOperand", "Slice", "Blocked")
-    layouts = {f"{kind}Layout": _Layout for kind in kinds}
+    kinds = ("DistributedLinear", "NVMMADistributed", "NVMMAShared", "DotOperand", "Slice")
     return types.SimpleNamespace(
-        **layouts,
-        NVMMASharedLayout=_Layout,
+        **{f"{kind}Layout": _Layout for kind in (*kinds, "Blocked")},
         int32=torch.int32,
         int64=torch.int64,
         float32=torch.float32,
-        constexpr=object,
         program_id=lambda axis: torch.tensor(machine.program[axis]),
         load=lambda at, mask=None, other=0: at.load(mask, other),
         store=lambda at, value, mask=None: at.store(value, mask),
@@ -390,10 +385,9 @@ class Emulated:
         def launch(*args: Any, num_warps: int, maxnreg: int, **options: Any) -> None:
             options.pop("enable_fp_fusion")
             values = [_argument(value) for value in args]
-            for x in range(grid[0]):
-                for y in range(grid[1]):
-                    machine = Machine((x, y), self.chance)
-                    _python(self.kernel, machine)(*values, **options)
+            for program in product(*map(range, grid)):
+                machine = Machine(program, self.chance)
+                _python(self.kernel, machine)(*values, **options)
 
         return launch
 
