@@ -240,18 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("failed" in each for each in every))
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a fraction of the pairs in (0, 1]")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
-    from diffpatch.cli.arguments import number
+    from diffpatch.cli.arguments import fraction, number
 
     parser = argparse.ArgumentParser(
         prog="diffpatch bench kernels", description="Measure the block-sparse kernels alone."
@@ -260,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument(
-        "--kept", nargs="*", type=_fraction, help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU"
+        "--kept", nargs="*", type=fraction, help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU"
     )
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])

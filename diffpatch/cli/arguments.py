@@ -72,6 +72,19 @@ def number(kind: type[int] | type[float], at_least: float) -> Callable[[str], An
     return parse
 
 
+def fraction(text: str) -> float:
+    """A share of the pairs, such as 0.25."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a fraction of the pairs in (0, 1], such as 0.25"
+        )
+    return value
+
+
 def amount(text: str) -> int | float:
     """A count such as 12, or a fraction such as 0.25."""
     try:

@@ -37,23 +37,14 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument("--num-frames", type=count, help="of a video (about 80; 1 for images)")
     parser.add_argument("--layers", type=count, help="time fewer layers than the model has")
     parser.add_argument("--batch", type=count, default=1, help="samples in the forward (1)")
-    parser.add_argument("--kept", type=fraction, help="fit every method to this share of the pairs")
+    parser.add_argument(
+        "--kept", type=arguments.fraction, help="fit every method to this share of the pairs"
+    )
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), help="(bf16; on the CPU fp32)")
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
     arguments.add_backend_option(parser)
     add_common(parser, repeats=5)
     parser.set_defaults(run=run)
-
-
-def fraction(text: str) -> float:
-    """A share of the pairs, such as 0.25."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a fraction such as 0.25")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
