@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.active_tiles import LOG2_E, Result, TileTable, tile_table
-from diffpatch.kernels.block_sparse_lists import in_tile_order
+from diffpatch.kernels.block_sparse_lists import in_tile_order, pack_words
 from diffpatch.kernels.block_sparse_triton import ASYNC_TENSOR_CORE, Config, arch, padded
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -132,10 +132,7 @@ def _words(masks: torch.Tensor, block_m: int, block_n: int) -> torch.Tensor:
     """Masks bool (M, T, T) as bits, int32 (M, subs, parts * block_m, block_n / 32)."""
     edge = masks.shape[-1]
     grown = torch.nn.functional.pad(masks, (0, -edge % block_n, 0, -edge % block_m))
-    words = grown.unflatten(2, (-1, block_n // 32, 32)).transpose(1, 2)
-    shifted = words.long() << torch.arange(32, device=masks.device)
-    # As a signed number, the last bit counts negative.
-    return (shifted.sum(-1) - (words[..., 31].long() << 32)).int().contiguous()
+    return pack_words(grown.unflatten(2, (-1, block_n)).transpose(1, 2)).contiguous()
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from diffpatch.kernels import (
 )
 from diffpatch.kernels.blocks import BlockIndex
 
-BACKENDS = ("auto", "triton", "triton-int8", "gluon", "torch", "torch-int8", "reference")
 GPU_BACKENDS = ("triton", "triton-int8", "gluon")
+BACKENDS = ("auto", *GPU_BACKENDS, "torch", "torch-int8", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

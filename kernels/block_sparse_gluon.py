@@ -12,6 +12,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from diffpatch.kernels import block_sparse_triton
 from diffpatch.kernels.block_sparse_gluon_kernel import (
     COMPUTING,
     LANES,
@@ -19,7 +20,7 @@ from diffpatch.kernels.block_sparse_gluon_kernel import (
     WARPGROUP,
     attend_kernel,
 )
-from diffpatch.kernels.block_sparse_lists import WORD, in_tile_order, sub_blocks
+from diffpatch.kernels.block_sparse_lists import WORD, in_tile_order, pack_words, sub_blocks
 from diffpatch.kernels.block_sparse_triton import LOG2_E, side_by_side
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.triton_support import arch
@@ -72,9 +73,8 @@ def lane_words(bits: torch.Tensor) -> torch.Tensor:
     the four threads that share a row of scores: of every 8 keys each has 2."""
     keys = torch.arange(32 * bits.shape[-1], device=bits.device)
     seen = (bits[..., keys // WORD] >> keys % WORD) & 1
-    of_lane = seen.unflatten(-1, (-1, LANES.value, 2)).transpose(-2, -3).flatten(-2).long()
-    words = (of_lane << torch.arange(of_lane.shape[-1], device=bits.device)).sum(-1)
-    return (words - ((words >> (WORD - 1)) << WORD)).int()
+    of_lane = seen.unflatten(-1, (-1, LANES.value, 2)).transpose(-2, -3).flatten(-2)
+    return pack_words(of_lane).squeeze(-1)
 
 
 def alternatives(size: int) -> dict[str, Config]:
@@ -103,9 +103,7 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
         return f"the gluon backend takes heads of 64 or 128 channels, q has {q.shape[-1]}"
     if blocks.max_tile <= ROWS.value:
         return f"the gluon backend needs tiles above {ROWS.value} tokens, not {blocks.max_tile}"
-    if q.shape[0] * q.shape[2] > 65535:
-        return f"batch times heads is {q.shape[0] * q.shape[2]}, a launch takes 65535"
-    return None
+    return block_sparse_triton.unsupported_reason(q, blocks)  # a launch is as large
 
 
 def attend(

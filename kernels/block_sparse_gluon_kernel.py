@@ -119,15 +119,16 @@ def _weigh(scores, top, total, scale):
 
 @gluon.jit
 def _compute(
-    which, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
+    which, tensors, lists, buffers, barriers, place, visits, scale, strides, tokens, heads,
     SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASK_ROWS: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: attention of its queries to every sub-block of the row."""
     Q, OUT, LSE, ALLOWED = tensors
-    ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS = lists
+    ORDER, STARTS, PLACES, MASK_IDS, BITS = lists
     queries, keys, values = buffers
-    batch, head, row, part, tile = place
+    batch, head, part, tile = place
+    begin, middle, end = visits
     keys_ready, values_ready, keys_free, values_free, turns = barriers
     stride_qb, stride_qs, stride_qh = strides
     dtype: gl.constexpr = Q.dtype.element_ty
@@ -156,9 +157,6 @@ def _compute(
     queries.store(gl.load(at, mask=(in_tile < held)[:, None], other=0.0))
     fence_async_shared()  # the tensor cores read shared memory past the usual path
 
-    begin = gl.load(ROW_PTR + row)
-    middle = gl.load(FULL_END + row)
-    end = gl.load(ROW_PTR + row + 1)
     word_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, _by_lane(BLOCK_N)))
     in_mask = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, word_layout))
     lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, word_layout))
@@ -281,20 +279,22 @@ def attend_kernel(
 
     barriers = (keys_ready, values_ready, keys_free, values_free, turns)
     tensors = (Q, OUT, LSE, ALLOWED)
-    lists = (ORDER, STARTS, ROW_PTR, FULL_END, PLACES, MASK_IDS, BITS)
+    lists = (ORDER, STARTS, PLACES, MASK_IDS, BITS)
     buffers = (queries, keys, values)
-    place = (batch, head, row, part, tile)
+    place = (batch, head, part, tile)
     strides = (stride_qb, stride_qs, stride_qh)
     mask_rows: gl.constexpr = PARTS * COMPUTING * ROWS
     begin = gl.load(ROW_PTR + row)
+    middle = gl.load(FULL_END + row)
     end = gl.load(ROW_PTR + row + 1)
+    visits = (begin, middle, end)
     first_row = (batch * tokens).to(gl.int32)
     gl.warp_specialize(
         [
-            (_compute, (0, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
-                SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
-            (_compute, (1, tensors, lists, buffers, barriers, place, scale, strides, tokens, heads,
-                SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
+            (_compute, (0, tensors, lists, buffers, barriers, place, visits, scale, strides,
+                tokens, heads, SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
+            (_compute, (1, tensors, lists, buffers, barriers, place, visits, scale, strides,
+                tokens, heads, SIZE, BLOCK_N, STAGES, mask_rows, TURNS)),
             (_load, (K, V, PLACES, keys, values, barriers, begin, end, first_row,
                 head // group * SIZE, STAGES)),
         ],

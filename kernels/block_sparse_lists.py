@@ -111,7 +111,7 @@ def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
         full_end=full_end.int().to(blocks.device),
         places=torch.cat([place, spare]).int().to(blocks.device),
         mask_ids=torch.cat([ids, spare]).int().to(blocks.device),
-        bits=_pack(table).to(blocks.device),
+        bits=pack_words(table).to(blocks.device),
     )
 
 
@@ -124,8 +124,11 @@ def _cut(masks: torch.Tensor, rows: int, per_tile: int, block_n: int) -> torch.T
     return cut.reshape(-1, rows, block_n)
 
 
-def _pack(masks: torch.Tensor) -> torch.Tensor:
-    """Booleans (K, rows, n) -> int32 words (K, rows, n / 32), bit 0 first."""
-    bits = masks.view(*masks.shape[:2], -1, WORD).long() << torch.arange(WORD)
-    words = bits.sum(-1)
+def pack_words(seen: torch.Tensor) -> torch.Tensor:
+    """Booleans (..., n) -> int32 words (..., ceil(n / 32)), bit 0 first, the last one filled up
+    with zeros."""
+    grown = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % WORD))
+    bits = torch.arange(WORD, device=seen.device)
+    words = (grown.unflatten(-1, (-1, WORD)).long() << bits).sum(-1)
+    # As a signed number, the last bit counts negative.
     return (words - ((words >> (WORD - 1)) << WORD)).int()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffpatch.kernels.block_sparse_lists import pack_words
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.linear_backend import choose_kernel
 
@@ -170,7 +171,7 @@ def attend_virtual(
         # How many runs there are says what they are, so that the key needs no more.
         seen = blocks.derived(
             ("seen runs", len(tokens.tile)),
-            lambda b: kernels.pack(_visits(b)[0][:, :, tokens.tile].flatten(0, 1)),
+            lambda b: pack_words(_visits(b)[0][:, :, tokens.tile].flatten(0, 1)),
         )
         return kernels.attend(
             q, tokens.keys, tokens.values, tokens.variance, tokens.log_count, seen, blocks, scale,

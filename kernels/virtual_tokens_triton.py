@@ -22,7 +22,6 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 START = tl.constexpr(-1.0e30)  # a finite start of the running maximum, see block_sparse_triton
 LARGEST = tl.constexpr(60000.0)  # of a squared query, which fp16 could not hold
-WORD = 32
 POOLED_ROWS = 64  # tokens that the pooling kernel reads at a time
 
 
@@ -271,13 +270,3 @@ def attend(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def pack(seen: torch.Tensor) -> torch.Tensor:
-    """Booleans (rows, V) as int32 words (rows, ceil(V / 32)), bit 0 first."""
-    rows, count = seen.shape
-    grown = seen.new_zeros(rows, -(-count // WORD) * WORD)
-    grown[:, :count] = seen
-    bits = torch.arange(WORD, device=seen.device)
-    words = (grown.view(rows, -1, WORD).long() << bits).sum(-1)
-    return (words - ((words >> (WORD - 1)) << WORD)).int()
