@@ -26,14 +26,14 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Only the parts that lean on diffusers: what is said of its insides, and every family's tiny model.
-DRIFT := tests/test_internals.py tests/test_families.py tests/test_family_limits.py
+DRIFT := tests/patching/test_internals.py tests/pipelines/test_families.py tests/pipelines/test_family_limits.py
 OLDEST := $(shell sed -n 's/^ *"diffusers>=\(.*\)",$$/\1/p' pyproject.toml)
 
 drift: drift-oldest drift-newest
 
 drift-oldest: SPEC := diffusers==$(OLDEST)
 drift-newest: SPEC := diffusers
-drift-newest: DRIFT += tests/test_family_coverage.py
+drift-newest: DRIFT += tests/pipelines/test_family_coverage.py
 drift-oldest drift-newest: drift-%:
 	@$(PYTHON) -m venv build/$@
 	@build/$@/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)"

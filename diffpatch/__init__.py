@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from diffpatch.attention_error import AttentionErrors, attention_error
-from diffpatch.calibration import Calibration, calibrate
 from diffpatch.errors import (
     BadParameter,
     DiffpatchError,
@@ -17,7 +15,6 @@ from diffpatch.errors import (
     UnknownMethod,
 )
 from diffpatch.functional import attention
-from diffpatch.grid import TokenGrid
 from diffpatch.methods import (
     Dense,
     Disc,
@@ -32,11 +29,14 @@ from diffpatch.methods import (
     methods,
     register,
 )
-from diffpatch.patch import patch, patched, report, reset, unpatch
-from diffpatch.pattern import BlockPattern
-from diffpatch.pipelines.families import families
-from diffpatch.plan import Plan, plan
-from diffpatch.report import Report
+from diffpatch.patching.api import patch, patched, report, reset, unpatch
+from diffpatch.patching.report import Report
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.table import families
+from diffpatch.planning.plan import Plan, plan
+from diffpatch.tuning.attention_error import AttentionErrors, attention_error
+from diffpatch.tuning.calibration import Calibration, calibrate
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from diffpatch import composition
-from diffpatch.grid import TokenGrid
-from diffpatch.kernels.current_device import on_device_of
+from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods.base import Call, Method, MethodLike, make_method
-from diffpatch.pattern import BlockPattern
+from diffpatch.patching import composition
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import generation, media, output, progress
+from diffpatch.cli import generation, output, progress
 from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.eval_table import describe
+from diffpatch.cli.eval.table import describe
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.shares import Process
-from diffpatch.eval import items, quality
-from diffpatch.eval.distances import FeatureSet, compare, halves
+from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render.resume import Process
 from diffpatch.eval.environment import environment
-from diffpatch.eval.tally import Tally, measure
-from diffpatch.pipelines import loading, sampling
+from diffpatch.eval.quality import items
+from diffpatch.eval.quality import scores as quality
+from diffpatch.eval.quality.distances import FeatureSet, compare, halves
+from diffpatch.eval.quality.tally import Tally, measure
+from diffpatch.pipelines.running import loading, sampling
 
 
 def read_captions(path: Path, count: int) -> dict[str, str]:

@@ -25,12 +25,13 @@ import torch
 from diffusers.utils import logging
 
 import diffpatch
-from diffpatch import Linear, distill
-from diffpatch.budget import fit_budget
+from diffpatch import Linear
 from diffpatch.cli.arguments import number
 from diffpatch.eval.environment import environment
-from diffpatch.eval.metrics import psnr
+from diffpatch.eval.quality.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo, pipeline_num_frames
+from diffpatch.planning.budget import fit_budget
+from diffpatch.tuning import distill
 
 SAMPLED, HELD_SEED = 0, 1000  # seeds of the noise to learn from, and of that to be tested on
 

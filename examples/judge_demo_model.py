@@ -27,11 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 import diffpatch
-from diffpatch.eval import judge as judging
-from diffpatch.eval.distances import frechet
+from diffpatch.eval.quality.distances import frechet
+from diffpatch.eval.quality.networks import judge as judging
 from diffpatch.pipelines.demo import clips, model
 
-RESULTS = Path(judging.__file__).parent / "results"
+RESULTS = Path(judging.__file__).parents[2] / "results"
 
 
 def choose_captions(count: int, seed: int) -> list[clips.ClipSpec]:

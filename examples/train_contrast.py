@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffpatch.eval import contrast
-from diffpatch.eval.distances import frechet
 from diffpatch.eval.environment import environment
+from diffpatch.eval.quality.distances import frechet
+from diffpatch.eval.quality.networks import contrast
 from diffpatch.pipelines.demo import clips
 
-RECORD = Path(contrast.__file__).parent / "results" / "contrast.json"
+RECORD = Path(contrast.__file__).parents[2] / "results" / "contrast.json"
 LENGTHS = (13, 33)  # frames of the checks; training sees 9
 DAMAGES = (
     ("none", 0.0),

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from diffpatch.eval import judge as judging
-from diffpatch.eval.distances import frechet
+from diffpatch.eval.quality.distances import frechet
+from diffpatch.eval.quality.networks import judge as judging
 from diffpatch.pipelines.demo import clips
 
 

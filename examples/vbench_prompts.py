@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import eval_vbench, generation, media, output, progress
+from diffpatch.cli import generation, output, progress
 from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
 from diffpatch.cli.errors import UsageError
+from diffpatch.cli.eval import vbench as eval_vbench
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.shares import Process
-from diffpatch.eval import vbench
-from diffpatch.pipelines import loading, sampling
+from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render.resume import Process
+from diffpatch.eval.quality import vbench
+from diffpatch.pipelines.running import loading, sampling
 
 
 def render(args: argparse.Namespace) -> None:

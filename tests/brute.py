@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffpatch import TokenGrid
-from diffpatch.pattern import BlockPattern
+from diffpatch.patterns.pattern import BlockPattern
 
 GRIDS = [
     TokenGrid(3, 5, 7),

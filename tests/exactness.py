@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from diffpatch.kernels import block_sparse_reference
+from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.blocks import BlockIndex
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

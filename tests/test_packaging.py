@@ -83,8 +83,9 @@ def test_the_installed_wheel_works_anywhere(wheel: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     code = (
-        "import diffpatch, diffpatch.kernels.block_sparse, diffpatch.pipelines.loading, "
-        "diffpatch.eval.metrics; from diffpatch.cli import main; print(diffpatch.__file__); "
+        "import diffpatch, diffpatch.kernels.block_sparse, diffpatch.pipelines.running.loading, "
+        "diffpatch.eval.quality.metrics; from diffpatch.cli import main; "
+        "print(diffpatch.__file__); "
         "main(['methods'])"
     )
     output = python(code, tmp_path, str(target))

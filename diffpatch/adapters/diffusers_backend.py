@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 
-from diffpatch import composition, functional, internals
+from diffpatch import functional, internals
 from diffpatch.errors import BadParameter
-from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method, MethodLike, make_method
+from diffpatch.patching import composition
+from diffpatch.patterns.grid import TokenGrid
 
 
 @dataclass(frozen=True)

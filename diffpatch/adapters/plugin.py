@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from diffpatch import composition, functional
+from diffpatch import functional
 from diffpatch.errors import DiffpatchError
-from diffpatch.grid import TokenGrid
-from diffpatch.kernels import dense_attention
+from diffpatch.kernels import dense as dense_attention
 from diffpatch.methods.base import MethodLike, make_method
+from diffpatch.patching import composition
+from diffpatch.patterns.grid import TokenGrid
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import choices
-from diffpatch.kernels.block_sparse import BACKENDS
-from diffpatch.pipelines.loading import DTYPES, OFFLOADS
-from diffpatch.settings import QUALITIES
+from diffpatch.kernels.block_sparse.api import BACKENDS
+from diffpatch.patching.settle import QUALITIES
+from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
 

@@ -10,7 +10,7 @@ import diffpatch
 from diffpatch.cli import arguments, generation, progress
 from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.pipelines import loading
+from diffpatch.pipelines.running import loading
 
 EXAMPLES = """\
 examples:

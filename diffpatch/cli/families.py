@@ -9,8 +9,8 @@ from typing import Any
 
 import diffpatch
 from diffpatch.cli.output import to_json
-from diffpatch.cli.summary import table
-from diffpatch.pipelines.family import FamilyInfo
+from diffpatch.cli.render.summary import table
+from diffpatch.pipelines.families.info import FamilyInfo
 
 EXAMPLES = """\
 examples:

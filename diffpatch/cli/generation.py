@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from diffpatch.cli.errors import UsageError
-from diffpatch.pipelines import loading
-from diffpatch.pipelines.loading import Source
+from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.loading import Source
 
 OPTIONS = (
     "negative_prompt",

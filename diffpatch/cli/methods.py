@@ -7,7 +7,7 @@ from typing import Any
 
 import diffpatch
 from diffpatch.cli.output import to_json
-from diffpatch.cli.summary import table
+from diffpatch.cli.render.summary import table
 from diffpatch.methods import MethodInfo
 
 EXAMPLES = """\

@@ -11,13 +11,13 @@ from diffpatch.cli import arguments
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import field_names, method_parameters
-from diffpatch.cli.summary import table
-from diffpatch.drawing import KINDS
-from diffpatch.pipelines.find_shape import find_shape
-from diffpatch.pipelines.loading import DTYPES
-from diffpatch.pipelines.shapes import MODELS
-from diffpatch.prediction import duration
-from diffpatch.profiles import load_profile, profile_names
+from diffpatch.cli.render.summary import table
+from diffpatch.patterns.drawing import KINDS
+from diffpatch.pipelines.running.loading import DTYPES
+from diffpatch.pipelines.shapes.find import find_shape
+from diffpatch.pipelines.shapes.table import MODELS
+from diffpatch.planning.prediction import duration
+from diffpatch.planning.profiles import load_profile, profile_names
 
 WORTH = 1.05  # a step must gain this much before a method is recommended
 EXAMPLES = """\

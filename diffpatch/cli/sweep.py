@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         if not (args.what / "sweep.json").is_file():
             raise UsageError(f"{args.what} is no folder of a sweep: it has no sweep.json")
         return _report(args, args.what)
-    from diffpatch.eval.sweep_plan import describe_plan, plan_sweep
-    from diffpatch.eval.sweep_spec import read_spec
+    from diffpatch.eval.sweep.plan import describe_plan, plan_sweep
+    from diffpatch.eval.sweep.spec import read_spec
 
     spec = read_spec(args.what)
     progress.hush_libraries()
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe_plan(plan, args.output))
         return 0
-    from diffpatch.eval.sweep import run_sweep
-    from diffpatch.eval.sweep_run import Worker
-    from diffpatch.eval.sweep_store import Store
+    from diffpatch.eval.sweep.drive import run_sweep
+    from diffpatch.eval.sweep.session import Worker
+    from diffpatch.eval.sweep.store import Store
 
     worker = Worker.of_environment(args.device)
     store = Store(args.output)
@@ -109,11 +109,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace, folder: Path) -> int:
     """Write every report and show the table; returns the exit code."""
-    from diffpatch.eval.report import summarize
-    from diffpatch.eval.report_files import write_reports
+    from diffpatch.eval.sweep.report.files import write_reports
+    from diffpatch.eval.sweep.report.summary import summarize
 
     if args.rescore:
-        from diffpatch.eval.sweep_scores import rescore
+        from diffpatch.eval.sweep.scores import rescore
 
         count = rescore(folder)
         progress.say(f"scored {count} runs anew", args.quiet)
@@ -122,7 +122,7 @@ def _report(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         print(output.to_json(summary.to_dict()), end="")
     else:
-        from diffpatch.eval.report_files import describe
+        from diffpatch.eval.sweep.report.files import describe
 
         print(describe(summary))
         for path in files:

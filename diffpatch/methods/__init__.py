@@ -3,11 +3,11 @@
 from diffpatch.methods.base import Method, MethodInfo, make_method, methods, register
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
-from diffpatch.methods.linear import Linear
+from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.neighborhood import Neighborhood
-from diffpatch.methods.radial import Radial
+from diffpatch.methods.radial.method import Radial
 from diffpatch.methods.sliding_tile import SlidingTile
-from diffpatch.methods.temporal import Temporal
+from diffpatch.methods.temporal.method import Temporal
 from diffpatch.methods.window import Window
 
 __all__ = [

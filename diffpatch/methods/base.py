@@ -10,10 +10,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from diffpatch.errors import BadParameter, UnknownMethod, choices
-from diffpatch.grid import TokenGrid
-from diffpatch.kernels import block_sparse
-from diffpatch.kernels.block_sparse_work import Work, work_of
-from diffpatch.pattern import BlockPattern
+from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse.work import Work, work_of
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
 
 
 @dataclass(frozen=True)

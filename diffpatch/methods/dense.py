@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpatch.grid import TokenGrid
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, from_tiles
-from diffpatch.tiles import MAX_TILE, Tiling, choose_tile
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.tiles import MAX_TILE, Tiling, choose_tile
 
 LARGE = 50_000  # visual tokens from which on tiles are twice as large
 LARGEST = 2 * MAX_TILE

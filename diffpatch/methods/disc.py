@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, distinct, from_masks
-from diffpatch.tiles import Tiling, choose_tile
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, distinct, from_masks
+from diffpatch.patterns.tiles import Tiling, choose_tile
 
 
 @register

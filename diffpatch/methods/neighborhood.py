@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, from_axes
-from diffpatch.tiles import Cuts, Tiling, choose_tile, even_cuts, refine, step_cuts
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_axes
+from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, even_cuts, refine, step_cuts
 
 GROUP = (
     512  # query tokens that share a window under stride="auto": what CPUs want, and no loss on GPUs

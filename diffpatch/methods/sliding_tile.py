@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, from_tiles, outer
-from diffpatch.tiles import Cuts, Tiling, choose_tile, even_cuts, refine
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_tiles, outer
+from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, even_cuts, refine
 
 
 @register

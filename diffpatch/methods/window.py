@@ -7,11 +7,11 @@ import random
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from diffpatch.grid import TokenGrid
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
-from diffpatch.pattern import BlockPattern, from_axes
-from diffpatch.tiles import Cuts, Tiling, choose_tile, equal_cuts, refine, step_cuts
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_axes
+from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, equal_cuts, refine, step_cuts
 
 SHIFTS = ("layer", "step", "random", "count", "none")
 

@@ -1,0 +1,66 @@
+"""What the benchmarks share: which methods, how often, and where the result goes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import arguments, output
+from diffpatch.cli.errors import UsageError
+from diffpatch.cli.parameters import field_names, method_parameters
+from diffpatch.cli.render.summary import table
+
+
+def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """--method, --set, --repeats, --json and --quiet."""
+    parser.add_argument("--method", action="append", help="repeatable (radial)")
+    if not any("--set" in action.option_strings for action in parser._actions):
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE",
+            help="a parameter, for every method that has it",
+        )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=arguments.number(int, 1), default=repeats, help=f"rounds ({repeats})"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The methods asked for, each with those --set parameters that it has."""
+    known, found, used = diffpatch.methods(), {}, set()
+    for name in args.method or ["radial"]:
+        parts = [known[part].cls for part in name.split("+") if part in known]
+        fields = {field for cls in parts for field in field_names(cls)}
+        own = [text for text in args.set if text.partition("=")[0].replace("-", "_") in fields]
+        found[name] = method_parameters(name, own)
+        used |= set(own)
+    for text in args.set:
+        if text not in used:
+            raise UsageError(f"--set {text}: {' and '.join(found)} have no such parameter")
+    return found
+
+
+def times(seconds: dict[str, float]) -> list[str]:
+    """Median and quartiles in milliseconds."""
+    low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
+    return [f"{seconds['median'] * 1e3:.2f} ms", f"{low:.2f}-{high:.2f}"]
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Sequence[str]]) -> None:
+    """The table on stdout, the JSON where it was asked for."""
+    if args.json == "-":
+        print(output.to_json(result), end="")
+        return
+    print(table(rows))
+    environment = result["environment"]
+    print(f"{environment['device']}, {environment['threads']} threads, "
+          f"torch {environment['versions']['torch']}")  # fmt: skip
+    if args.json is not None:
+        output.write_text(Path(args.json), output.to_json(result))
+        print(f"wrote {args.json}")

@@ -1,0 +1,205 @@
+"""`diffpatch eval`: how good results are, of folders or of methods on a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffpatch.cli import arguments, bench, generation, output, progress
+from diffpatch.cli.errors import RunError, UsageError
+from diffpatch.cli.eval import vbench as eval_vbench
+from diffpatch.cli.eval.table import describe
+from diffpatch.cli.render.resume import Process
+from diffpatch.eval.processes import Team
+from diffpatch.pipelines.running import loading, sampling
+
+if TYPE_CHECKING:
+    from diffpatch.eval.quality.scores import Tools
+
+EXAMPLES = """\
+examples:
+  diffpatch eval out/radial --reference out/dense
+  diffpatch eval a/ b/ --reference dense/ --captions prompts.json --json scores.json
+  diffpatch eval --model demo --method radial --method window --count 8
+  diffpatch eval -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --method radial --prompt-file prompts.txt \\
+      --clip openai/clip-vit-large-patch14 --features facebook/dinov2-base --lpips lpips/
+  accelerate launch --num_processes 8 -m diffpatch eval -m demo --method radial --count 64
+  diffpatch eval --vbench-results dense=a_eval_results.json --vbench-results radial=b.json
+"""
+CAPTIONS = 8  # drawn for the demo where no prompts are given
+FEATURES = ("contrast", "frames")
+_MEASURES = ("folders", "reference", "prompt", "prompt_file", "count", "method", "vbench_export")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure quality, of files or of methods on a model",
+        description="Compare folders with a reference folder, or render prompts dense and with\n"
+        "methods and compare in memory. Every table has the floor: dense against dense.",
+        epilog=EXAMPLES,
+    )
+    group = parser.add_argument_group("folders")
+    group.add_argument("folders", nargs="*", type=Path, help="results; matched by their names")
+    group.add_argument("--reference", type=Path, metavar="FOLDER", help="the dense results")
+    group.add_argument("--floor", type=Path, metavar="FOLDER", help="dense results once more")
+    group.add_argument(
+        "--captions", type=arguments.existing_file,
+        help="prompts of the files: JSON {name: prompt}, or lines of name, tab, prompt",
+    )  # fmt: skip
+    group = parser.add_argument_group("prompts, where there are no folders")
+    group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
+    group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
+    group.add_argument(
+        "--count", type=arguments.number(int, 1),
+        help=f"how many prompts; the demo draws its own captions where none are given ({CAPTIONS})",
+    )  # fmt: skip
+    group.add_argument("--method", action="append", help="repeatable (radial)")
+    arguments.add_model_options(parser)
+    arguments.add_generation_options(parser)
+    arguments.add_method_options(parser)
+    group = parser.add_argument_group("what judges (all by default shipped and offline)")
+    group.add_argument(
+        "--clip", default="contrast", metavar="MODEL",
+        help="contrast (the demo's captions only), or a folder or hub id of a CLIP",
+    )  # fmt: skip
+    group.add_argument(
+        "--features", action="append", metavar="MODEL",
+        help="for set distances, repeatable: contrast (clips), frames (single ones), judge, a "
+        "folder or hub id of CLIP, DINOv2, SigLIP, VideoMAE, or FID's Inception as "
+        "safetensors (contrast and frames)",
+    )  # fmt: skip
+    group.add_argument("--lpips", type=Path, help="AlexNet and linear heads as safetensors")
+    eval_vbench.add_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure; returns the exit code."""
+    if args.json not in (None, "-"):
+        if Path(args.json).is_dir():  # such as OUT in `--json OUT --reference DENSE`
+            raise UsageError(f"--json {args.json} is a folder; give a file, or put --json last")
+        output.check_free([Path(args.json)], overwrite=True, option="--json")
+    progress.hush_libraries()
+    process = Process.current()
+    results = eval_vbench.read_results(args.vbench_results)
+    only_read = results and not any(getattr(args, name) for name in _MEASURES)
+    if args.floor is not None and not args.folders:
+        raise UsageError("--floor is for folders; give the folders and --reference")
+    result: dict[str, Any] = {}
+    if not only_read:
+        measure = _folders if args.folders or args.reference else _model
+        result = measure(args, process)
+    if process.rank > 0:  # every process has the whole result; one tells it
+        return 0
+    return _tell(args, result, results)
+
+
+def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, Any]) -> int:
+    text = output.to_json(result | ({"vbench": vbench} if vbench else {}))
+    if args.json == "-":
+        print(text, end="")
+        return 0
+    shown = [describe(result)] if result else []
+    print("\n".join([*shown, *([eval_vbench.describe(vbench)] if vbench else [])]))
+    if args.json is not None:
+        output.write_text(Path(args.json), text)
+        print(f"wrote {args.json}")
+    return 0
+
+
+def _tools(args: argparse.Namespace, device: str | None) -> Tools:
+    from diffpatch.eval.quality import scores as quality
+
+    chosen = loading.choose_device(device)
+    return quality.load_tools(args.clip, args.features or FEATURES, args.lpips, chosen)
+
+
+def _say(args: argparse.Namespace, process: Process) -> Callable[[str], None]:
+    return lambda text: progress.say(text, args.quiet or process.rank > 0)
+
+
+def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+    from diffpatch.eval.quality import evaluate, items
+
+    for option in ("prompt", "prompt_file", "count", "method"):
+        if getattr(args, option):
+            raise UsageError(f"--{option.replace('_', '-')} renders; drop it, or drop the folders")
+    if not args.folders or args.reference is None:
+        raise UsageError("folders are compared with another: diffpatch eval OUT --reference DENSE")
+    names = [path.name or str(path) for path in args.folders]
+    if len(set(names)) < len(names) or {"floor", "reference"} & set(names):
+        names = [str(path) for path in args.folders]
+    folders = dict(zip(names, args.folders, strict=True))
+    captions = None if args.captions is None else items.read_captions(args.captions)
+    team = Team(process.rank, process.count)
+    if args.vbench_export is not None:
+        fps = float(args.fps or generation.DEMO_FPS)
+        eval_vbench.export_folders(args.vbench_export, folders, args.reference, captions, fps, team)
+    return evaluate.evaluate_folders(
+        folders,
+        args.reference,
+        _tools(args, process.device(args.device)),
+        floor=args.floor,
+        captions=captions,
+        team=team,
+        say=_say(args, process),
+    )
+
+
+def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+    from diffpatch.eval.quality import evaluate
+
+    if args.captions is not None:
+        raise UsageError("--captions is for folders; give the folders and --reference")
+    methods = bench.chosen(args)
+    shared = arguments.method_options(args)
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    generation.check_dense_steps(args, generation.steps_of(call, source))
+    prompts, device = _prompts(args, source), process.device(args.device)
+    team, tools = Team(process.rank, process.count), _tools(args, device)
+    options: dict[str, Any] = {"seed": args.seed, "team": team, "say": _say(args, process)}
+    if args.vbench_export is not None:
+        if not source.is_video:
+            raise UsageError(f"--vbench-export is for videos; {args.model} makes images")
+        fps = generation.frames_per_second(args, source)
+        rows = ["dense", evaluate.ARITHMETIC, evaluate.NOISE, *methods]
+        options["keep"] = eval_vbench.Export.of(args.vbench_export, prompts, fps, rows, team).write
+    pipe = generation.load(args, source, device)
+    applied = {name: shared | values for name, values in methods.items()}
+    try:
+        result = evaluate.evaluate_model(
+            pipe, generation.fit(call, pipe), prompts, applied, tools, **options
+        )
+    except sampling.NonFiniteOutput as error:
+        raise RunError(f"{error}; check the weights, or try --dtype bf16 or fp32") from error
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "out of memory; try --offload model, --vae-tiling, or less to make"
+        ) from error
+    return {"model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), **result}
+
+
+def _prompts(args: argparse.Namespace, source: loading.Source) -> list[str]:
+    """The prompts given, the first of them with --count; for the demo else captions of its own."""
+    from diffpatch.pipelines.demo import clips  # imports diffusers
+
+    if source.kind == "demo" and not args.prompt and args.prompt_file is None:
+        generator = torch.Generator().manual_seed(args.seed)
+        specs = clips.sample_specs(args.count or CAPTIONS, generator, held_out=True)
+        return [spec.caption() for spec in specs]
+    found = generation.prompts(args)
+    if args.count is not None and args.count > len(found):
+        raise UsageError(f"--count {args.count} is more than the {len(found)} prompts; lower it")
+    return found[: args.count]

@@ -1,0 +1,154 @@
+"""VBench and `diffpatch eval`: clips out as VBench wants them, its scores in beside ours."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpatch.cli import arguments, output
+from diffpatch.cli.errors import UsageError
+from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render.summary import table
+from diffpatch.eval.processes import Team
+from diffpatch.eval.quality import items, vbench
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what reads and writes for VBench."""
+    group = parser.add_argument_group("VBench (runs in an environment of its own)")
+    group.add_argument(
+        "--vbench-export", type=Path, metavar="FOLDER",
+        help="also write every clip as FOLDER/ROW/PROMPT-INDEX.mp4, where VBench finds it",
+    )  # fmt: skip
+    group.add_argument(
+        "--vbench-results", action="append", default=[], metavar="ROW=FILE",
+        help="scores that VBench wrote for a row (*_eval_results.json), repeatable; alone, or "
+        "beside a measurement",
+    )  # fmt: skip
+    group.add_argument("--fps", type=arguments.number(float, 0.1), help="of exported clips")
+
+
+def read_results(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The scores by row, of one or several files a row.
+
+    Raises:
+        UsageError: not ROW=FILE, or no such file.
+        VBenchError: a file is no result of VBench.
+    """
+    files: dict[str, list[Path]] = {}
+    for text in given:
+        row, equal, path = text.partition("=")
+        if not (row and equal and path):
+            raise UsageError(f"--vbench-results takes ROW=FILE, such as radial=r.json, got {text}")
+        if not Path(path).is_file():
+            raise UsageError(f"--vbench-results: there is no file {path}")
+        files.setdefault(row, []).append(Path(path))
+    return {row: vbench.read_result(paths) for row, paths in files.items()}
+
+
+def describe(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores of all rows side by side."""
+    rows = [["VBench", *results]]
+    for name in (*vbench.QUALITY, *vbench.SEMANTIC):
+        found = [result["dimensions"].get(name) for result in results.values()]
+        if any(value is not None for value in found):
+            rows.append([name, *("" if value is None else f"{value:.2%}" for value in found)])
+    for name in ("quality", "semantic", "total"):
+        shown = (f"{r[name]:.2%}" if name in r else "incomplete" for r in results.values())
+        rows.append([name, *shown])
+    return table(rows)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes clips into a folder a row, under the names that VBench reads.
+
+    Attributes:
+        folder: of all rows.
+        names: of the files, by the number of the prompt; those of this process.
+        fps: frames per second.
+    """
+
+    folder: Path
+    names: Mapping[int, str]
+    fps: float
+
+    @classmethod
+    def of(
+        cls, folder: Path, prompts: Sequence[str], fps: float, rows: Sequence[str], team: Team
+    ) -> Export:
+        """Names for all prompts; a prompt that comes again gets the next index.
+
+        Raises:
+            UsageError: there are clips of an earlier export, or there is no ffmpeg.
+            VBenchError: a prompt cannot be a file name.
+        """
+        if media.default_format(video=True) != "mp4":
+            raise UsageError("--vbench-export writes mp4: pip install 'diffpatch[video]'")
+        seen: Counter[str] = Counter()
+        names = []
+        for prompt in prompts:
+            names.append(vbench.file_name(prompt, seen[prompt]))
+            seen[prompt] += 1
+        export = cls(folder, dict(team.mine(list(enumerate(names)))), fps)
+        paths = [export.path(row, number) for row in rows for number in export.names]
+        if taken := next((path for path in paths if path.exists()), None):
+            raise UsageError(f"{taken} exists; choose another --vbench-export")
+        output.check_free(paths, overwrite=True, option="--vbench-export")
+        return export
+
+    def path(self, row: str, number: int) -> Path:
+        """Where a clip goes; rows are folders that a shell need not quote."""
+        return self.folder / re.sub(r"[^\w.+=]+", "-", row).strip("-.") / self.names[number]
+
+    def write(self, row: str, number: int, frames: torch.Tensor) -> None:
+        """A clip (F, 3, H, W) in [0, 1]."""
+        path = self.path(row, number)
+        with output.staged(path.parent) as stage:
+            media.save(media.to_images(frames), stage / path.name, self.fps)
+
+    def copy(self, row: str, number: int, source: Path) -> None:
+        """A clip on disk: an mp4 as it is, anything else encoded."""
+        if source.suffix != ".mp4":
+            return self.write(row, number, items.read_frames(source))
+        path = self.path(row, number)
+        with output.staged(path.parent) as stage:
+            shutil.copyfile(source, stage / path.name)
+
+
+def export_folders(
+    folder: Path,
+    folders: Mapping[str, Path],
+    reference: Path,
+    captions: Mapping[str, str] | None,
+    fps: float,
+    team: Team,
+) -> None:
+    """Everything in the folders and the reference, under the prompts of the reference.
+
+    Raises:
+        UsageError: a file's prompt is not known.
+        ItemError: files do not fit each other.
+    """
+    dense = items.find_items(reference)
+    prompts = []
+    for name, path in dense.items():
+        prompt = (captions or {}).get(name) or items.prompt_beside(path)
+        if prompt is None:
+            raise UsageError(f"--vbench-export: no prompt is known for {name}; give --captions")
+        prompts.append(prompt)
+    rows = {"reference": reference, **folders}
+    export = Export.of(folder, prompts, fps, list(rows), team)
+    numbers = {path: number for number, path in enumerate(dense.values())}
+    for row, place in rows.items():
+        for own, other in items.match(items.find_items(place), dense).values():
+            if numbers[other] in export.names:
+                export.copy(row, numbers[other], own)

@@ -1,0 +1,220 @@
+"""`diffpatch render`: a prompt to a video or image, accelerated and, if asked, dense beside it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffpatch
+from diffpatch.cli import arguments, generation, output, progress
+from diffpatch.cli.errors import RunError, UsageError
+from diffpatch.cli.render import resume as shares
+from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render import summary
+from diffpatch.cli.render.job import Job, Variant, check_variants, describe, plan, request
+from diffpatch.eval.environment import environment
+from diffpatch.pipelines.running import sampling
+
+EXAMPLES = """\
+examples:
+  diffpatch render --prompt "a large red circle moves left over a black background" \\
+      --method radial --compare dense -o out/
+  diffpatch render -m demo-long -p "a small blue ring grows over a gray background" \\
+      --method neighborhood --set window=0.5 --dense-steps 0.25 -o out/
+  diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --offload model -o out/
+  accelerate launch -m diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+      --prompt-file prompts.txt --resume -o out/
+  diffpatch render -m ./my-wan-i2v --image start.png -p "the fox runs" --dtype bf16 -o out/
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "render",
+        help="make a video or an image, accelerated and dense side by side",
+        description="Run a pipeline with a faster attention; with --compare dense also without,\n"
+        "from the same noise, and report times and similarity.",
+        epilog=EXAMPLES,
+    )
+    group = parser.add_argument_group("what to make")
+    group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
+    group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
+    group.add_argument("--method", default="radial", help="see `diffpatch methods`, or dense")
+    group.add_argument(
+        "--compare", choices=("dense", "none"), default="none",
+        help="also render dense, from the same noise, and measure the difference (none)",
+    )  # fmt: skip
+    arguments.add_model_options(parser)
+    arguments.add_generation_options(parser)
+    arguments.add_method_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder (out)")
+    again = group.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    again.add_argument("--resume", action="store_true", help="render only what is missing")
+    group.add_argument(
+        "--format", choices=media.VIDEO_FORMATS,
+        help="of the files (mp4, or webp without ffmpeg; png for images)",
+    )  # fmt: skip
+    group.add_argument("--fps", type=arguments.number(float, 0.1), help="frames per second")
+    group.add_argument(
+        "--json", action="store_true", help="print the result as JSON (a list for several prompts)"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    group.add_argument("--dry-run", action="store_true", help="check everything, render nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render every prompt; returns the exit code."""
+    variants = check_variants(args)
+    texts = generation.prompts(args)
+    progress.hush_libraries()
+    process = shares.Process.current()
+    if args.json and process.count > 1:
+        raise UsageError(
+            f"--json prints one document and there are {process.count} processes; drop it and read"
+            " render.json in the folders"
+        )
+    job = plan(args, variants, texts, process)
+    if args.dry_run:
+        print(describe(job))
+        return 0
+    args.device, printing = process.device(args.device), not (args.quiet or args.json)
+    args.quiet |= process.rank > 0  # one bar on a screen
+    if not job.prompts:
+        progress.say("nothing is left to render", args.quiet)
+    results = render_all(args, job, printing) if job.prompts else []
+    if args.json:
+        print(output.to_json(results[0] if results and len(texts) == 1 else results), end="")
+    return 0
+
+
+def render_all(args: argparse.Namespace, job: Job, printing: bool) -> list[dict[str, Any]]:
+    """Load the pipeline and render every prompt of the job; returns the results."""
+    pipe = load(args, job)
+    call = generation.fit(job.call, pipe)
+    # The method warms up first, so that settings that cannot work fail before the dense run.
+    for variant in reversed(job.variants):
+        progress.say(f"warming up {variant.name}", args.quiet)
+        _warm_up(args, pipe, variant, call | {"prompt": job.prompts[0]})
+    results = []
+    for prompt, folder in zip(job.prompts, job.folders, strict=True):
+        result = render(args, job, pipe, call | {"prompt": prompt}, folder)
+        results.append(result)
+        if printing:
+            print(summary.describe(result), flush=True)
+    return results
+
+
+def load(args: argparse.Namespace, job: Job) -> Any:
+    """The pipeline, on its device."""
+    progress.say(f"loading {job.source.name}", args.quiet)
+    return generation.load(args, job.source, args.device)
+
+
+def render(
+    args: argparse.Namespace, job: Job, pipe: Any, call: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Run every variant on one prompt and write its files; returns the result."""
+    from diffpatch.internals import execution_device
+
+    device = execution_device(pipe)
+    samples, runs = {}, {}
+    for variant in job.variants:
+        samples[variant.name], runs[variant.name] = _timed(args, pipe, variant, call, job.steps)
+    result = request(job, args, call["prompt"]) | {
+        "pipeline": type(pipe).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(device),
+        "runs": runs,
+    }
+    if len(samples) > 1:
+        dense, fast = (variant.name for variant in job.variants)
+        result["speedup"] = summary.speedup(runs[dense]["seconds"], runs[fast]["seconds"])
+        result["quality"] = summary.quality(samples[fast], samples[dense])
+    result["measured"] = summary.MEASURED + (summary.COMPILED if args.compile else "")
+    result["environment"] = environment(device)
+    files = job.files(folder)
+    result["files"] = {key: str(path) for key, path in files.items()}
+    _write(job, samples, result, folder)
+    return result
+
+
+def _warm_up(args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[str, Any]) -> None:
+    # Two steps must show the method at work, so none of them is dense.
+    with _explained(variant.name), variant.applied(pipe, dense_steps=0, dense_last_steps=0):
+        try:
+            sampling.warm_up(pipe, call, args.seed)
+        except ValueError as error:
+            if isinstance(error, diffpatch.DiffpatchError):
+                raise
+            # Pipelines check their arguments on entry and say what they expect.
+            raise UsageError(f"{type(pipe).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _timed(
+    args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[str, Any], steps: int | None
+) -> tuple[sampling.Sample, dict[str, Any]]:
+    """One measured run: what it made, and its entry in the result."""
+    with _explained(variant.name), variant.applied(pipe):
+        if args.compile:  # compiled code belongs to this very patch
+            sampling.sample(pipe, call, args.seed)
+        kept = None if variant.is_dense else lambda: diffpatch.report(pipe).kept
+        with progress.steps(variant.name, steps, kept, args.quiet) as advance:
+            sample = sampling.sample(pipe, call, args.seed, advance)
+        entry: dict[str, Any] = {"seconds": summary.timing(sample), "kept": 1.0}
+        if not variant.is_dense:
+            report = diffpatch.report(pipe)
+            entry |= {"kept": round(report.kept, 5), "options": variant.options}
+            entry["report"] = report.to_dict()
+    return sample, entry
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what can go wrong while a pipeline runs into one line that says what to do."""
+    try:
+        yield
+    except sampling.NonFiniteOutput as error:
+        raise RunError(
+            f"{name}: {error}; nothing was written. Check the weights, or try --dtype bf16 or fp32"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{name}: out of memory; try --offload model, --vae-tiling, or fewer or smaller frames"
+        ) from error
+
+
+def _write(
+    job: Job, samples: dict[str, sampling.Sample], result: dict[str, Any], folder: Path
+) -> None:
+    """All files of one prompt, at once."""
+    clips = {name: media.to_images(sample.frames) for name, sample in samples.items()}
+    names = {key: path.name for key, path in job.files(folder).items()}
+    with output.staged(folder) as stage:
+        for name, clip in clips.items():
+            media.save(clip, stage / names[name], job.fps)
+        if len(clips) > 1:
+            labels = _labels(result)
+            pair = media.side_by_side(list(clips.values()), labels)
+            media.save(pair, stage / names["side_by_side"], job.fps)
+            if "contact_sheet" in names:
+                sheet = media.contact_sheet(list(clips.values()), labels)
+                media.save([sheet], stage / names["contact_sheet"], job.fps)
+        (stage / names["result"]).write_text(output.to_json(result), encoding="utf-8")
+
+
+def _labels(result: dict[str, Any]) -> list[str]:
+    labels = []
+    for name, entry in result["runs"].items():
+        seconds = entry["seconds"]["denoising"] or entry["seconds"]["total"]
+        text = f"{name}  {seconds:.1f} s"
+        labels.append(text if name == "dense" else f"{text}, {entry['kept']:.0%} of pairs")
+    return labels

@@ -1,0 +1,109 @@
+"""The result of a rendering: as data for the JSON file, and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from diffpatch.eval.quality.metrics import Score, psnr, ssim
+from diffpatch.pipelines.running.sampling import Sample
+
+MEASURED = (
+    "Wall-clock seconds, with the device synchronised before every reading. denoising: all steps, "
+    "from the first call of the transformer to the end of the last step. total: denoising, plus "
+    "encoding the prompt and decoding the frames. Every variant was first warmed up by a two-step "
+    "call that is not counted; then each ran once, one after the other, from the same noise."
+)
+COMPILED = " Compilation happened in one more whole call before each, not counted either."
+QUALITY = (
+    "Means over frames, of the frames in memory before encoding. PSNR in dB, at most 100; SSIM "
+    "with a Gaussian window, 11×11, sigma 1.5, data range 1."
+)
+
+
+def timing(sample: Sample) -> dict[str, Any]:
+    """The times of one run."""
+    steps = sample.step_seconds
+    times: dict[str, Any] = {
+        "total": round(sample.total_seconds, 4),
+        "denoising": round(sum(steps), 4) if steps else None,
+        "step_median": round(median(steps), 4) if steps else None,
+        "steps": [round(seconds, 4) for seconds in steps],
+    }
+    if sample.peak_bytes is not None:
+        times["peak_gib"] = round(sample.peak_bytes / 2**30, 3)
+    return times
+
+
+def quality(sample: Sample, reference: Sample) -> dict[str, Any]:
+    """PSNR and SSIM of one run to another."""
+
+    def entry(score: Score, digits: int) -> dict[str, Any]:
+        return {
+            "mean": round(score.mean, digits),
+            "per_frame": [round(value, digits) for value in score.per_frame],
+        }
+
+    scores = psnr(sample.frames, reference.frames), ssim(sample.frames, reference.frames)
+    return {
+        "reference": "dense",
+        "psnr": entry(scores[0], 3),
+        "ssim": entry(scores[1], 5),
+        "definition": QUALITY,
+    }
+
+
+def speedup(dense: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
+    """How many times faster, by each of the clocks."""
+    return {
+        name: round(dense[name] / fast[name], 3)
+        for name in ("total", "denoising", "step_median")
+        if dense[name] and fast[name]
+    }
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns: the first `left` of them to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result of one prompt as a short table."""
+    runs: dict[str, Any] = result["runs"]
+    gains = result.get("speedup", {})
+    rows = [["", *runs] + (["speedup"] if gains else [])]
+    for label, key in (("denoising", "denoising"), ("a step", "step_median"), ("total", "total")):
+        times = [run["seconds"][key] for run in runs.values()]
+        if all(time is not None for time in times):
+            gain = [f"{gains[key]:.2f}×"] if key in gains else [""] * bool(gains)
+            rows.append([label, *(f"{time:.2f} s" for time in times), *gain])
+    blank = [""] * bool(gains)
+    rows.append(["pairs kept", *(f"{run['kept']:.1%}" for run in runs.values()), *blank])
+    for name, digits, unit in _METRICS if "quality" in result else ():
+        score = result["quality"][name]["mean"]
+        rows.append([f"{name.upper()} to dense", "", f"{score:.{digits}f}{unit}", *blank])
+    lines = [f"“{result['prompt']}”, seed {result['seed']}", table(rows)]
+    fallbacks = _fallbacks(runs)
+    return "\n".join(lines + fallbacks + [f"wrote {path}" for path in result["files"].values()])
+
+
+_METRICS = (("psnr", 1, " dB"), ("ssim", 3, ""))
+
+
+def _fallbacks(runs: dict[str, Any]) -> list[str]:
+    """Why calls of an accelerated run were dense."""
+    reports = [run["report"] for run in runs.values() if "report" in run]
+    return [
+        f"dense: {count} of {report['calls']} attention calls ({why})"
+        for report in reports
+        for why, count in report["reasons"].items()
+    ]

@@ -1,0 +1,5 @@
+"""The method `linear`."""
+
+from diffpatch.methods.linear.method import Linear
+
+__all__ = ["Linear"]

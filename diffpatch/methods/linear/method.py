@@ -1,0 +1,190 @@
+"""Attention that is exact nearby and sums up the far; needs no training, but can be distilled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.kernels.block_sparse.api import GPU_BACKENDS
+from diffpatch.kernels.block_sparse.work import Work, work_of
+from diffpatch.kernels.linear import api as linear_attention
+from diffpatch.kernels.linear import features as linear_features
+from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.methods import axis
+from diffpatch.methods import learned as adapter
+from diffpatch.methods.base import Attended, Call, Method, param, register
+from diffpatch.methods.linear import distilled
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.tiles import Tiling, choose_tile
+
+FARS = ("pool", "state", *linear_features.FEATURES)
+NEAR = 1024  # tokens of a window of fixed size
+
+
+@register
+@dataclass(frozen=True)
+class Linear(Method):
+    """Near tiles exactly and all text; nothing is dropped, the far is summarised.
+
+    With ``far="pool"`` every other run of `pool` tokens is one virtual token. With ``far="state"``
+    all far tokens together are one state of the moments of their keys and values, and the window
+    holds a fixed number of tokens instead of a share of them: cost and memory are then strictly
+    linear in the tokens. At equal cost both stay closer to dense attention than dropping the far.
+
+    Both can be distilled, and so can a window mixed with feature-map linear attention (SLA2): far
+    "elu", "relu", "softmax" or "hedgehog", with ``near=0`` for that alone. `weights` names the file
+    of what was learned (examples/distill_linear.py writes it), which says all other parameters too.
+    Without one a feature map is refused: a model that was not trained for it falls apart.
+    """
+
+    name = "linear"
+    summary = "near tiles exactly, far tiles summarised in the same softmax; can be distilled"
+    source = "PISA, arXiv 2602.01077; second order: PWT; distilled: SLA2, arXiv 2602.12675"
+    default_dense_steps = 0.15
+    size_parameters: ClassVar[tuple[str, ...]] = ("density", "near", "weights")
+
+    density: float = param(0.125, "share of the tiles that each query sees exactly")
+    pool: int = param(64, "tokens that one virtual token stands for")
+    second_order: bool = param(True, "count the spread of the keys within a run, capped")
+    far: str = param("pool", "'pool' (virtual tokens), 'state' (strictly linear), or a feature map")
+    near: int | None = param(
+        None, "tokens seen exactly, instead of a share; 1024 unless far is 'pool'"
+    )
+    weights: str | None = param(None, "file of learned parameters; it says the others too")
+    allow_untrained: bool = param(False, "run a feature map without learned parameters")
+
+    def __post_init__(self) -> None:
+        self.check(0 < self.density <= 1, "density", "in (0, 1]")
+        self.check(isinstance(self.pool, int) and self.pool >= 1, "pool", "a count of at least 1")
+        self.check(self.far in FARS, "far", f"one of {', '.join(FARS)}")
+        least = 1 if self.far == "pool" else 0
+        count = self.near is None or (isinstance(self.near, int) and self.near >= least)
+        self.check(count, "near", f"a count of at least {least}, or None")
+        if self._features and not (self.weights or self.allow_untrained):
+            raise BadParameter(
+                f"linear: far={self.far!r} needs a model that was trained for it; on any other,"
+                " features are nearly blind and the result is little more than the mean of the"
+                " values. Use far='pool' or far='state', distil the model and pass weights="
+                " (examples/distill_linear.py), or set allow_untrained=True to see for yourself"
+            )
+
+    @property
+    def _features(self) -> bool:
+        return self.far in linear_features.FEATURES
+
+    @classmethod
+    def complete(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """A file of weights says what it was made with; only the size may be changed."""
+        if params.get("weights") is None:
+            return params
+        made = adapter.read_method(params["weights"])
+        for name in (params.keys() & made.keys()) - {"near", "density"}:
+            if params[name] != made[name]:
+                raise BadParameter(
+                    f"linear: {name}={params[name]!r}, but weights={params['weights']!r} were made"
+                    f" with {name}={made[name]!r}: leave it out"
+                )
+        return {**made, **params}
+
+    def learned_from(self) -> str | None:
+        return self.weights
+
+    def sized(self, amount: float, kind: str = "video") -> Method:
+        if self.far != "pool" or self.near is not None:
+            raise BadParameter(
+                f"linear: with far={self.far!r}, near={self.near} the window has a fixed size and"
+                " no share of the tokens: set near instead"
+            )
+        return super().sized(amount, kind)
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        """The exact part; its `kept` counts a virtual token, or a state, as one key."""
+        tiling = Tiling.even(grid, choose_tile(grid.shape, limits=[-(-n // 3) for n in grid.shape]))
+        keep = torch.zeros(tiling.num_visual, tiling.num_visual, dtype=torch.bool)
+        if self.near != 0:
+            keep = _boxes(tiling.counts, self._share(grid))
+        pattern = from_tiles(grid, tiling, keep)
+        if pattern.kept >= 1:
+            return pattern
+        if self.far == "pool":
+            runs = -(-tiling.visual_sizes // self.pool)
+            pairs = (tiling.visual_sizes @ (~keep).long() @ runs).item()
+        else:
+            pairs = grid.visual_tokens
+        return dataclasses.replace(pattern, kept=pattern.kept + pairs / grid.num_tokens**2)
+
+    def work(self, pattern: BlockPattern, age: int, backend: str) -> Work | None:
+        """The exact part, every query against every virtual token, and the merge of the two."""
+        if self.far != "pool":
+            return None
+        tokens = pattern.blocks.num_tokens
+        runs = -(-pattern.blocks.starts.diff().long() // self.pool)
+        count = float(runs.sum())  # runs are gathered filled up to their full length
+        far = Work(calls=1, rows=tokens, virtual=tokens * count, pooled=self.pool * count)
+        return work_of(pattern.blocks, backend) + far
+
+    def _share(self, grid: TokenGrid) -> float:
+        """The share of the visual tokens that a query sees exactly."""
+        near = NEAR if self.near is None and self.far != "pool" else self.near
+        return self.density if near is None else min(1.0, near / grid.visual_tokens)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+        learned = call.learned
+        if self.weights and not learned:
+            raise BadParameter(
+                f"linear: weights={self.weights!r} belong to the layers of a model: use"
+                " diffpatch.patch, or give a layer's tensors in Call.learned"
+            )
+        q, k, v = (distilled.corrected(x, n, learned) for x, n in ((q, "q"), (k, "k"), (v, "v")))
+        blocks = call.pattern.on(q.device)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        near, near_lse, used = call.sparse(q, k, v)
+        # Where the exact part runs in Triton the rest decides for itself: it has no gradients.
+        backend = "auto" if used in GPU_BACKENDS else used.removesuffix("-int8")
+        if self.far == "pool":
+            tokens = virtual_tokens.pool(
+                k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask,
+                backend=backend,
+            )  # fmt: skip
+            both = (near, near_lse)
+            out, _ = virtual_tokens.attend_virtual(q, tokens, blocks, scale, both, backend)
+            return Attended(distilled.corrected(out, "out", learned), call.pattern.kept, used)
+        far, far_lse = linear_attention.attend_cumulants(
+            q, k, v, blocks, scale, call.key_mask, backend
+        )
+        if self._features:
+            x, y = distilled.mapped(q, "q", learned), distilled.mapped(k, "k", learned)
+            features = linear_attention.attend_features(
+                x, y, v, blocks, self.far, call.key_mask, backend
+            )
+            out = distilled.mixed(near, near_lse, far, far_lse, features, learned)
+        else:
+            out, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
+        return Attended(distilled.corrected(out, "out", learned), call.pattern.kept, used)
+
+
+def _boxes(counts: tuple[int, int, int], share: float) -> torch.Tensor:
+    """bool (V, V) over visual tiles: each sees a box of about a share of all around it."""
+    sizes = _windows(counts, share)
+    t, h, w = (axis.tile_windows(n, size) for n, size in zip(counts, sizes, strict=True))
+    keep = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
+    return keep.reshape(math.prod(counts), -1)
+
+
+def _windows(counts: tuple[int, int, int], share: float) -> tuple[int, ...]:
+    """Tiles along each axis whose product is nearest to a share of all, of even proportions."""
+
+    def misfit(sizes: tuple[int, ...]) -> float:
+        shares = [s / n for s, n in zip(sizes, counts, strict=True)]
+        uneven = math.log(max(shares) / min(shares))
+        return abs(math.log(math.prod(shares) / share)) + 0.2 * uneven
+
+    return min(itertools.product(*(range(1, n + 1) for n in counts)), key=misfit)

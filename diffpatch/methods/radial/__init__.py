@@ -1,0 +1,5 @@
+"""The method `radial`."""
+
+from diffpatch.methods.radial.method import Radial
+
+__all__ = ["Radial"]

@@ -1,0 +1,67 @@
+"""Radial attention: the further apart two frames are, the smaller the window between them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from diffpatch.errors import BadParameter
+from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.radial import rules as radial_rules
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.tiles import raster
+
+
+@register
+@dataclass(frozen=True)
+class Radial(Method):
+    """Radial Attention (arXiv 2506.19852): frames 0 and 1 apart see each other whole, then the
+    window halves every time the distance doubles; the first frame is seen by all (the sink).
+
+    ``rule="published"`` reproduces the masks that the paper measured: bands over the raster order,
+    rounded to 128-token blocks. ``rule="tiles"`` spends the same budget on two-dimensional windows
+    of whole tiles, shifted inwards at the edges of the frame, where raster bands are cut in half
+    and leave visible glitches.
+
+    `density` sets the budget itself: the windows keep the proportions that `decay` gives them and
+    all grow or shrink until they cover that share of the pairs. Below what the near frames and the
+    first one cost whole, those shrink as well.
+    """
+
+    name = "radial"
+    summary = "windows that halve whenever the distance between frames doubles"
+    source = "Radial Attention, arXiv 2506.19852"
+    kinds = ("video",)
+    default_dense_steps = 0.25
+    default_dense_layers = 1
+    size_parameters = ("density", "decay")
+
+    decay: float = param(0.5, "width of the windows; the published presets are 0.2 to 1")
+    rule: str = param("tiles", "'tiles' (2-D windows on tiles) or 'published' (raster bands)")
+    sink: bool = param(True, "every token sees the whole first frame")
+    density: float | None = param(None, "share of the pairs to keep (rule 'tiles'), or None")
+
+    def __post_init__(self) -> None:
+        self.check(self.decay > 0, "decay", "positive")
+        self.check(self.rule in ("tiles", "published"), "rule", "'tiles' or 'published'")
+        if self.density is not None:
+            self.check(0 < self.density <= 1, "density", "in (0, 1], or None")
+            self.check(self.rule == "tiles", "density", "None with rule='published'; set decay")
+
+    def sized(self, amount: float, kind: str = "video") -> Radial:
+        if self.rule == "published":  # its only knob; the published presets are 0.2 to 1
+            return replace(self, decay=min(amount, 0.99) / (1 - min(amount, 0.99)))
+        return replace(self, density=amount)
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        if grid.num_frames < 2:
+            raise BadParameter(
+                f"radial: the grid {grid} has one frame, so nothing can be saved between frames;"
+                " use neighborhood or window for images"
+            )
+        if self.rule == "published":
+            keep = radial_rules.published(grid, self.decay, self.sink)
+            return from_tiles(grid, raster(grid), keep)
+        tiling, keep = radial_rules.tiles(grid, self.decay, self.sink, self.density)
+        return from_tiles(grid, tiling, keep)

@@ -1,0 +1,209 @@
+"""Temporal attention: results or decisions of one denoising step serve the steps after it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.kernels.active_tiles.api import tile_table
+from diffpatch.methods.base import Attended, Call, Method, param, register
+from diffpatch.methods.dense import Dense
+from diffpatch.methods.radial.method import Radial
+from diffpatch.methods.temporal import mask as temporal_mask
+from diffpatch.methods.temporal import skip as temporal_skip
+from diffpatch.methods.temporal import tail as temporal_tail
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+
+REFRESH = {"tail": 4, "skip": 10, "mask": 5}  # each mode's own
+DENSE_STEPS = {"tail": 0.15, "skip": 0.1, "mask": 0.2}
+PHASES = 3  # parts of a run that may have thresholds of their own
+
+
+@register
+@dataclass(frozen=True)
+class Temporal(Method):
+    """Another static method, and what earlier denoising steps found out about it.
+
+    ``mode="tail"``: every `refresh` steps the rest of the attention is computed too, so that the
+    step is dense, and stored: its output and its log-sum-exp. On the steps between, the current
+    sparse result and the stored rest are merged as one softmax, so that the weight of the old rest
+    follows the current queries. Large: about the size of the attention's output.
+
+    ``mode="skip"``: tiles whose scores stay below the running maximum by `threshold` powers of 2
+    are left out from the next step on, until a re-check after `refresh` steps (LiteAttention).
+
+    ``mode="mask"``: every `refresh` steps, from the current queries and keys, each row of tiles
+    chooses its most important ones, a `share` of them, and keeps to them (SparseD).
+
+    The last two store a bit for each pair of tiles, choose for each head, always compute text and
+    each tile's view of itself, and also work on dense attention. State is kept for each layer and
+    guidance branch and dies with the run.
+
+    Written ``"radial+temporal"``, ``"window+temporal"``, ``"dense+temporal"`` and so on.
+    """
+
+    name = "temporal"
+    summary = "another method (or dense) with results or decisions of earlier steps"
+    source = (
+        "skip: LiteAttention, arXiv 2511.11062; mask: SparseD, arXiv 2509.24014; tail: tail cache;"
+        " with frozen shares it is Re-ttention, arXiv 2505.22918"
+    )
+    needs_steps = True
+
+    over: Method = param(
+        Radial(), "the wrapped method, as in 'radial+temporal' or 'dense+temporal'"
+    )
+    mode: str = param("tail", "'tail' (results), 'skip' or 'mask' (decisions; bits, not results)")
+    refresh: int | None = param(
+        None, "steps from one refresh to the next; None takes 4 (tail), 10 (skip) or 5 (mask)"
+    )
+    threshold: float | tuple[float, ...] = param(
+        -10.0, "skip: powers of 2 below the running maximum; three for the thirds of a run"
+    )
+    order: str = param("alternate", "skip: the order of the keys: forward, reverse or alternate")
+    share: float = param(0.3, "mask: the part of the wrapped method's tiles to keep")
+    keep_frames: int = param(0, "skip, mask: first latent frames whose keys are always computed")
+    budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
+
+    def __post_init__(self) -> None:
+        self.check(self.mode in REFRESH, "mode", f"one of {', '.join(REFRESH)}")
+        whole = isinstance(self.refresh, int) and self.refresh >= 2
+        self.check(
+            self.refresh is None or whole, "refresh", "a count of at least 2; 1 would be dense"
+            " attention" if self.mode != "mask" else "a count of at least 2",
+        )  # fmt: skip
+        thresholds = self.threshold if isinstance(self.threshold, Sequence) else (self.threshold,)
+        self.check(
+            len(thresholds) in (1, PHASES) and all(t <= 0 for t in thresholds),
+            "threshold", "at most 0, one number or three for the thirds of a run",
+        )  # fmt: skip
+        self.check(
+            self.order in ("forward", "reverse", "alternate"),
+            "order", "'forward', 'reverse' or 'alternate'",
+        )  # fmt: skip
+        self.check(0 < self.share <= 1, "share", "above 0 and at most 1")
+        self.check(
+            isinstance(self.keep_frames, int) and self.keep_frames >= 0, "keep_frames", "a count"
+        )
+        self._check_over()
+
+    def _check_over(self) -> None:
+        nested = isinstance(self.over, Temporal) or type(self.over).attend is not Method.attend
+        if nested or (self.mode == "tail" and isinstance(self.over, Dense)):
+            other = "use mode='skip' or mode='mask', or" if not nested else "so"
+            raise BadParameter(
+                f"temporal: it remembers what a method leaves out, and {self.over.name} leaves"
+                f" nothing out; {other} combine it with radial, neighborhood or window"
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the wrapped method makes sense for."""
+        return self.over.kinds
+
+    @property
+    def default_dense_steps(self) -> float:  # type: ignore[override]
+        """Each mode's own."""
+        return DENSE_STEPS[self.mode]
+
+    @property
+    def dynamic(self) -> bool:  # type: ignore[override]
+        """Whether calls leave out more than the pattern does."""
+        return self.mode != "tail"
+
+    @property
+    def every(self) -> int:
+        """Steps from one refresh to the next."""
+        return REFRESH[self.mode] if self.refresh is None else self.refresh
+
+    @property
+    def size_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What sets how much is kept."""
+        return ("share",) if self.mode == "mask" else self.over.size_parameters
+
+    def sized(self, amount: float, kind: str = "video") -> Temporal:
+        if self.mode == "mask":
+            return replace(self, share=amount)
+        return replace(self, over=self.over.sized(amount, kind))
+
+    def variant(self, layer: int, step: int) -> Hashable:
+        # A pattern that moved with the step would not fit what is remembered of it.
+        return self.over.variant(layer, 0)
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        return self.over.pattern(grid, variant)
+
+    def kept(self, pattern: BlockPattern, age: int) -> float:
+        if self.mode == "mask":
+            return temporal_mask.bounds(pattern, self.share, self.keep_frames)[1]
+        if self.mode == "skip":
+            return pattern.kept
+        return 1.0 if age % self.every == 0 else pattern.kept
+
+    def at_most(self, pattern: BlockPattern) -> bool:
+        if self.mode == "mask":
+            least, most = temporal_mask.bounds(pattern, self.share, self.keep_frames)
+            return least < most
+        return self.mode == "skip"
+
+    def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
+        if self.mode == "tail":  # outputs, and a 32-bit log-sum-exp each
+            return pattern.grid.num_tokens * heads * (2 * head_dim + 4)
+        return heads * -(-tile_table(pattern.blocks).length // 8)
+
+    def state_limit(self) -> float:
+        return self.budget_gib * 2**30
+
+    @property
+    def state_advice(self) -> str:  # type: ignore[override]
+        """What keeps less."""
+        if self.mode != "tail":
+            return "keep more layers dense"
+        return "use mode='skip' or mode='mask', which keep bits instead of results"
+
+    def phase_threshold(self, call: Call) -> float:
+        """The threshold of the call's third of the run."""
+        if not isinstance(self.threshold, Sequence):
+            return self.threshold
+        if len(self.threshold) == 1:
+            return self.threshold[0]
+        return self.threshold[phase(call)]
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+        factor = self.over.softmax_factor()
+        if factor != 1:
+            scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+            call = replace(call, scale=factor * scale)
+        if self.mode == "tail":
+            return temporal_tail.attend(q, k, v, call, self.every)
+        shared: dict[str, Any] = {"refresh": self.every, "keep_frames": self.keep_frames}
+        if self.mode == "mask":
+            return temporal_mask.attend(q, k, v, call, share=self.share, **shared)
+        reverse = self.order == "reverse" or (self.order == "alternate" and call.step % 2 == 1)
+        threshold = self.phase_threshold(call)
+        return temporal_skip.attend(
+            q, k, v, call, threshold=threshold, reverse=reverse, **shared
+        )  # fmt: skip
+
+
+def phase(call: Call) -> int:
+    """The third of the run that a call belongs to: 0, 1 or 2.
+
+    Raises:
+        BadParameter: nothing tells how long the run is.
+    """
+    if call.total is None:
+        raise BadParameter(
+            "temporal: thresholds for the thirds of a run need to know its steps; give only one"
+        )
+    return third_of(call.step, call.total)
+
+
+def third_of(step: int, steps: int) -> int:
+    """The third of a run of some steps that a step belongs to: 0, 1 or 2."""
+    return min(step * PHASES // steps, PHASES - 1)

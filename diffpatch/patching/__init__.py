@@ -1,0 +1,1 @@
+"""The verbs of a patch, and what happens inside a patched transformer."""

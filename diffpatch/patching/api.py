@@ -1,0 +1,227 @@
+"""patch, unpatch and what goes with them: where models, methods and kernels meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
+from diffpatch.kernels.block_sparse.api import BACKENDS
+from diffpatch.methods.base import MethodLike
+from diffpatch.patching.report import Record, Report
+from diffpatch.patching.schedule import Amount
+from diffpatch.patching.settle import settle
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.pipelines.families.presets import two_experts
+from diffpatch.pipelines.families.table import FamilyInfo, families, family_of
+
+if TYPE_CHECKING:
+    from diffpatch.patching.transformer import PatchedTransformer
+
+Target = TypeVar("Target")
+Grid = TokenGrid | Callable[..., TokenGrid]
+
+
+def patch(
+    target: Target,
+    method: MethodLike = "radial",
+    *,
+    dense_steps: Amount | None = None,
+    dense_layers: Amount | Collection[int] | None = None,
+    dense_last_steps: Amount = 0,
+    quality: str | None = None,
+    backend: str = "auto",
+    grid: Grid | None = None,
+    modules: str | None = None,
+    **params: Any,
+) -> Target:
+    """Make a pipeline or transformer attend to less, in place.
+
+    A model of your own is described where it is patched, if its attention modules have a
+    ``processor`` as in diffusers::
+
+        def grid(latents, prompt, **_):  # the arguments of its forward
+            return TokenGrid(*latents.shape[2:], text_before=prompt.shape[1])
+
+        patch(model, "window", grid=grid, modules=r"blocks\\.\\d+\\.attn")
+
+    Args:
+        target: a diffusers pipeline (all its known transformers are patched) or one transformer.
+        method: a name from `methods()`, a combination such as ``"radial+temporal"`` or ``["radial",
+            "temporal"]`` (see `diffpatch.composition`), or an object such as ``Radial(decay=0.5)``.
+        dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
+            takes the family's published setting for the method, else the method's own.
+        dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
+            above.
+        dense_last_steps: last denoising steps that stay dense.
+        quality: "high", "balanced" or "fast": sparse calls keep about 50, 25 or 12.5 % of the
+            pairs of visual tokens, or what the family's published setting near that keeps. It only
+            chooses what `params` leave open and never the dense steps and layers; `report` and
+            `plan` print the result. None takes the published setting, else the method's defaults.
+        backend: "auto", "triton", "torch", "reference", or "triton-int8", "torch-int8", "gluon" as
+            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+        grid: for models without a family: a `TokenGrid`, or a function of the forward's arguments
+            (as keywords) that returns one. Needs `modules`.
+        modules: for models without a family: regular expression that full-matches the paths of the
+            self-attention modules, each with a diffusers ``processor``.
+        **params: parameters of the method.
+
+    Returns:
+        The target. Patching again replaces the earlier patch.
+
+    Raises:
+        UnknownMethod, BadParameter: the method or a parameter cannot work.
+        UnknownFamily: no transformer of a known family is in the target, or one that cannot be
+            patched, with the reason.
+    """
+    # Imports diffusers, which takes seconds, so only here.
+    from diffpatch import internals
+    from diffpatch.patching.patch import Patch
+    from diffpatch.patching.transformer import PatchedTransformer
+
+    internals.check()
+    found = _transformers(target, _custom_family(grid, modules))
+    chosen, schedule = settle(
+        method,
+        params,
+        found[0][2],
+        found[0][2].kind,
+        dense_steps=dense_steps,
+        dense_last_steps=dense_last_steps,
+        dense_layers=dense_layers,
+        stepless=not hasattr(target, "components"),
+        quality=quality,
+        experts=two_experts(target),
+    )
+    if backend not in BACKENDS:
+        raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")
+    shared = Patch(chosen, schedule, backend, target)
+    shared.transformers = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
+    for transformer in shared.transformers:
+        schedule.layers(len(transformer.modules))
+    unpatch(target)  # only now: what cannot work leaves an earlier patch alone
+    try:
+        for transformer in shared.transformers:
+            transformer.install()
+    except Exception:
+        unpatch(target)
+        raise
+    shared.follow_schedulers()
+    return target
+
+
+def unpatch(target: Target) -> Target:
+    """Undo `patch`: the same processor objects, the same scheduler class, bit-equal outputs.
+
+    Does nothing to a target that is not patched.
+    """
+    for owner in owners(target):
+        owner.remove()
+        owner.patch.unfollow_schedulers()
+    return target
+
+
+@contextlib.contextmanager
+def patched(target: Target, method: MethodLike = "radial", **options: Any) -> Iterator[Target]:
+    """`patch` for the length of a with block; undone on the way out, also after an exception.
+
+    A patch that the target carried before is back afterwards, with counts and state of its own that
+    begin anew.
+    """
+    before = owners(target)
+    patch(target, method, **options)
+    try:
+        yield target
+    finally:
+        unpatch(target)
+        for owner in before:
+            owner.install()
+            owner.patch.follow_schedulers()
+
+
+def report(target: Any) -> Report:
+    """What the last run of a patched target did (of a bare transformer: its last forward).
+
+    Raises:
+        NotPatched: the target carries no patch.
+    """
+    found = owners(target)
+    if not found:
+        raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
+    layers = sum(len(o.modules) for o in found)
+    patches = list(dict.fromkeys(o.patch for o in found))
+    if len(patches) == 1:
+        record = patches[0].record
+    else:  # transformers patched one by one, each with counts of its own
+        record = Record.joined({name: o.patch.record for name, o in named_owners(target).items()})
+    method = "; ".join(dict.fromkeys(str(p.method) for p in patches))
+    return Report.of(method, layers, record, sum(p.state_bytes() for p in patches))
+
+
+def reset(target: Any) -> None:
+    """Forget all state and counts of the last run."""
+    for owner in owners(target):
+        owner.patch.reset()
+
+
+def _unwrap(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # torch.compile(transformer)
+
+
+def _components(target: Any) -> dict[str, Any]:
+    if isinstance(target, torch.nn.Module):
+        return {"transformer": target}
+    return dict(getattr(target, "components", {}))
+
+
+def owners(target: Any) -> list[PatchedTransformer]:
+    """The patched transformers of a target; patched together, they share one `Patch`."""
+    return list(named_owners(target).values())
+
+
+def named_owners(target: Any) -> dict[str, PatchedTransformer]:
+    """The same by the names they have in the target."""
+    models = {name: _unwrap(m) for name, m in _components(target).items()}
+    modules = {name: m for name, m in models.items() if isinstance(m, torch.nn.Module)}
+    found = {name: getattr(m, "_diffpatch", None) for name, m in modules.items()}
+    return {name: owner for name, owner in found.items() if owner is not None}
+
+
+def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any, FamilyInfo]]:
+    """(component name, model, family) of everything in the target that can be patched."""
+    found = []
+    for name, component in _components(target).items():
+        model = _unwrap(component)
+        if not isinstance(model, torch.nn.Module):
+            continue
+        family = custom if custom and name.startswith("transformer") else family_of(model)
+        if family is None:
+            continue
+        if family.refused:
+            raise UnknownFamily(
+                f"{type(model).__name__} ({family.name}) cannot be patched: {family.refused}"
+            )
+        found.append((name, model, family))
+    if not found:
+        known = ", ".join(sorted(f.transformer for f in families() if not f.refused))
+        raise UnknownFamily(
+            f"{type(target).__name__} holds no transformer of a known family ({known});"
+            " for your own model pass grid= and modules="
+        )
+    return found
+
+
+def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
+    if grid is None and modules is None:
+        return None
+    if grid is None or modules is None:
+        raise BadParameter("grid= and modules= describe a model together: pass both or neither")
+
+    def read(model: Any, args: Any) -> tuple[int, int, int, int, int]:
+        value = grid if isinstance(grid, TokenGrid) else grid(**args)
+        return (*value.shape, value.text_before, value.text_after)
+
+    return FamilyInfo("custom", "custom", "video", modules, read, text="unknown")

@@ -1,0 +1,164 @@
+"""Context parallelism: one sequence cut over several devices by diffusers' `enable_parallelism`.
+
+Under Ulysses every process holds a part of the tokens and, for the length of an attention call,
+exchanges it for all the tokens of a part of the heads. Attention over a grid runs between the two
+exchanges: the sequence is whole there, but the pieces of joined text and image stand in turn (text
+and image of the first process, then of the second, …), and patterns that differ between heads must
+be those of the heads at hand. Ring attention never has all the keys in one place; it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffpatch import internals
+from diffpatch.errors import DiffpatchError
+from diffpatch.patterns.pattern import BlockPattern
+
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None, int], torch.Tensor
+]
+
+
+def context(model_or_processor: Any) -> Any:
+    """The `ContextParallelConfig` that is enabled on a model or processor, or None."""
+    config = getattr(model_or_processor, internals.PARALLEL, None)
+    return getattr(config, "context_parallel_config", None)
+
+
+def check(model: Any, processors: list[Any]) -> None:
+    """Refuse what would compute something else than attention over the whole sequence.
+
+    Raises:
+        DiffpatchError: ring attention is on, or a processor does not know that the sequence is cut.
+    """
+    config = context(model)
+    if config is None:
+        return
+    if config.ring_degree > 1:
+        raise DiffpatchError(
+            f"ring attention is on (ring_degree={config.ring_degree}), which never has all the keys"
+            " in one place: use ContextParallelConfig(ulysses_degree=…), or unpatch(pipe) first"
+        )
+    unaware = [type(p).__name__ for p in processors if context(p) is None]
+    if unaware:
+        raise DiffpatchError(
+            f"{type(model).__name__} is cut over several processes, but {len(unaware)} of its"
+            f" attention processors ({unaware[0].removeprefix('DiffPatch')}) were not told: they"
+            " were set after enable_parallelism, or diffusers cannot cut this model"
+        )
+
+
+def share(model: Any) -> tuple[int, int]:
+    """(rank, degree) of this process among those that hold the heads of a model; alone (0, 1)."""
+    config = getattr(model, internals.PARALLEL, None)
+    parts = [
+        (getattr(config, "context_parallel_config", None), internals.ULYSSES_MESH),
+        (getattr(config, "tensor_parallel_config", None), internals.TENSOR_MESH),
+    ]
+    for part, name in parts:
+        if part is not None:
+            mesh = getattr(part, name)
+            return mesh.get_local_rank(), mesh.size()
+    return 0, 1
+
+
+def spread(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    parallel_config: Any,
+    attend: Attend,
+) -> torch.Tensor:
+    """One attention call of this process's tokens (B, S / N, H, D) through Ulysses.
+
+    Args:
+        q: queries; k, v and mask likewise as the processor passes them.
+        k: keys.
+        v: values.
+        mask: the model's mask, or None.
+        scale: the factor on q·k.
+        parallel_config: as diffusers passes it.
+        attend: (q, k, v, mask, scale, degree) → attention over all tokens of some heads.
+
+    Raises:
+        DiffpatchError: gradients are wanted.
+    """
+    degree = parallel_config.context_parallel_config.ulysses_degree
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise DiffpatchError(
+            "training under context parallelism is not supported: unpatch(pipe) first, or train"
+            " without enable_parallelism"
+        )
+
+    def forward(_: Any, q: Any, k: Any, v: Any, mask: Any, *__: Any, **___: Any) -> torch.Tensor:
+        return attend(q, k, v, mask, scale, degree)
+
+    return internals.exchange()(
+        q, k, v, mask, scale=scale,
+        forward_op=forward, backward_op=_no_gradient, _parallel_config=parallel_config,
+    )  # fmt: skip
+
+
+def _no_gradient(*args: Any, **kwargs: Any) -> Any:
+    raise DiffpatchError("training under context parallelism is not supported")
+
+
+def order(
+    pattern: BlockPattern, text: str, ranks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """How to put the tokens that the processes have joined into the order of the grid, and back.
+
+    Args:
+        pattern: its grid is that of the whole sequence.
+        text: where the stream stands that is cut by itself: "none", "before" or "after".
+        ranks: how many processes there are; each brings its part of every stream.
+        device: of the sequence.
+
+    Returns:
+        int64 (S,): the places of the grid's tokens, and of the joined ones in the grid; None where
+        they stand in order.
+    """
+    grid = pattern.grid
+    before, visual, after = grid.text_before, grid.visual_tokens, grid.text_after
+    streams = [before, visual + after] if text == "before" else [before + visual, after]
+    if ranks == 1 or text == "none" or 0 in streams:
+        return None
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [s.tensor_split(ranks) for s in torch.arange(grid.num_tokens).split(streams)]
+        joined = torch.cat([part[rank] for rank in range(ranks) for part in parts]).to(device)
+        return joined.argsort(), joined
+
+    return pattern.once(("order", text, ranks, device), make)
+
+
+def of_heads(pattern: BlockPattern, heads: int, rank: int, ranks: int) -> BlockPattern:
+    """The pattern of those heads that this process holds.
+
+    Args:
+        pattern: of all heads, or one for all of them.
+        heads: how many heads this process holds.
+        rank: this process.
+        ranks: how many share the heads, each the same number but perhaps the last.
+    """
+    per_head = pattern.blocks.head_pattern
+    if ranks == 1 or per_head is None:
+        return pattern
+    first = rank * -(-len(per_head) // ranks)
+    mine = per_head[first : first + heads]
+
+    def make() -> BlockPattern:
+        sizes = pattern.blocks.starts.diff().double()
+        pairs = (pattern.tile_map() * sizes[:, None] * sizes).sum((1, 2))
+        kept = float(pairs[mine.long()].mean() / sizes.sum() ** 2)
+        blocks = dataclasses.replace(pattern.blocks, head_pattern=mine)
+        return BlockPattern(pattern.grid, blocks, kept)
+
+    return pattern.once(("heads", first, heads), make)

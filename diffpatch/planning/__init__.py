@@ -1,0 +1,1 @@
+"""What a method would save, and how long a run would take, before it runs."""

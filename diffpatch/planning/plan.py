@@ -1,0 +1,301 @@
+"""What a method will gain, before anything runs: grid, kept pairs, costs, bounds, seconds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.methods.base import MethodLike
+from diffpatch.patching.schedule import Amount
+from diffpatch.patching.settle import settle
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.table import families
+from diffpatch.pipelines.shapes.find import find_shape
+from diffpatch.pipelines.shapes.table import ModelShape
+from diffpatch.planning.prediction import Prediction, predict
+from diffpatch.planning.profiles import DeviceProfile, load_profile
+from diffpatch.planning.run import Run
+
+BACKEND = "triton"  # whose padding is counted where no device says which backend runs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run with a method, next to the same run dense.
+
+    The speedups are bounds: they assume that kept pairs cost what dense pairs cost and that
+    everything counts by its floating-point operations. `predicted` is what a device makes of them.
+
+    Attributes:
+        model: the model planned for.
+        method: the method with its parameters.
+        grid: the token grid.
+        tokens: length of the self-attention sequence.
+        kept: query-key pairs computed over the whole run, dense steps and layers included.
+        kept_sparse: the same over the sparse calls alone.
+        kept_per_step: the same of every step.
+        kept_per_layer: and of every layer.
+        dense_steps: denoising steps that stay dense.
+        dense_layers: layers that stay dense.
+        steps: denoising steps.
+        layers: self-attention layers.
+        attention_share: share of dense self-attention in the operations of a step.
+        attention_speedup: bound on the speedup of all self-attention of the run.
+        step_speedup: bound on the speedup of the run's transformer (Amdahl).
+        dense_step_flops: floating-point operations of a dense step, all guidance branches.
+        step_flops: of a step with the method, the mean over the run.
+        visited: pairs in the tiles that a sparse call visits, as a fraction of all pairs; what is
+            more than `kept_sparse` lies in tiles of which only a part is kept. None if the method
+            does more than visit tiles.
+        computed: pairs that the backend computes in a sparse call, as a fraction of all: also what
+            it fills up to whole blocks, or computes for several tiles together. None: no model.
+        backend: the backend that `computed` is about.
+        partial_share: visited tiles that need an element mask, as a fraction.
+        state_bytes: memory held across steps, over all layers and guidance branches.
+        predicted: seconds and speedups on a device; None without a profile, or where the data
+            decide or no model tells what the method costs.
+        patterns: the patterns of the sparse calls.
+        at_most: whether the run may keep less than this says, because the data decide.
+        fits: whether the state is within what the method may hold; if not, the run is refused.
+    """
+
+    model: str
+    method: str
+    grid: TokenGrid
+    tokens: int
+    kept: float
+    kept_sparse: float
+    kept_per_step: tuple[float, ...]
+    kept_per_layer: tuple[float, ...]
+    dense_steps: int
+    dense_layers: int
+    steps: int
+    layers: int
+    attention_share: float
+    attention_speedup: float
+    step_speedup: float
+    dense_step_flops: float
+    step_flops: float
+    visited: float | None
+    computed: float | None
+    backend: str
+    partial_share: float
+    state_bytes: int
+    predicted: Prediction | None = None
+    patterns: tuple[BlockPattern, ...] = ()
+    at_most: bool = False
+    fits: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the patterns, ready for JSON."""
+        fields = {k: v for k, v in vars(self).items() if k not in ("patterns", "grid", "predicted")}
+        predicted = None if self.predicted is None else asdict(self.predicted)
+        return fields | {"grid": asdict(self.grid), "predicted": predicted}
+
+    def draw(self, kind: str = "tiles", query: Sequence[int] | None = None) -> Any:
+        """A picture of the first pattern, as a PIL image.
+
+        Args:
+            kind: "tiles" (kept fraction of every pair of tiles), "query" (what one query sees) or
+                "distance" (kept fraction by the distance between frames).
+            query: (frame, row, column) for kind "query"; None takes the middle of the grid.
+
+        Raises:
+            BadParameter: no such kind or query, or the run is dense.
+        """
+        from diffpatch.patterns.drawing import draw
+
+        if not self.patterns:
+            raise BadParameter(f"{self.method} on {self.model} runs dense: there is no pattern")
+        title = f"{self.method} on {self.model}"
+        return draw(self.patterns[0], kind, title=title, query=query)
+
+    def __str__(self) -> str:
+        most = "at most " if self.at_most else ""
+        lines = [
+            f"{self.method} on {self.model}",
+            f"  grid       {self.grid} = {self.tokens:,} tokens",
+            f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
+            f" {self.kept:.1%} in the run",
+            f"  by step    {runs(self.kept_per_step)}",
+            f"  by layer   {runs(self.kept_per_layer)}",
+            f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
+            f" {self.layers} layers",
+            *self._waste(),
+            f"  attention  {self.attention_share:.0%} of a dense step's operations",
+            f"  a step     {self.dense_step_flops / 1e12:,.4g} TFLOP dense,"
+            f" {self.step_flops / 1e12:,.4g} TFLOP in the mean of the run",
+            self._bound(),
+        ]
+        if self.predicted is not None:
+            lines.append(f"  predicted  {self.predicted}")
+        if self.state_bytes:
+            refused = "" if self.fits else ", more than the method may hold: the run is refused"
+            lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB{refused}")
+        return "\n".join(lines)
+
+    def _waste(self) -> list[str]:
+        """What is computed beyond the kept pairs, in a line or none."""
+        parts = []
+        if self.visited is not None:
+            parts.append(
+                f"{self.visited:.1%} of the pairs in the tiles visited ({self.partial_share:.0%} of"
+                " them in part)"
+            )
+        if self.computed is not None:
+            parts.append(f"{self.computed:.1%} computed by the {self.backend} backend")
+        return [f"  tiles      {', '.join(parts)}"] if parts else []
+
+    def _bound(self) -> str:
+        if self.at_most:
+            return (
+                "  speedup    the data decide; by operations"
+                f" {self.attention_speedup:.2f}× for attention and {self.step_speedup:.2f}× for the"
+                " transformer if no more is left out"
+            )
+        return (
+            f"  at most    {self.attention_speedup:.2f}× for attention,"
+            f" {self.step_speedup:.2f}× for the transformer (by operations)"
+        )
+
+
+def runs(values: Sequence[float], most: int = 4) -> str:
+    """Equal neighbours counted; only the range, where they change often.
+
+    >>> runs([1.0, 1.0, 0.25]), runs([0.2, 0.3] * 4)
+    ('2 × 100.0%, 1 × 25.0%', '8 × 20.0% to 30.0%')
+    """
+    groups = [
+        (len(list(same)), text) for text, same in itertools.groupby(f"{v:.1%}" for v in values)
+    ]
+    if len(groups) <= most:
+        return ", ".join(f"{count} × {text}" for count, text in groups)
+    lead = f"{groups[0][0]} × {groups[0][1]}, " if groups[0][0] > 1 else ""
+    rest = values[groups[0][0] :] if lead else values
+    return f"{lead}{len(rest)} × {min(rest):.1%} to {max(rest):.1%}"
+
+
+def plan(
+    target: Any,
+    method: MethodLike = "radial",
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    num_inference_steps: int = 50,
+    dense_steps: Amount | None = None,
+    dense_layers: Amount | None = None,
+    dense_last_steps: Amount = 0,
+    quality: str | None = None,
+    text_tokens: int | None = None,
+    branches: int = 2,
+    profile: str | Path | DeviceProfile | None = None,
+    dtype: str | None = None,
+    **params: Any,
+) -> Plan:
+    """What a run would cost with a method; needs no weights and runs no model.
+
+    Args:
+        target: a pipeline or transformer, the name of a built-in model shape such as "wan-14b", a
+            folder that save_pretrained wrote, a transformer's config.json, or a hub id.
+        method: as in `patch`, with the same published defaults.
+        height: pixels.
+        width: pixels.
+        num_frames: frames of the clip; 1 for images.
+        num_inference_steps: denoising steps.
+        dense_steps: as in `patch`.
+        dense_layers: as in `patch`.
+        dense_last_steps: as in `patch`.
+        quality: as in `patch`.
+        text_tokens: text tokens in the self-attention sequence; None takes the model's usual.
+        branches: guidance branches: forwards of a step, each with state of its own.
+        profile: a device to predict times for: a name such as "h100", or a file that
+            `diffpatch bench profile --json FILE` wrote; None for bounds alone.
+        dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
+        **params: parameters of the method.
+
+    Raises:
+        BadParameter: the sizes do not fit the model, or a parameter cannot work.
+        UnknownFamily: the target is no known model.
+        ModelError: the target names a model that cannot be read.
+    """
+    shape = find_shape(target)
+    device = None if profile is None else load_profile(profile)
+    family = next((f for f in families() if f.transformer == shape.family), None)
+    chosen, schedule = settle(
+        method,
+        params,
+        family,
+        shape.kind,
+        dense_steps=dense_steps,
+        dense_last_steps=dense_last_steps,
+        dense_layers=dense_layers,
+        quality=quality,
+        experts=shape.experts,
+    )
+    bound = schedule.bind(num_inference_steps, shape.layers)
+    grid = _grid(shape, (num_frames, height, width), text_tokens)
+    backend = BACKEND if device is None else device.backend
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        run = Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
+        predicted = None
+        if device is not None and run.modelled and not run.at_most():
+            predicted = predict(
+                device, shape, grid.num_tokens, run.work,
+                steps=num_inference_steps, branches=branches, dtype=dtype,
+            )  # fmt: skip
+        return _plan_of(run, shape, branches, predicted)
+
+
+def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
+    """The tokens of a clip of (frames, height, width) pixels."""
+    try:
+        latent = shape.grid(*size)
+    except ValueError as error:
+        raise BadParameter(str(error)) from None
+    text = shape.text_tokens if text_tokens is None else text_tokens
+    return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
+
+
+def _plan_of(run: Run, shape: ModelShape, branches: int, predicted: Prediction | None) -> Plan:
+    """What there is to say about a run of a model."""
+    tokens, steps = run.grid.num_tokens, run.steps
+    mean, kept = sum(run.kept) / len(run.kept), run.kept_table()
+    attention, rest = shape.attention_flops(tokens), shape.linear_flops(tokens)
+    share = attention / (attention + rest)
+    state = run.state_size(shape) * branches
+    return Plan(
+        model=shape.name,
+        method=str(run.method),
+        grid=run.grid,
+        tokens=tokens,
+        kept=mean,
+        kept_sparse=run.kept_sparse(),
+        kept_per_step=tuple(kept.mean(1).tolist()),
+        kept_per_layer=tuple(kept.mean(0).tolist()),
+        dense_steps=sum(bool(run.bound.reason(s, -1)) for s in range(steps)),
+        dense_layers=len(run.bound.layers),
+        steps=steps,
+        layers=shape.layers,
+        attention_share=share,
+        attention_speedup=1 / mean,
+        step_speedup=1 / (1 - share + share * mean),
+        dense_step_flops=branches * shape.layers * (attention + rest),
+        step_flops=branches * shape.layers * (attention * mean + rest),
+        visited=run.visited(),
+        computed=run.computed(),
+        backend=run.backend,
+        partial_share=run.partial_share(),
+        state_bytes=state,
+        predicted=predicted,
+        patterns=tuple(run.made.values()),
+        at_most=run.at_most(),
+        fits=state <= run.method.state_limit(),
+    )

@@ -1,0 +1,120 @@
+"""What a run computes: the attention calls of its steps and layers, counted one by one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from diffpatch.kernels.block_sparse.work import Work
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.methods.base import Method
+from diffpatch.patching.schedule import BoundSchedule
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.shapes.table import ModelShape
+
+
+class Run:
+    """The attention calls of one guidance branch.
+
+    Attributes:
+        method: what is patched in.
+        grid: the tokens.
+        bound: which steps and layers stay dense.
+        steps: denoising steps.
+        layers: self-attention layers.
+        backend: whose padding is counted.
+        kept: of every (step, layer).
+        sparse: of those that are not dense.
+        work: of every (step, layer), None where it is dense.
+        modelled: whether every sparse call has a model of its work.
+        made: the patterns by variant.
+        used: of every sparse call, its pattern.
+        holds: by layer, the pattern that its state is about.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        grid: TokenGrid,
+        bound: BoundSchedule,
+        steps: int,
+        layers: int,
+        backend: str,
+    ) -> None:
+        self.method, self.grid, self.bound = method, grid, bound
+        self.steps, self.layers, self.backend = steps, layers, backend
+        self.kept: list[float] = []
+        self.sparse: list[float] = []
+        self.work: list[Work | None] = []
+        self.modelled = True
+        self.made: dict[Any, BlockPattern] = {}
+        self.used: list[BlockPattern] = []
+        self.holds: dict[int, BlockPattern] = {}
+        for step, layer in itertools.product(range(steps), range(layers)):
+            if bound.reason(step, layer):
+                self.kept.append(1.0)
+                self.work.append(None)
+                continue
+            variant, age = method.variant(layer, step), step - bound.first
+            if variant not in self.made:
+                self.made[variant] = method.pattern(grid, variant)
+            pattern = self.made[variant]
+            self.holds.setdefault(layer, pattern)
+            self.used.append(pattern)
+            self.kept.append(method.kept(pattern, age))
+            self.sparse.append(self.kept[-1])
+            self.work.append(method.work(pattern, age, backend))
+            self.modelled = self.modelled and self.work[-1] is not None
+
+    def kept_table(self) -> torch.Tensor:
+        """fp64 (steps, layers), the kept fraction of every call."""
+        return torch.tensor(self.kept, dtype=torch.float64).view(self.steps, self.layers)
+
+    def kept_sparse(self) -> float:
+        """The mean over sparse calls; 1 if there are none."""
+        return sum(self.sparse) / len(self.sparse) if self.sparse else 1.0
+
+    def at_most(self) -> bool:
+        """Whether the run may keep less than is counted, because the data decide."""
+        return any(map(self.method.at_most, self.made.values()))
+
+    def visited(self) -> float | None:
+        """Pairs in visited tiles, the mean over sparse calls; None if there is more than tiles."""
+        if type(self.method).attend is not Method.attend or not self.used:
+            return None
+        areas = {id(p): p.blocks.derived("visited", _visited) for p in self.made.values()}
+        return sum(areas[id(p)] for p in self.used) / len(self.used)
+
+    def computed(self) -> float | None:
+        """Pairs that the backend computes, the mean over sparse calls; None without a model."""
+        done = [work.computed for work in self.work if work is not None]
+        if not done or not self.modelled:
+            return None
+        return sum(done) / len(done) / self.grid.num_tokens**2
+
+    def partial_share(self) -> float:
+        """Visited tiles that need an element mask, as a fraction."""
+        if not self.made:
+            return 0.0
+        visits = torch.cat([pattern.blocks.mask_ids for pattern in self.made.values()])
+        return float((visits >= 0).float().mean()) if len(visits) else 0.0
+
+    def state_size(self, shape: ModelShape) -> int:
+        """Bytes held across steps for one guidance branch."""
+        size = shape.heads, shape.head_dim
+        return sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
+
+
+def _visited(blocks: BlockIndex) -> float:
+    """Pairs in the tiles that are visited, as a fraction of all pairs; the mean over heads."""
+    sizes = blocks.starts.diff().double()
+    row = torch.arange(len(blocks.full_end)).repeat_interleave(blocks.row_ptr.diff().long())
+    area = sizes[row % blocks.num_tiles] * sizes[blocks.cols.long()]
+    pattern = torch.zeros(blocks.num_patterns, dtype=torch.float64)
+    pattern.index_add_(0, row // blocks.num_tiles, area)
+    heads = blocks.head_pattern
+    mean = pattern.mean() if heads is None else pattern[heads.long()].mean()
+    return float(mean) / blocks.num_tokens**2

@@ -1,0 +1,131 @@
+"""How far every attention call of a patched run is from the dense answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffpatch.errors import NotPatched
+from diffpatch.patching.api import named_owners
+
+if TYPE_CHECKING:
+    from diffpatch.patching.patch import Observer
+
+
+@dataclass(frozen=True, order=True)
+class Where:
+    """One attention layer in one forward of a run."""
+
+    transformer: str
+    layer: int
+    step: int
+    branch: int
+
+
+class AttentionErrors:
+    """Relative L1 errors, Σ|O − O_dense| / Σ|O_dense|, of every sparse attention call.
+
+    Calls at the same place (several runs, or samples of a batch that a model attends one by one)
+    count as one. Calls that ran dense are not in it. Sums stay on the device until they are read.
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[Where, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, where: Where, out: torch.Tensor, dense: torch.Tensor) -> None:
+        """One call: its output and the dense one, of the same shape."""
+        exact = dense.float()
+        self._sums[where].append(
+            torch.stack([(out.float() - exact).abs().sum(), exact.abs().sum()])
+        )
+
+    def _relative(self, key: Callable[[Where], Any]) -> dict[Any, float]:
+        groups: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
+        for where in sorted(self._sums):
+            wrong, all_ = torch.stack(self._sums[where]).double().cpu().sum(0)
+            groups[key(where)].append(wrong / all_ if all_ else wrong)
+        return {name: float(torch.stack(group).mean()) for name, group in groups.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean over all calls; 0.0 if none was sparse."""
+        return self._relative(lambda where: None).get(None, 0.0)
+
+    @property
+    def per_call(self) -> dict[Where, float]:
+        """One error for every (transformer, layer, step, branch)."""
+        return self._relative(lambda where: where)
+
+    @property
+    def per_layer(self) -> dict[str, float]:
+        """Mean error of every layer, named as in `Report.kept_per_layer`."""
+        return self._relative(lambda where: f"{where.transformer}.{where.layer}")
+
+    @property
+    def per_step(self) -> dict[int, float]:
+        """Mean error of every denoising step that had sparse calls."""
+        return dict(sorted(self._relative(lambda where: where.step).items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "mean": self.mean,
+            "per_layer": self.per_layer,
+            "per_step": {str(step): error for step, error in self.per_step.items()},
+            "calls": [vars(where) | {"error": e} for where, e in self.per_call.items()],
+        }
+
+    def __str__(self) -> str:
+        if not self._sums:
+            return "attention error: no sparse call"
+        layer, most = max(self.per_layer.items(), key=lambda item: item[1])
+        return (
+            f"attention error {self.mean:.2%} (relative L1 to dense, mean of {len(self._sums)}"
+            f" calls; the most in {layer}: {most:.2%})"
+        )
+
+
+@contextlib.contextmanager
+def attention_error(target: Any) -> Iterator[AttentionErrors]:
+    """Measure every sparse attention call of a patched target against dense attention::
+
+        with diffpatch.attention_error(pipe) as errors:
+            pipe("a red fox runs through snow")
+        print(errors.mean, errors.per_layer, errors.per_step)
+
+    Dense attention gets the same q, k and v, so that an error does not include what earlier layers
+    and steps did. It is computed besides, which costs more than a dense run; outputs stay the same.
+
+    Raises:
+        NotPatched: the target carries no patch.
+    """
+    found = named_owners(target)
+    if not found:
+        raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
+    errors = AttentionErrors()
+
+    def observer(name: str | None) -> Observer:
+        def observe(
+            place: tuple[str, int, int, int], out: torch.Tensor, dense: Callable[[], torch.Tensor]
+        ) -> None:
+            transformer, *rest = place
+            where = Where(name or transformer, *rest)
+            errors.add(where, out.detach(), dense().detach())
+
+        return observe
+
+    patches = {id(owner.patch): (name, owner.patch) for name, owner in found.items()}
+    # Transformers patched one by one do not know what they are called in the target.
+    watched = [(p, observer(n if len(patches) > 1 else None)) for n, p in patches.values()]
+    for one, observe in watched:
+        one.observers.append(observe)
+    try:
+        yield errors
+    finally:
+        for one, observe in watched:
+            one.observers.remove(observe)

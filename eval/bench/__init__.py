@@ -1,0 +1,1 @@
+"""How fast: attention, kernels, models, whole renderings."""

@@ -1,0 +1,1 @@
+"""How good: scores of pairs and sets of images and videos."""

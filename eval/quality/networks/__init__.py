@@ -1,0 +1,1 @@
+"""The networks that scores are computed with."""

@@ -1,0 +1,52 @@
+"""Methods at equal cost: each fitted so that a whole run keeps the same share of the pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffpatch
+from diffpatch.eval.sweep.plan import Run
+from diffpatch.eval.sweep.spec import BadSweep
+from diffpatch.planning.budget import fit_budget, kept_of
+
+
+def fit_run(pipe: Any, run: Run) -> diffpatch.Method:
+    """The method of a run, set so that the run keeps about its budget.
+
+    The budget is of the whole run, dense steps and layers and refreshes included: what they keep
+    leaves less for the sparse calls.
+
+    Raises:
+        BadSweep: dense steps and layers alone keep more than the budget.
+    """
+    method, budget = run.variant.method, run.variant.budget
+    assert method is not None and budget is not None
+    made = diffpatch.make_method(method.name, **method.parameters)
+    plan = _plan(pipe, run, made)
+    sparse = kept_of(made, plan.grid)
+    # The run keeps always + (1 - always) × what its sparse calls keep.
+    always = (plan.kept - sparse) / (1 - sparse) if sparse < 1 else 0.0
+    if always >= budget:
+        raise BadSweep(
+            f"budgets: {budget} cannot be met by {method.label}: its dense steps and layers and its"
+            f" refreshes alone keep {always:.0%} of a run; make them fewer (schedules)"
+        )
+    return fit_budget(made, plan.grid, (budget - always) / (1 - always))
+
+
+def _plan(pipe: Any, run: Run, method: diffpatch.Method) -> diffpatch.Plan:
+    variant, call = run.variant, run.case.call
+    options: dict[str, Any] = {
+        **variant.options,
+        **(variant.method.options if variant.method else {}),
+    }
+    options.pop("backend", None)
+    sizes: dict[str, Any] = {
+        key: call[key] for key in ("height", "width", "num_frames") if key in call
+    }
+    missing = {"height", "width"} - set(sizes)
+    if missing:
+        raise BadSweep(f"budgets: a budget needs sizes with {' and '.join(sorted(missing))}")
+    if run.case.steps is not None:
+        sizes["num_inference_steps"] = run.case.steps
+    return diffpatch.plan(pipe, method, **sizes, **options)

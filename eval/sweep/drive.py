@@ -1,0 +1,159 @@
+"""Sweeps: methods × parameters × prompts × seeds, each run once, whatever happens in between.
+
+Runs are claimed one by one, so that any number of processes may work on the same folder, in one
+`accelerate launch` or in several terminals. A process that ends in the middle of a run, by kill -9
+or otherwise, loses that run only, and whoever is left or comes next does it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffpatch.eval.sweep.plan import Run
+from diffpatch.eval.sweep.session import Session, Worker
+from diffpatch.eval.sweep.spec import BadSweep, SweepSpec
+from diffpatch.eval.sweep.store import Store, read_json, write_json
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Progress:
+    """What is done and how long the rest takes, for stderr."""
+
+    total: int
+    done: int
+    say: Say
+    workers: int = 1
+    durations: list[float] = field(default_factory=list)
+
+    def finished(self, run: Run, result: Mapping[str, Any], seconds: float) -> None:
+        """A run of this process ended well."""
+        self.durations.append(seconds)
+        facts = []
+        if "seconds" in result:
+            facts.append(f"{result['seconds']['denoising'] or result['seconds']['total']:.1f} s")
+        if "speedup" in result:
+            gain = result["speedup"]
+            facts.append(f"{gain.get('denoising') or gain['total']:.2f}×")
+        if "psnr" in result["quality"]:
+            facts.append(f"{result['quality']['psnr']:.1f} dB")
+        self._line(run, ", ".join(facts))
+
+    def failed(self, run: Run, error: BaseException) -> None:
+        """A run of this process failed."""
+        lines = str(error).strip().splitlines() or [""]
+        self._line(run, f"FAILED, {type(error).__name__}: {lines[0]}")
+
+    def _line(self, run: Run, text: str) -> None:
+        width = len(str(self.total))
+        left = f" | {_duration(self.left)} left" if self.durations and self.left else ""
+        self.say(f"[{self.done:{width}}/{self.total}] {run.title}: {text}{left}")
+
+    @property
+    def left(self) -> float:
+        """Seconds until everything is done, at the pace so far."""
+        pace = sum(self.durations) / max(1, len(self.durations))
+        return pace * (self.total - self.done) / self.workers
+
+
+def run_sweep(
+    spec: SweepSpec,
+    plan: Mapping[str, list[Run]],
+    store: Store,
+    worker: Worker,
+    say: Say,
+    *,
+    rescore: bool = False,
+) -> list[Run]:
+    """Do every run of a plan that is neither done nor failed.
+
+    Args:
+        spec: what is swept.
+        plan: its runs by model.
+        store: where they go.
+        worker: which of several processes this is.
+        say: told about progress.
+        rescore: whether the quality of earlier runs is computed anew afterwards.
+
+    Returns:
+        The runs that have failed, by this process or another.
+
+    Raises:
+        BadSweep: the runs in the folder were judged by other networks.
+        DiffpatchError: a model cannot be loaded, or a method does not fit it; nothing was run.
+    """
+    if not rescore:
+        _check_networks(store, spec)
+    runs = [run for found in plan.values() for run in found]
+    progress = Progress(len(runs), 0, say)
+    for model, found in plan.items():
+        if any(store.is_pending(run) for run in found):
+            say(f"loading {model}")
+            session = Session(store, spec, model, worker)
+            session.check(found)
+            _write_plan(store, spec, runs)
+            _work(session, found, runs, progress)
+    _write_plan(store, spec, runs)  # also where nothing was left to do: the bar may be another
+    return [run for run in runs if store.failure(run) is not None]
+
+
+def _work(session: Session, found: list[Run], runs: list[Run], progress: Progress) -> None:
+    """Do the runs of one model: first those that nobody else does, then wait for the others."""
+    store, worker = session.store, session.worker
+    # Processes begin at different cases, so that each has its own dense run and clock.
+    cases = list(dict.fromkeys(run.dense.key for run in found))
+    start = len(cases) * worker.rank // worker.world
+    rank = {case: number for number, case in enumerate(cases[start:] + cases[:start])}
+    ordered = sorted(found, key=lambda run: rank[run.dense.key])
+    for wait in (False, True):
+        for run in ordered:
+            if not store.is_pending(run):
+                continue
+            with store.claim(run, wait) as mine:
+                if mine and store.is_pending(run):
+                    _attempt(session, run, runs, progress)
+
+
+def _attempt(session: Session, run: Run, runs: list[Run], progress: Progress) -> None:
+    store, start = session.store, time.monotonic()
+    result: dict[str, Any] | None = None
+    failure: Exception | None = None
+    try:
+        result = session.do(run)
+    except Exception as error:  # whatever it is, the other runs go on
+        failure = error
+        store.fail(run, error, session.facts(run))
+    progress.workers = 1 + store.others()
+    progress.done = sum(not store.is_pending(other) for other in runs)
+    if result is not None:
+        progress.finished(run, result, time.monotonic() - start)
+    elif failure is not None:
+        progress.failed(run, failure)
+
+
+def _check_networks(store: Store, spec: SweepSpec) -> None:
+    """Scores of different networks must not meet in one table."""
+    path = store.root / "sweep.json"
+    before = read_json(path)["networks"] if path.is_file() else {}
+    if path.is_file() and before != dict(spec.networks):
+        raise BadSweep(
+            f"networks: the runs in {store.root} were judged by {before or 'those shipped'}; add"
+            " --rescore to judge them anew, or choose another -o"
+        )
+
+
+def _write_plan(store: Store, spec: SweepSpec, runs: list[Run]) -> None:
+    """What the report is about; the same from every process."""
+    about = {"title": spec.title, "bar": dict(spec.bar), "networks": dict(spec.networks)}
+    write_json(store.root / "sweep.json", about | {"runs": [run.name for run in runs]})
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

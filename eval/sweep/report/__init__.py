@@ -1,0 +1,1 @@
+"""The page, table and pictures that a sweep ends with."""

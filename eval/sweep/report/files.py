@@ -1,0 +1,171 @@
+"""The reports of a sweep: summary.md, summary.csv, summary.json and report.html."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpatch.eval.sweep.report.summary import KD, MEASURED, METRICS, QUALITY, Row, Summary
+from diffpatch.eval.sweep.store import write_json, write_text
+
+
+def write_reports(summary: Summary, folder: Path) -> list[Path]:
+    """Write every report into the folder of the sweep; returns their paths."""
+    from diffpatch.eval.sweep.report.page import page
+
+    texts = {
+        "report.html": page(summary, folder),
+        "summary.md": markdown(summary),
+        "summary.csv": comma_separated(summary),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    write_json(folder / "summary.json", summary.to_dict())
+    return [folder / name for name in (*texts, "summary.json")]
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The headings of a table of these rows; what nobody measured has no column."""
+    found = ["method", "kept", "time", "speedup", "denoising"]
+    if any(row.facts.get("budget") is not None for row in rows):
+        found.insert(1, "budget")
+    if any(row.peak_gib is not None for row in rows):
+        found.append("GiB")
+    if any(row.attention_error is not None for row in rows):
+        found.append("attention error")
+    known = {key for row in rows for key in row.quality}
+    found += [metric.heading for key, metric in METRICS.items() if key in known]
+    if any("kd" in row.distances for row in rows):
+        found.append(KD)
+    return [*found, "runs"]
+
+
+def cells(row: Row, headings: Sequence[str]) -> list[str]:
+    """One line of a table."""
+    values: dict[str, str] = {
+        "method": row.label,
+        "budget": _number(row.facts.get("budget"), "{:.0%}"),
+        "kept": f"{row.kept:.1%}",
+        "time": _number(row.seconds.get("total", {}).get("median"), "{:.2f} s"),
+        "speedup": _number(row.speedup.get("total", {}).get("median"), "{:.2f}×"),
+        "denoising": _number(row.speedup.get("denoising", {}).get("median"), "{:.2f}×"),
+        "GiB": _number(row.peak_gib, "{:.2f}"),
+        "attention error": _number(row.attention_error, "{:.1%}"),
+        KD: _number(row.distances.get("kd"), "{:.2f}", 1000),
+        "runs": str(row.runs),
+    }
+    for key, metric in METRICS.items():
+        values[metric.heading] = _number(row.quality.get(key), metric.form)
+    return [values[heading] for heading in headings]
+
+
+def describe(summary: Summary) -> str:
+    """Tables and verdicts for a terminal."""
+    lines = []
+    for verdict in summary.verdicts:
+        rows = [row for row in summary.rows if row.setting == verdict.setting]
+        headings = columns(rows)
+        table = [headings, *(cells(row, headings) for row in rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(headings))]
+        lines.append(verdict.setting)
+        for line in table:
+            padded = [line[0].ljust(widths[0])]
+            padded += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+            lines.append("  ".join(padded).rstrip())
+        lines += [verdict.text, verdict.rule, ""]
+    return "\n".join(lines[:-1])
+
+
+def markdown(summary: Summary) -> str:
+    """summary.md: verdicts, tables, what the numbers mean, where they come from."""
+    lines = [f"# {_escape(summary.title)}", ""]
+    for verdict in summary.verdicts:
+        rows = [row for row in summary.rows if row.setting == verdict.setting]
+        headings = columns(rows)
+        lines += [f"## {_escape(verdict.setting)}", "", f"**{_escape(verdict.text)}**", ""]
+        lines += [verdict.rule, "", "| " + " | ".join(headings) + " |"]
+        lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(headings) - 1)]) + "|")
+        for row in rows:
+            lines.append("| " + " | ".join(map(_escape, cells(row, headings))) + " |")
+        lines.append("")
+    lines += [MEASURED, "", QUALITY, "", circumstances(summary), ""]
+    if summary.failures or summary.missing:
+        lines += [f"{len(summary.failures)} runs failed, {summary.missing} are missing.", ""]
+    return "\n".join(lines)
+
+
+def circumstances(summary: Summary) -> str:
+    """Device, versions and commits, in one sentence each."""
+    found = dict.fromkeys(_circumstances(result) for result in summary.results)
+    return " ".join(found)
+
+
+def _circumstances(result: dict[str, Any]) -> str:
+    about = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['device']}, {about['threads']} threads, {result['dtype']}; {versions};"
+        f" commit {about['commit'] or 'unknown'}."
+    )
+
+
+def comma_separated(summary: Summary) -> str:
+    """summary.csv: every number of every row."""
+    metrics = sorted({key for row in summary.rows for key in row.quality})
+    stream = io.StringIO()
+    lines = [_csv_row(row, metrics) for row in summary.rows]
+    writer = csv.DictWriter(stream, list(lines[0]) if lines else ["model"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return stream.getvalue()
+
+
+def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
+    facts, about = row.facts, row.facts["environment"]
+    line: dict[str, Any] = {
+        "model": facts["model"],
+        "setting": row.setting,
+        "kind": row.kind,
+        "method": facts["method"] or row.label,
+        "parameters": json.dumps(facts["parameters"], ensure_ascii=False),
+        "options": json.dumps(facts["options"], ensure_ascii=False),
+        "fitted": facts.get("fitted"),
+        "budget": facts["budget"],
+        "kept": row.kept,
+        "warmup_steps": row.dense_steps,
+        "dense_layers": row.dense_layers,
+    }
+    for clock in ("total", "denoising", "step_median"):
+        for part in ("median", "low", "high"):
+            line[f"seconds_{clock}_{part}"] = row.seconds.get(clock, {}).get(part)
+    for clock in ("total", "denoising"):
+        for part in ("median", "low", "high"):
+            line[f"speedup_{clock}_{part}"] = row.speedup.get(clock, {}).get(part)
+    line |= {"peak_gib": row.peak_gib, "attention_error": row.attention_error}
+    line |= {key: row.quality.get(key) for key in metrics}
+    line |= {key: row.distances.get(key) for key in ("fd", "kd", "clips", "small_sample")}
+    return line | {
+        "runs": row.runs,
+        "shared_timing": row.shared,
+        "dtype": facts["dtype"],
+        "device": about["device"],
+        "torch": about["versions"].get("torch"),
+        "diffusers": about["versions"].get("diffusers"),
+        "diffpatch": about["versions"].get("diffpatch"),
+        "commit": about["commit"],
+    }
+
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else form.format(scale * value)
+
+
+def _escape(text: str) -> str:
+    """Text as it is, in Markdown tables too."""
+    for mark in "\\`*_|[]<>":
+        text = text.replace(mark, "\\" + mark)
+    return text

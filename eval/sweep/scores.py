@@ -1,0 +1,95 @@
+"""The quality of renderings: of one alone, next to the dense one, and of many as a set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffpatch.eval.quality.distances import compare
+from diffpatch.eval.quality.scores import Tools, alone, load_tools, paired
+from diffpatch.eval.sweep.store import load_frames, read_json, write_json
+from diffpatch.pipelines.running.loading import DEMOS
+
+FEATURES = "features.npy"
+FEWEST = 4  # clips below which a set has no distance
+
+
+def score(
+    frames: torch.Tensor, reference: torch.Tensor | None, prompt: str, tools: Tools
+) -> dict[str, float]:
+    """Everything that can be said about frames (F, 3, H, W) in [0, 1]; ready for JSON.
+
+    Args:
+        frames: what was rendered.
+        reference: the dense frames; None for a dense run.
+        prompt: what was asked for.
+        tools: from `diffpatch.eval.quality.load_tools`.
+    """
+    beside = {} if reference is None else paired(frames, reference, tools)
+    return beside | alone(frames, prompt, tools)
+
+
+def has_features(model: str, networks: Mapping[str, str]) -> bool:
+    """Whether features mean something: those shipped know the demo's clips only."""
+    return "features" in networks or model in DEMOS
+
+
+def save_features(frames: torch.Tensor, folder: Path, tools: Tools) -> None:
+    """Write the features of a clip, rows of float32, into the folder of its run."""
+    [extractor] = tools.extractors
+    np.save(folder / FEATURES, extractor(frames).float().numpy(), allow_pickle=False)
+
+
+def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far the clips of a variant are, as a set, from the dense ones of the same cases.
+
+    Args:
+        folder: of the sweep.
+        group: the finished runs of one variant in one setting.
+
+    Returns:
+        As :func:`diffpatch.eval.distances.compare`, with `clips`; empty for dense itself, below
+        `FEWEST` clips, where features are missing, and where both sets are the same clips, which
+        is so if two seeds are each other's noise floor.
+    """
+    own = [result.get("frames_of", result["name"]) for result in group]
+    dense = [result["dense"]["name"] for result in group if "dense" in result]
+    if len(dense) < FEWEST or set(own) <= set(dense):
+        return {}
+    files = [[folder / "runs" / name / FEATURES for name in names] for names in (own, dense)]
+    if not all(path.is_file() for paths in files for path in paths):
+        return {}
+    candidate, reference = (
+        torch.cat([torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths])
+        for paths in files
+    )
+    return compare(candidate, reference) | {"clips": len(own)}
+
+
+def rescore(folder: Path) -> int:
+    """Compute the quality of every run of a sweep anew, from the stored frames.
+
+    Args:
+        folder: of the sweep, whose sweep.json names the networks.
+
+    Returns:
+        How many runs were scored.
+    """
+    networks = read_json(folder / "sweep.json")["networks"]
+    tools = load_tools(**networks)
+    found = sorted((folder / "runs").iterdir())
+    for path in found:
+        result = read_json(path / "run.json")
+        reference = None
+        if "dense" in result:
+            reference = load_frames(folder / "runs" / result["dense"]["name"] / "frames.npz")
+        frames = folder / "runs" / result.get("frames_of", path.name) / "frames.npz"
+        quality = score(load_frames(frames), reference, result["prompt"], tools)
+        if has_features(result["model"], networks) and "frames_of" not in result:
+            save_features(load_frames(frames), path, tools)
+        write_json(path / "run.json", {**result, "quality": quality, "judged_by": tools.names()})
+    return len(found)

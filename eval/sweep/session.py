@@ -1,0 +1,345 @@
+"""Doing one run of a sweep: warm up, render, compare with dense, and write down how."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import diffpatch
+from diffpatch.eval.environment import environment
+from diffpatch.eval.quality.scores import load_tools
+from diffpatch.eval.sweep.budget import fit_run
+from diffpatch.eval.sweep.plan import Case, Run
+from diffpatch.eval.sweep.report.clips import save_clip
+from diffpatch.eval.sweep.scores import has_features, save_features, score
+from diffpatch.eval.sweep.spec import Prompt, SweepSpec
+from diffpatch.eval.sweep.store import Store, load_frames, save_frames
+from diffpatch.pipelines.running import loading, sampling
+from diffpatch.pipelines.running.calls import fitted_call
+
+SCHEMA = 1
+CLOCKS = ("total", "denoising", "step_median")
+DEMO_FPS, DEFAULT_FPS = 8.0, 16.0
+
+
+class DenseFailed(RuntimeError):
+    """The dense run that a run is compared with has failed."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of several processes this is.
+
+    Attributes:
+        rank: number of the process, from 0.
+        world: number of processes.
+        device: where it computes.
+        crowded: whether several of the processes compute on the same device.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    crowded: bool
+
+    @classmethod
+    def of_environment(cls, device: str | None = None) -> Worker:
+        """As `accelerate launch` (or torchrun) tells it; else the only process."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, beside = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("LOCAL_WORLD_SIZE")
+        chosen = loading.choose_device(device)
+        on_host = int(beside or world)
+        count = 1 if chosen.type == "cpu" else torch.accelerator.device_count()
+        if device is None and chosen.type != "cpu":
+            chosen = torch.device(chosen.type, local % count)
+        return cls(rank, world, chosen, crowded=on_host > (count if device is None else 1))
+
+
+class Session:
+    """One process at work on the runs of one model."""
+
+    def __init__(self, store: Store, spec: SweepSpec, model: str, worker: Worker) -> None:
+        """Loads the model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        self.store, self.spec, self.worker = store, spec, worker
+        self.source = loading.find(model)
+        self.pipe = loading.load_pipeline(
+            self.source,
+            dtype=loading.DTYPES.get(spec.dtype),
+            device=worker.device,
+            offload=spec.offload,
+            vae_tiling=spec.vae_tiling,
+        )
+        if spec.prompts[0].image is not None:
+            self.pipe = loading.with_image_input(self.pipe)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.tools = load_tools(**spec.networks)
+        self._methods: dict[Any, diffpatch.Method | None] = {}
+        self._warm: set[Any] = set()
+        self._clock: dict[str, tuple[dict[str, Any], int]] = {}  # dense: clocks, runs since
+        self._environment = environment(worker.device)
+
+    def check(self, runs: list[Run]) -> None:
+        """Patch once with every method, so that what cannot work is known before anything runs.
+
+        Raises:
+            DiffpatchError: a method, a schedule or a budget does not fit the model.
+        """
+        seen = set()
+        for run in runs:
+            if run.variant.method is None or (place := _place(run)) in seen:
+                continue
+            seen.add(place)
+            with self._applied(run):
+                pass
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Render a run that this process claimed and store the result; returns it."""
+        with self.store.stage(run) as stage:
+            if run.variant.kind == "seed":
+                result = self._compare_seeds(run)
+            elif run.variant.kind == "dense":
+                result = self._render_dense(run, stage)
+            else:
+                result = self._render(run, stage)
+            self.store.finish(run, self.facts(run) | result, stage)
+        return self.facts(run) | result
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """What there is to know about a run before it starts."""
+        case, variant = run.case, run.variant
+        arguments = self.source.arguments | dict(case.call) | {"num_inference_steps": case.steps}
+        for key in ("prompt", "output_type", "return_dict"):
+            arguments.pop(key, None)
+        plain = (str, int, float, bool)
+        return {
+            "schema": SCHEMA,
+            "name": run.name,
+            "kind": variant.kind,
+            "label": variant.label,
+            "setting": case.setting,
+            "model": case.model,
+            "pipeline": type(self.pipe).__name__,
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            "offload": self.spec.offload,
+            "vae_tiling": self.spec.vae_tiling,
+            "prompt": case.prompt.text,
+            "image": _image_facts(case.prompt.image),
+            "seed": case.seed,
+            "call": dict(case.call),
+            "settings": {k: v for k, v in arguments.items() if isinstance(v, plain)},
+            "method": variant.method.name if variant.method else None,
+            "parameters": dict(variant.method.parameters) if variant.method else {},
+            "options": _options(run),
+            "budget": variant.budget,
+            "judged_by": self.tools.names(),
+            "process": {
+                "rank": self.worker.rank, "world": self.worker.world,
+                "host": socket.gethostname(), "pid": os.getpid(),
+            },
+            "environment": self._environment,
+        }  # fmt: skip
+
+    def _render_dense(self, run: Run, stage: Path) -> dict[str, Any]:
+        sample, _ = self._sample(run)
+        self._clock[run.key] = clocks(sample), 0
+        frames = self._keep(sample, stage)
+        return {
+            "seconds": clocks(sample),
+            "shared": self._shared(),
+            "kept": 1.0,
+            "quality": score(frames, None, run.case.prompt.text, self.tools),
+        }
+
+    def _render(self, run: Run, stage: Path) -> dict[str, Any]:
+        reference = self._dense_frames(run.dense)
+        dense = self._dense_clock(run.dense)
+        sample, facts = self._sample(run)
+        own = clocks(sample)
+        result: dict[str, Any] = {
+            "seconds": own,
+            "dense": {"name": run.dense.name, **dense},
+            "speedup": {
+                key: dense["seconds"][key] / own[key] for key in CLOCKS if own[key] is not None
+            },
+            "shared": self._shared(),
+            "kept": 1.0,
+            **facts,
+        }
+        frames = self._keep(sample, stage)
+        text = run.case.prompt.text
+        result["quality"] = score(frames, reference, text, self.tools)
+        if run.errors:
+            result["attention_error"] = self._attention_error(run)
+        return result
+
+    def _compare_seeds(self, run: Run) -> dict[str, Any]:
+        """The floor that another seed gives; no frames of its own."""
+        reference = self._dense_frames(run.dense)
+        frames = self._dense_frames(run.other_seed)
+        text = run.case.prompt.text
+        return {
+            "frames_of": run.other_seed.name,
+            "dense": {"name": run.dense.name},
+            "kept": 1.0,
+            "quality": score(frames, reference, text, self.tools),
+        }
+
+    def _sample(self, run: Run) -> tuple[sampling.Sample, dict[str, Any]]:
+        """Warm up where this process did not yet, then one timed call; and what the patch did."""
+        call = self._call(run.case)
+        place = _place(run)
+        if place not in self._warm:
+            with self._applied(run, dense_steps=0, dense_last_steps=0):
+                sampling.warm_up(self.pipe, call, run.case.seed)
+            self._warm.add(place)
+        with self._applied(run) as method:
+            sample = sampling.sample(self.pipe, call, run.case.seed)
+            if run.variant.kind != "method":
+                return sample, {}
+            report = diffpatch.report(self.pipe)
+        return sample, {"kept": report.kept, "fitted": str(method), "report": report.to_dict()}
+
+    def _attention_error(self, run: Run) -> dict[str, Any]:
+        with self._applied(run), diffpatch.attention_error(self.pipe) as errors:
+            sampling.sample(self.pipe, self._call(run.case), run.case.seed)
+        return {"mean": errors.mean, "per_layer": errors.per_layer}
+
+    def _dense_frames(self, dense: Run) -> torch.Tensor:
+        """The frames of a dense run, which is rendered here unless somebody did already."""
+        if not self.store.is_done(dense):
+            with self.store.claim(dense, wait=True):
+                if self.store.failure(dense) is not None:
+                    raise DenseFailed(f"dense has failed: failed/{dense.name}.json says why")
+                if not self.store.is_done(dense):
+                    try:
+                        self.do(dense)
+                    except Exception as error:
+                        self.store.fail(dense, error, self.facts(dense))
+                        raise DenseFailed(
+                            f"dense has failed: failed/{dense.name}.json says why"
+                        ) from error
+        return self.store.frames(dense)
+
+    def _dense_clock(self, dense: Run) -> dict[str, Any]:
+        """Dense seconds from this process, at most `dense_every` timed runs old."""
+        every = self.spec.dense_every
+        if dense.key in self._clock:
+            seconds, age = self._clock[dense.key]
+            if not every or age < every:
+                self._clock[dense.key] = seconds, age + 1
+                return {"seconds": seconds, "runs_since": age}
+        elif not every:
+            stored = self.store.result(dense) or {}
+            return {"seconds": stored["seconds"], "runs_since": None}
+        seconds = clocks(self._sample(dense)[0])
+        self._clock = {dense.key: (seconds, 1)}  # earlier cases are over
+        return {"seconds": seconds, "runs_since": 0}
+
+    def _shared(self) -> bool:
+        """Whether other processes computed on the same device, which spoils the clocks."""
+        if self.worker.device.type == "cpu":
+            return self.worker.crowded or self.store.others() > 0
+        alone = self.worker.world == 1  # else the processes were dealt to devices
+        return self.worker.crowded or (alone and self.store.others() > 0)
+
+    def _keep(self, sample: sampling.Sample, stage: Path) -> torch.Tensor:
+        """Write frames, clip and features; returns the frames as they can be read back."""
+        save_frames(sample.frames, stage / "frames.npz")
+        frames = load_frames(stage / "frames.npz")
+        save_clip(frames, stage, self._fps())
+        if has_features(self.source.name, self.spec.networks):
+            save_features(frames, stage, self.tools)
+        return frames
+
+    def _fps(self) -> float:
+        if self.source.kind == "demo":
+            return DEMO_FPS
+        return float(self.source.arguments.get("frame_rate") or DEFAULT_FPS)
+
+    def _call(self, case: Case) -> dict[str, Any]:
+        call = fitted_call(dict(case.call), self.pipe) | {"prompt": case.prompt.text}
+        if case.prompt.image is not None:
+            from PIL import Image
+
+            with Image.open(case.prompt.image) as image:
+                call["image"] = image.convert("RGB")
+        return call
+
+    @contextlib.contextmanager
+    def _applied(self, run: Run, **changes: Any) -> Any:
+        """The pipeline as the run wants it, for the length of a with block; yields the method."""
+        variant = run.variant
+        if variant.kind == "kernel":
+            with sdpa_kernel(other_kernels(self.worker.device)):
+                yield None
+            return
+        if variant.method is None:
+            yield None
+            return
+        method = self._fitted(run)
+        options = _options(run) | changes
+        if method is None:
+            parameters = {**variant.method.parameters}
+            with diffpatch.patched(self.pipe, variant.method.name, **options, **parameters):
+                yield diffpatch.make_method(variant.method.name, **parameters)
+        else:
+            with diffpatch.patched(self.pipe, method, **options):
+                yield method
+
+    def _fitted(self, run: Run) -> diffpatch.Method | None:
+        """The method of a run with a budget, fitted to it; None without a budget."""
+        place = _place(run)
+        if run.variant.budget is None:
+            return None
+        if place not in self._methods:
+            self._methods[place] = fit_run(self.pipe, run)
+        return self._methods[place]
+
+
+def clocks(sample: sampling.Sample) -> dict[str, Any]:
+    """The times of one run in seconds, and its peak memory."""
+    steps = sample.step_seconds
+    return {
+        "total": sample.total_seconds,
+        "denoising": sum(steps) if steps else None,
+        "step_median": median(steps) if steps else None,
+        "steps": steps,
+        "peak_gib": None if sample.peak_bytes is None else sample.peak_bytes / 2**30,
+    }
+
+
+def other_kernels(device: torch.device) -> list[SDPBackend]:
+    """Dense attention by other code than torch chooses by itself."""
+    fused = [SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
+    return [*fused, SDPBackend.MATH]
+
+
+def _options(run: Run) -> dict[str, Any]:
+    method = run.variant.method
+    return {**run.variant.options, **(method.options if method else {})}
+
+
+def _place(run: Run) -> str:
+    """What a warm-up, a check or a fitted budget holds for: everything but prompt and seed."""
+    case = dataclasses.replace(run.case, prompt=Prompt(""), number=0, seed=0)
+    return dataclasses.replace(run, case=case, errors=False).key
+
+
+def _image_facts(path: str | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    return {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}

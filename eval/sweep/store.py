@@ -1,0 +1,201 @@
+"""The folder of a sweep: results that appear whole or not at all, and claims that die with us.
+
+    runs/<name>/run.json, frames.npz, clip.mp4     one run, moved into place in one step
+    failed/<name>.json                             one that failed, with its traceback
+    claims.lock                                    who works on what
+
+A claim is a lock on one byte of a file, which the system lifts when its process ends, however it
+ends: nothing is left locked after a `kill -9`, and nobody does what another process is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffpatch.eval.sweep.plan import Run
+from diffpatch.eval.sweep.spec import BadSweep
+
+SLOTS = 64  # processes that can be told apart; their bytes follow those of all runs
+FIRST_SLOT = 2**52
+
+
+class Store:
+    """The folder of a sweep, open for work by this process."""
+
+    def __init__(self, root: Path) -> None:
+        """Creates the folder if it is not there.
+
+        Raises:
+            BadSweep: something else is at that place, or it cannot be written to.
+        """
+        self.root = root
+        try:
+            for folder in (self.runs, self.failures):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._locks = os.open(root / "claims.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BadSweep(f"{root} cannot be written to ({error.strerror})") from None
+        free = (n for n in range(SLOTS) if self._lock(FIRST_SLOT + n))
+        self._slot = next(free, None)
+
+    @property
+    def runs(self) -> Path:
+        """Where finished runs are."""
+        return self.root / "runs"
+
+    @property
+    def failures(self) -> Path:
+        """Where failed runs are."""
+        return self.root / "failed"
+
+    def close(self) -> None:
+        """Lift all claims."""
+        os.close(self._locks)
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run found out; None if it is not finished."""
+        return read_json(self.runs / run.name / "run.json")
+
+    def is_done(self, run: Run) -> bool:
+        """Whether the run is finished."""
+        return (self.runs / run.name).is_dir()
+
+    def failure(self, run: Run) -> dict[str, Any] | None:
+        """How a run failed; None if it did not."""
+        return read_json(self.failures / f"{run.name}.json")
+
+    def is_pending(self, run: Run) -> bool:
+        """Whether the run has neither finished nor failed."""
+        return not self.is_done(run) and not (self.failures / f"{run.name}.json").exists()
+
+    def frames(self, run: Run) -> torch.Tensor:
+        """The frames of a finished run: float32 (F, 3, H, W) in [0, 1], in steps of 1/255."""
+        return load_frames(self.runs / run.name / "frames.npz")
+
+    @contextlib.contextmanager
+    def claim(self, run: Run, wait: bool = False) -> Iterator[bool]:
+        """Keep others from a run; yields whether that worked, which it does if we `wait`."""
+        byte = int(run.key, 16)
+        mine = self._lock(byte, wait)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._unlock(byte)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process is in such a block, for what is written once."""
+        byte = FIRST_SLOT + SLOTS
+        self._lock(byte, wait=True)
+        try:
+            yield
+        finally:
+            self._unlock(byte)
+
+    def others(self) -> int:
+        """How many other processes work on this sweep now."""
+        count = 0
+        for number in range(SLOTS):
+            if number == self._slot:
+                continue
+            if self._lock(FIRST_SLOT + number):
+                self._unlock(FIRST_SLOT + number)
+            else:
+                count += 1
+        return count
+
+    def finish(self, run: Run, data: Mapping[str, Any], stage: Path) -> None:
+        """Add run.json to the files in `stage` and make them the result of the run, in one step."""
+        write_json(stage / "run.json", data)
+        os.replace(stage, self.runs / run.name)
+        (self.failures / f"{run.name}.json").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def stage(self, run: Run) -> Iterator[Path]:
+        """An empty folder for the files of a run that we claimed; gone afterwards."""
+        folder = self.root / f".partial-{run.name}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def fail(self, run: Run, error: BaseException, facts: Mapping[str, Any]) -> None:
+        """Record why a run failed."""
+        text = "".join(traceback.format_exception(error))
+        summary = f"{type(error).__name__}: {error}"
+        data = {**facts, "error": summary, "traceback": text}
+        write_json(self.failures / f"{run.name}.json", data)
+
+    def forget_failures(self, before: float) -> int:
+        """Drop the failures older than a time stamp, so that these runs are tried again."""
+        count = 0
+        for path in self.failures.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    count += 1
+        return count
+
+    def _lock(self, byte: int, wait: bool = False) -> bool:
+        import fcntl  # not on Windows, where the rest of the command line still works
+
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _unlock(self, byte: int) -> None:
+        import fcntl
+
+        with contextlib.suppress(OSError):  # the store was closed, which lifted everything
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
+
+
+def save_frames(frames: torch.Tensor, path: Path) -> None:
+    """Keep frames (F, 3, H, W) in [0, 1] with 8 bits a channel, compressed without loss."""
+    pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    np.savez_compressed(path, frames=pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def load_frames(path: Path) -> torch.Tensor:
+    """The frames that `save_frames` wrote, as float32 (F, 3, H, W) in [0, 1]."""
+    with np.load(path, allow_pickle=False) as data:
+        pixels = torch.from_numpy(data["frames"])
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step, safe on the disk before it has its name."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """JSON from a file, None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None

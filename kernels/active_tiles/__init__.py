@@ -1,0 +1,1 @@
+"""Attention to tiles that are switched on or off one by one."""

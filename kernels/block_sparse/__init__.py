@@ -1,0 +1,1 @@
+"""Block-sparse attention, the operator under every method."""

@@ -1,0 +1,229 @@
+"""Block-sparse attention: one function, four backends, two of them also with 8-bit scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+
+from diffpatch.kernels.block_sparse import reference as block_sparse_reference
+from diffpatch.kernels.block_sparse.int8 import reference as quantize
+from diffpatch.kernels.block_sparse.torch_plan import attend as block_sparse_torch
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu import support as triton_support
+
+GPU_BACKENDS = ("triton", "triton-int8", "gluon")
+BACKENDS = ("auto", *GPU_BACKENDS, "torch", "torch-int8", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+ATTEND_ANYWHERE: dict[str, Attend] = {
+    "torch": block_sparse_torch.attend,
+    "torch-int8": quantize.attend,
+    "reference": block_sparse_reference.attend,
+}
+
+
+@overload
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention that computes only the query-key pairs a block index keeps.
+
+    The softmax is kept in fp32, results are the same in every run, and queries that see no key
+    give 0.
+
+    Args:
+        q: (B, S, H, D), fp32, bf16 or fp16 (torch and reference also fp64), any strides.
+        k: (B, S, K, D) like q, where K divides H: query head h reads key head ``h * K // H``.
+        v: (B, S, K, D) like k.
+        blocks: which pairs to keep, on the device of q.
+        scale: the factor on q·k, above 0; None means 1 / sqrt(D).
+        key_mask: bool (B, S), True where a key may be attended to; None allows all.
+        return_lse: whether to return the log-sum-exp of each query's scores as well.
+        backend: "triton", "torch", "reference", or "auto": triton where it can, else torch. With
+            "triton-int8" scores are computed from queries and smoothed keys in 8 bits, which costs
+            some accuracy (see `quantize`) and has no gradients; "torch-int8" rounds the same way
+            on any device, to see what it does to quality, and gains no time. "gluon" is a kernel
+            scheduled by hand for Hopper GPUs, without gradients. "auto" takes none of these.
+
+    Returns:
+        The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,
+        fp32 (fp64 for fp64) (B, S, H), -inf for queries that see no key.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    _check_tensors(q, k, v)
+    _check_blocks(q, blocks, key_mask)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
+    attend = _attend_with(choose_backend(q, k, v, blocks, backend))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str | None:
+    """Why a backend cannot attend with these queries, so that a caller can fall back and say so.
+
+    Args:
+        q: the queries, (B, S, H, D).
+        blocks: which pairs to keep.
+        backend: one of `BACKENDS`; "auto" always finds one.
+
+    Returns:
+        The reason in words, or None if the backend can.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    if backend not in GPU_BACKENDS:
+        return None
+    reason = triton_support.unsupported_reason(q.device)
+    if reason:
+        return reason
+    if backend == "gluon":
+        return _gluon_reason(q, blocks)
+    from diffpatch.kernels.block_sparse.gpu import triton_forward as kernel
+
+    if backend == "triton-int8":
+        return kernel.unsupported_int8_reason(q, blocks)
+    return kernel.unsupported_reason(q, blocks)
+
+
+def _gluon_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    try:
+        from diffpatch.kernels.block_sparse.gpu import gluon_forward as block_sparse_gluon
+    except (ImportError, AttributeError) as error:  # Gluon is experimental and changes
+        return f"this Triton has another Gluon: {error}"
+    return block_sparse_gluon.unsupported_reason(q, blocks)
+
+
+def choose_backend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
+) -> str:
+    """The backend that a call with these arguments runs on: one of `BACKENDS`, not "auto".
+
+    Args:
+        q: the queries, (B, S, H, D).
+        k: the keys.
+        v: the values.
+        blocks: which pairs to keep.
+        backend: one of `BACKENDS`.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if reason is None and needs_grad and backend in ("auto", "triton"):
+        from diffpatch.kernels.block_sparse.gpu import triton_backward as backward
+
+        reason = backward.unsupported_reason(q)
+    elif needs_grad and backend.endswith("-int8"):
+        reason = "scores in 8 bits have no gradients"
+    elif needs_grad and backend == "gluon":
+        reason = "this kernel has no gradients"
+    if backend == "auto":
+        return "torch" if reason else "triton"
+    if reason:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
+    return backend
+
+
+def _attend_with(backend: str) -> Attend:
+    if backend in ATTEND_ANYWHERE:
+        return ATTEND_ANYWHERE[backend]
+    if backend == "gluon":
+        from diffpatch.kernels.block_sparse.gpu import gluon_forward as block_sparse_gluon
+
+        return block_sparse_gluon.attend
+    from diffpatch.kernels.block_sparse.gpu import triton_backward as block_sparse_triton_backward
+    from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
+
+    kernels = {
+        "triton": block_sparse_triton_backward.attend,
+        "triton-int8": block_sparse_triton.attend_int8,
+    }
+    return kernels[backend]
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, expected (batch, tokens, heads, head size)."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+    batch, tokens, heads, size = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}.")
+        fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[3] == size
+        if not fits or x.shape[2] == 0 or heads % x.shape[2] or x.shape != k.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected ({batch}, {tokens}, K, {size}) "
+                f"like q {tuple(q.shape)}, with one K for k and v that divides {heads}."
+            )
+
+
+def _check_blocks(q: torch.Tensor, blocks: BlockIndex, key_mask: torch.Tensor | None) -> None:
+    batch, tokens, heads, _ = q.shape
+    if blocks.device != q.device:
+        raise ValueError(f"blocks is on {blocks.device} but q on {q.device}; move it with .to().")
+    blocks.validate()
+    if blocks.num_tokens != tokens:
+        raise ValueError(f"blocks covers {blocks.num_tokens} tokens but q has {tokens}.")
+    if blocks.head_pattern is not None and blocks.head_pattern.shape[0] != heads:
+        raise ValueError(
+            f"blocks.head_pattern names {blocks.head_pattern.shape[0]} heads but q has {heads}."
+        )
+    if key_mask is None:
+        return
+    if key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, "
+            f"expected bool ({batch}, {tokens}), True where a key may be attended to."
+        )
+    if key_mask.device != q.device:
+        raise ValueError(f"key_mask is on {key_mask.device} but q on {q.device}.")

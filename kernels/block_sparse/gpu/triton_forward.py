@@ -1,0 +1,265 @@
+"""Block-sparse attention as one Triton kernel: forward pass, for GPUs.
+
+A program owns BLOCK_M queries of one tile and one head. It visits the key sub-blocks (BLOCK_N keys)
+of its row: first those that every query sees, without any mask arithmetic, then the others, under
+a bit mask. Queries and outputs stay in place. Keys and values are put in tile order once a call,
+where a sub-block is one box of memory that a tensor descriptor (TMA) can fetch, or are read where
+they are ("gather"), which saves the copy and costs an index for every key and visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from diffpatch.kernels.block_sparse.gpu.lists import in_tile_order, sub_blocks
+from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
+from diffpatch.kernels.block_sparse.int8.reference import mean_key, mean_score
+from diffpatch.kernels.block_sparse.int8.triton_keys import quantize_keys
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.support import arch
+
+MAX_HEAD_SIZE = 256
+LOG2_E = 1.4426950408889634
+LOADS = ("auto", "pointer", "tma", "gather")
+
+
+class Config(NamedTuple):
+    """How the kernel is cut and scheduled.
+
+    Attributes:
+        block_m: queries of a program.
+        block_n: keys of a sub-block.
+        num_warps: warps of a program, those that `specialize` adds not counted.
+        num_stages: sub-blocks of keys and values in flight.
+        loads: how keys and values are read: "pointer" and "tma" from tile order, "gather" from
+            where they are.
+        specialize: whether extra warps do the loading.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    loads: str = "pointer"
+    specialize: bool = False
+
+
+# (bytes an element, padded head size) -> configuration, chosen so that nothing spills. fp32 has no
+# tensor cores at full precision and needs a small block to stay in registers.
+CONFIGS = {
+    (2, 64): Config(128, 64, 4, 3),
+    (2, 128): Config(128, 64, 8, 3),
+    (2, 256): Config(64, 64, 8, 2),
+    (4, 64): Config(64, 32, 8, 2),
+    (4, 128): Config(16, 32, 8, 1),
+    (4, 256): Config(32, 32, 16, 2),
+}
+# Other GPUs hold the operands of tensor cores in registers; some have 99 KiB of shared memory.
+CONFIGS_SMALL = CONFIGS | {
+    (2, 64): Config(128, 64, 8, 3),
+    (2, 128): Config(128, 32, 8, 3),
+    (2, 256): Config(64, 32, 8, 2),
+    (4, 128): Config(16, 32, 16, 2),
+    (4, 256): Config(32, 32, 16, 1),
+}
+# Compute capabilities as `triton_support.arch` gives them.
+ASYNC_TENSOR_CORE = (90, 100)  # where tensor cores read shared memory
+SPECIALIZED = (100,)  # where Triton gives loads warps of their own and nothing spills
+
+
+def configuration(
+    dtype: torch.dtype,
+    size: int,
+    tile: int,
+    arch: int,
+    *,
+    int8: bool = False,
+    loads: str = "auto",
+    specialize: bool = False,
+) -> Config:
+    """The configuration that ships for a case.
+
+    "auto" takes tensor descriptors from compute capability 9.0 on, for 16-bit heads of 64, 128 or
+    256 channels: one thread then issues a copy where all of them computed addresses, which frees 15
+    to 50 registers a thread on every architecture it compiles for. Older GPUs have no such copies,
+    fp32 is bound by arithmetic, and other head sizes would fetch the next head's channels.
+
+    Args:
+        dtype: of q, k and v.
+        size: the head size.
+        tile: the largest tile of the block index, in tokens.
+        arch: the compute capability as `triton_support.arch` gives it, 90 for 9.0.
+        int8: whether scores are computed in 8 bits.
+        loads: one of `LOADS`.
+        specialize: whether to leave the loads to warps of their own, on `SPECIALIZED`.
+
+    Raises:
+        ValueError: the loads do not exist or cannot work in this case.
+    """
+    table = CONFIGS if arch in ASYNC_TENSOR_CORE else CONFIGS_SMALL
+    config = table[dtype.itemsize, padded(size)]
+    if int8 and table is CONFIGS_SMALL and padded(size) == 128:
+        config = config._replace(block_m=64, num_warps=4)  # spills otherwise
+    if int8 and arch == 100 and padded(size) == 64:
+        config = config._replace(num_warps=8)  # as well, with Triton 3.6
+    if config.block_m == 128 and tile <= 64:
+        config = config._replace(block_m=64, num_warps=4)
+    if loads not in LOADS:
+        raise ValueError(f"loads is {loads!r}, expected one of {', '.join(LOADS)}.")
+    if loads == "gather" and int8:
+        raise ValueError("loads is 'gather', but keys are put in tile order as they are quantized.")
+    boxes = arch >= 90 and size == padded(size) and dtype.itemsize == 2
+    if loads == "tma" and not boxes:
+        raise ValueError(
+            f"loads is 'tma', which needs a GPU of compute capability 9.0 or above and 16-bit heads"
+            f" of 64, 128 or 256 channels; this is {dtype}, {size} channels, {arch / 10}."
+        )
+    if loads == "auto":
+        loads = "tma" if boxes else "pointer"
+    spacious = size == config.block_m == 128 and not int8  # others spill
+    if specialize and not (arch in SPECIALIZED and loads == "tma" and spacious):
+        raise ValueError(
+            f"specialize is for heads of 128 channels in tiles above 64 tokens, read by descriptors"
+            f" on compute capability 10.0 or 10.3, not for 8-bit scores; this is {size} channels,"
+            f" {tile} tokens, loads={loads!r}, {arch / 10}, {'8' if int8 else '16'}-bit scores."
+        )
+    return config._replace(loads=loads, specialize=specialize)
+
+
+def padded(size: int) -> int:
+    """The channels the kernel computes for a head size: a power of two, 64 at least."""
+    return max(64, triton.next_power_of_2(size))
+
+
+def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    """Why the kernel cannot run, or None. Takes the queries (B, S, H, D) and the blocks."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the triton backend computes fp32, bf16 and fp16, and q is {q.dtype}"
+    if q.shape[-1] > MAX_HEAD_SIZE:
+        return f"the triton backend takes heads up to {MAX_HEAD_SIZE} channels, q has {q.shape[-1]}"
+    if q.shape[0] * q.shape[2] > 65535:
+        return f"batch times heads is {q.shape[0] * q.shape[2]}, a launch takes 65535"
+    return None
+
+
+def unsupported_int8_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    """Why the kernel cannot compute scores in 8 bits, or None."""
+    if q.dtype == torch.float32:
+        return "scores in 8 bits are for bf16 and fp16, and q is torch.float32"
+    return unsupported_reason(q, blocks)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+    *,
+    loads: str = "auto",
+    specialize: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the kept pairs in one kernel launch.
+
+    Args:
+        q: (B, S, H, D), fp32, bf16 or fp16.
+        k: (B, S, K, D), where K divides H.
+        v: (B, S, K, D).
+        blocks: which pairs to keep.
+        scale: the factor on q·k, above 0.
+        key_mask: bool (B, S), False for keys nobody may attend to, or None.
+        return_lse: ignored, the log-sum-exp is always returned.
+        loads: how keys and values are read, see `configuration`.
+        specialize: whether extra warps do the loading, see `configuration`.
+
+    Returns:
+        The output (B, S, H, D) in the dtype of q and the natural log-sum-exp, fp32 (B, S, H).
+    """
+    config = _configured(q, blocks, loads, specialize=specialize)
+    if config.loads == "gather":
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    else:
+        k, v = (in_tile_order(x, blocks) for x in (k, v))
+    return _launch(q, k, v, None, blocks, scale, key_mask, config)
+
+
+def attend_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+    *,
+    loads: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` with q·k on 8-bit tensor cores, as `quantize` describes; for bf16 and fp16.
+
+    The log-sum-exp is that of the true scores, but for the rounding, and only made if asked for.
+    """
+    config = _configured(q, blocks, loads, int8=True)
+    mean = mean_key(k, key_mask)
+    keys, scales = quantize_keys(k, mean, blocks, key_mask)
+    v = in_tile_order(v, blocks)
+    out, lse = _launch(q, keys, v, scales, blocks, scale, key_mask, config)
+    return out, lse + mean_score(q, mean, scale) if return_lse else lse
+
+
+def _configured(q: torch.Tensor, blocks: BlockIndex, loads: str, **options: bool) -> Config:
+    gpu = arch(q.device)
+    return configuration(q.dtype, q.shape[-1], blocks.max_tile, gpu, loads=loads, **options)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernel on queries in sequence order, keys and values in the order of the loads."""
+    batch, tokens, heads, size = q.shape
+    lists = sub_blocks(blocks, config.block_m, config.block_n)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    allowed = None if key_mask is None else in_tile_order(key_mask, blocks).view(torch.uint8)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    sides: Sequence[Any] = (k, v)
+    if config.loads == "tma":
+        boxes = [config.block_n, size]
+        sides = [TensorDescriptor.from_tensor(side_by_side(x), boxes) for x in sides]
+    grid = (blocks.num_tiles * lists.parts, batch * heads)
+    attend_kernel[grid](
+        q, *sides, out, lse, key_scales, allowed, blocks.order, blocks.starts, blocks.head_pattern,
+        lists.schedule, lists.row_ptr, lists.full_end, lists.places, lists.mask_ids, lists.bits,
+        scale * LOG2_E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        tokens, heads, heads // k.shape[2], blocks.num_tiles, lists.parts,
+        SIZE=size, SIZE_PADDED=padded(size),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        LOADS=config.loads, SPECIALIZE=config.specialize,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """(B, S, heads, D) as (B * S, heads * D), of which descriptors can fetch boxes: channels and
+    heads side by side, rows that begin at 16 bytes; without a copy if they lie so."""
+    batch, tokens, heads, size = x.shape
+    flat = x.reshape(batch * tokens, heads * size)
+    step = flat.stride(0) * flat.itemsize
+    if flat.stride(1) != 1 or flat.stride(0) < heads * size or (step | flat.data_ptr()) % 16:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat

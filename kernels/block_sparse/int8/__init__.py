@@ -1,0 +1,1 @@
+"""Scores of queries and keys rounded to 8 bits."""

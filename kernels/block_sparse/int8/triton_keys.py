@@ -1,0 +1,75 @@
+"""Keys into tile order and 8 bits in one pass, in Triton; the definition is in `quantize`."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel takes and returns are Triton's values and has no Python types)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from diffpatch.kernels.block_sparse.int8 import reference as quantize
+from diffpatch.kernels.blocks import BlockIndex
+
+RUN = tl.constexpr(quantize.RUN)
+LEVELS = tl.constexpr(quantize.LEVELS)
+SMALLEST = tl.constexpr(quantize.SMALLEST)
+
+
+def quantize_keys(
+    k: torch.Tensor,
+    mean: torch.Tensor,
+    blocks: BlockIndex,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize.quantize_keys` in one kernel launch, for fp32, bf16 and fp16 keys."""
+    batch, tokens, heads, size = k.shape
+    k = k if k.stride(3) == 1 else k.contiguous()
+    keys = torch.empty(k.shape, dtype=torch.int8, device=k.device)
+    scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
+    allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    parts = -(-blocks.max_tile // quantize.RUN)
+    quantize_kernel[blocks.num_tiles * parts, batch * heads](
+        k, mean, keys, scales, allowed, blocks.order, blocks.starts,
+        *k.stride()[:3], tokens, heads, parts,
+        SIZE=size, SIZE_PADDED=triton.next_power_of_2(size),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return keys, scales
+
+
+@triton.jit
+def quantize_kernel(
+    K, MEAN, KEYS, SCALES, ALLOWED, ORDER, STARTS,
+    stride_kb, stride_ks, stride_kh, tokens, heads, parts,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One program: a run of keys of one tile, for one head of one batch entry.
+
+    MEAN (B, heads, SIZE), KEYS (B, S, heads, SIZE) and SCALES (B, heads, S) are contiguous.
+    """
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    tile = tl.program_id(0) // parts
+    first = tl.load(STARTS + tile) + tl.program_id(0) % parts * RUN
+    place = first + tl.arange(0, RUN)
+    held = place < tl.load(STARTS + tile + 1)
+    token = tl.load(ORDER + place, mask=held, other=0)
+    channel = tl.arange(0, SIZE_PADDED)
+    channel_ok = channel < SIZE
+    used = held
+    if ALLOWED is not None:
+        used = held & (tl.load(ALLOWED + batch * tokens + token, mask=held, other=0) != 0)
+    loaded = used[:, None] & channel_ok[None, :]
+    at = K + batch * stride_kb + head.to(tl.int64) * stride_kh
+    k = tl.load(at + token[:, None] * stride_ks + channel[None, :], mask=loaded, other=0.0)
+    mean = tl.load(MEAN + (batch * heads + head) * SIZE + channel, mask=channel_ok, other=0.0)
+    k = tl.where(loaded, k.to(tl.float32) - mean[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), SMALLEST) / LEVELS
+    rounded = tl.floor(k / scale + 0.5).to(tl.int8)
+    row = (batch * tokens + place) * heads + head
+    stored = held[:, None] & channel_ok[None, :]
+    tl.store(KEYS + row[:, None] * SIZE + channel[None, :], rounded, mask=stored)
+    scales = tl.zeros([RUN], tl.float32) + scale
+    tl.store(SCALES + (batch * heads + head) * tokens + place, scales, mask=held)

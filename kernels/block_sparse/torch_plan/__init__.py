@@ -1,0 +1,1 @@
+"""Block-sparse attention in PyTorch: which rows and keys share a call."""

@@ -1,0 +1,1 @@
+"""Whether every shipped kernel compiles, without a GPU."""

@@ -1,0 +1,249 @@
+"""Every specialization of the Triton kernels that ships, and what a launch of it would fix.
+
+A case names a kernel and what it is compiled for; `configuration` and `specialization` say what
+its launch passes to Triton. `check` compiles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from diffpatch.kernels.active_tiles import triton_impl as active
+from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
+from diffpatch.kernels.block_sparse.gpu import triton_backward as backward
+from diffpatch.kernels.block_sparse.gpu import triton_forward as forward
+from diffpatch.kernels.block_sparse.gpu.gluon_kernel import attend_kernel as gluon_kernel
+from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
+from diffpatch.kernels.block_sparse.int8.reference import RUN
+from diffpatch.kernels.block_sparse.int8.triton_keys import quantize_kernel
+from diffpatch.kernels.gpu.support import GPUS
+from diffpatch.kernels.linear import triton_impl as linear
+from diffpatch.kernels.linear.triton_kernel import apply_kernel, state_kernel
+from diffpatch.kernels.virtual_tokens import triton_impl as virtual
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Config = forward.Config | virtual.Config | linear.Config | gluon.Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialization of a kernel.
+
+    Attributes:
+        arch: the compute capability, 90 for 9.0.
+        kernel: "forward", "gluon" (the same for Hopper, scheduled by hand), "int8" (forward with
+            scores in 8 bits), "quantize", the gradient of
+            "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
+            which also finds out what the next step may leave out); "pool" and "virtual" of virtual
+            tokens, "state" and "apply" of linear attention.
+        dtype: of the tensors.
+        size: the head size.
+        tile: the largest tile, in tokens.
+        key_mask: whether keys are hidden.
+        loads: how the forward kernels are asked to read keys and values.
+        specialize: whether warps of their own do that.
+    """
+
+    arch: int
+    kernel: str
+    dtype: str
+    size: int
+    tile: int
+    key_mask: bool
+    loads: str = "auto"
+    specialize: bool = False
+
+
+def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
+    """Every case that ships for the given compute capabilities and dtypes.
+
+    fp16 compiles to what bf16 does but for the name of an instruction, so that bf16 alone is
+    compiled in every form.
+    """
+    for arch, dtype in product(archs, dtypes):
+        if GPUS[arch].like == gluon.HOPPER and DTYPES[dtype] in gluon.TYPES:
+            for size, key_mask in product(gluon.CONFIGS, (False, True)):
+                yield Case(arch, "gluon", dtype, size, 128, key_mask)
+        for size in (64, 96, 128, 256):
+            yield Case(arch, "forward", dtype, size, 128, False)
+        if dtype == "fp16":
+            yield Case(arch, "int8", dtype, 128, 128, False)
+            yield Case(arch, "skip", dtype, 128, 128, False)
+            continue
+        for size in (64, 128):
+            yield Case(arch, "forward", dtype, size, 64, False)
+            yield Case(arch, "forward", dtype, size, 128, True)
+        for kernel, size in product(("queries", "keys"), (64, 128, 256)):
+            if (DTYPES[dtype].itemsize, size) in backward.CONFIGS:
+                yield Case(arch, kernel, dtype, size, tile=128, key_mask=False)
+        yield from _active_cases(arch, dtype)
+        if dtype == "bf16":
+            yield from _loads_asked_for(arch)
+            yield from _int8_cases(arch, dtype)
+            for kernel in ("pool", "virtual", "state", "apply"):
+                yield Case(arch, kernel, dtype, 128, 128, False)
+            yield Case(arch, "virtual", dtype, 64, 128, False)
+
+
+def _loads_asked_for(arch: int) -> Iterator[Case]:
+    for size in (64, 128):
+        yield Case(arch, "forward", "bf16", size, 128, False, "gather")
+    if arch >= 90:
+        for size in (64, 128, 256):
+            yield Case(arch, "forward", "bf16", size, 128, False, "pointer")
+    if GPUS[arch].like in forward.SPECIALIZED:
+        for key_mask in (False, True):
+            yield Case(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
+
+
+def _active_cases(arch: int, dtype: str) -> Iterator[Case]:
+    for size in (64, 128, 256):
+        yield Case(arch, "skip", dtype, size, 128, False)
+    yield Case(arch, "active", dtype, 128, 128, False)
+    yield Case(arch, "skip", dtype, 128, 64, True)
+
+
+def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
+    for size in (64, 128, 256):
+        yield Case(arch, "int8", dtype, size, 128, False)
+    yield Case(arch, "int8", dtype, 128, 64, True)
+    yield Case(arch, "quantize", dtype, 128, 128, False)
+    yield Case(arch, "quantize", dtype, 128, 128, True)
+    if arch >= 90:
+        yield Case(arch, "int8", dtype, 128, 128, False, "pointer")
+
+
+def configuration(case: Case) -> Config:
+    """The configuration that ships for a case."""
+    dtype, arch = DTYPES[case.dtype], GPUS[case.arch].like
+    if case.kernel == "gluon":
+        return gluon.configuration(case.size, case.key_mask)
+    if case.kernel == "quantize":
+        return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
+    if case.kernel in ("queries", "keys"):
+        return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
+    if case.kernel == "pool":
+        return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
+    if case.kernel == "virtual":
+        return virtual.configuration(dtype, case.size)
+    if case.kernel == "state":
+        return linear.STATE_CONFIGS[dtype.itemsize]
+    if case.kernel == "apply":
+        return linear.configuration(dtype, case.size)
+    if case.kernel in ("active", "skip"):
+        return active.configuration(dtype, case.size, case.tile, arch)
+    int8 = case.kernel == "int8"
+    asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
+    return forward.configuration(dtype, case.size, case.tile, arch, int8=int8, **asked)
+
+
+def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """What a launch on contiguous tensors fixes.
+
+    Returns:
+        The kernel, the values of its constant arguments, and the types of those tensors and numbers
+        that are not int32.
+    """
+    kernel, own, types = _of_kernel(case, config)
+    constants = own | {
+        "SIZE": case.size,
+        "SIZE_PADDED": forward.padded(case.size),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }
+    if case.tile <= config.block_m:
+        constants["parts"] = 1  # integers that are 1 are constants
+    if not case.key_mask:
+        constants["ALLOWED"] = None
+    types |= {"ALLOWED": "*u8", "ORDER": "*i64", "scale": "fp32", "scale_log2": "fp32"}
+    return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, types
+
+
+def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The kernel of a case, its own constants, and the types of its tensors."""
+    tensor = f"*{case.dtype}"
+    if case.kernel in ("pool", "virtual"):
+        return _virtual(case)
+    if isinstance(config, linear.Config):
+        return _linear(case, config)
+    if isinstance(config, gluon.Config):
+        return _gluon(case, config)
+    assert isinstance(config, forward.Config)
+    if case.kernel == "quantize":
+        types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
+        return quantize_kernel, {}, types
+    if case.kernel in ("forward", "int8"):
+        return _forward(case, config)
+    if case.kernel in ("active", "skip"):
+        types = dict.fromkeys(("Q", "K", "V", "OUT"), tensor)
+        types |= {"HITS": "*u8", "threshold": "fp32"}
+        constants = {"group": 1, "SUBS": -(-case.tile // config.block_n)}
+        return (
+            active.attend_active_kernel,
+            constants | _none(case.kernel == "active", "HITS"),
+            types,
+        )
+    keys = case.kernel == "keys"
+    types = dict.fromkeys(("OWN", "OWN2", "OTHER", "OTHER2"), tensor)
+    types |= dict.fromkeys(("LSE", "DELTA", "GRAD2"), "*fp32")
+    types["GRAD"] = "*fp32" if keys else tensor
+    return backward.gradient_kernel, {"KEYS": keys} | _none(not keys, "GRAD2"), types
+
+
+def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    int8 = case.kernel == "int8"
+    types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
+    types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
+    for name, dtype in (("K", "i8" if int8 else case.dtype), ("V", case.dtype)):
+        box = f"tensordesc<{dtype}[{config.block_n}, {case.size}]>"
+        types[name] = box if config.loads == "tma" else f"*{dtype}"
+    constants = {"group": 1, "LOADS": config.loads, "SPECIALIZE": config.specialize}
+    return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
+
+
+def _gluon(case: Case, config: gluon.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    layout = gluon.boxes(config, case.size, DTYPES[case.dtype])
+    box = f"tensordesc<{case.dtype}[{config.block_n},{case.size}],{layout!r}>"
+    types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
+    types |= {"K": box, "V": box, "LSE": "*fp32"}
+    constants = {
+        "group": 1,
+        "PARTS": 1,
+        "TURNS": config.turns,
+        "REGISTERS": gluon.COMPUTING_REGISTERS,
+    }
+    return gluon_kernel, constants, types
+
+
+def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    names = ("Q", "K", "V", "KEYS", "VALUES", "VARIANCE", "NEAR", "OUT")
+    types = dict.fromkeys(names, f"*{case.dtype}")
+    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32") | {"log2_e": "fp32"}
+    if case.kernel == "pool":
+        return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS}, types
+    return virtual.virtual_kernel, {"group": 1}, types
+
+
+def _linear(case: Case, config: linear.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    types = dict.fromkeys(("Q", "K", "V", "LEFT", "RIGHT", "OUT"), f"*{case.dtype}")
+    sums = ("STATE", "SQUARES", "LEFT_SUM", "RIGHT_SUM", "KEY_SUM", "VALUE_SUM", "COUNT", "LSE")
+    centres = ("LEFT_CENTRE", "RIGHT_CENTRE", "CENTRE_K", "CENTRE_V")
+    types |= dict.fromkeys((*sums, *centres), "*fp32") | {"WEIGHT": "*u8"}
+    constants = {"PRECISION": config.precision, "group": 1}
+    if case.kernel == "state":
+        blocks = {"BLOCK_LEFT": config.block_m, "BLOCK_RIGHT": config.block_c}
+        sizes = {"LEFT_SIZE": case.size, "RIGHT_SIZE": case.size}
+        return state_kernel, constants | blocks | sizes, types
+    sizes = {"VALUE_SIZE": case.size, "VALUE_PADDED": forward.padded(case.size)}
+    return apply_kernel, constants | sizes | {"BLOCK_C": config.block_c}, types
+
+
+def _none(absent: bool, name: str) -> dict[str, Any]:
+    """The constant that stands for a tensor which this case does without."""
+    return {name: None} if absent else {}

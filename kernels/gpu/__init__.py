@@ -1,0 +1,1 @@
+"""Where the kernels run, and on which device."""

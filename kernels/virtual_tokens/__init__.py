@@ -1,0 +1,1 @@
+"""Keys that are pooled into virtual tokens in the same softmax."""

@@ -1,0 +1,1 @@
+"""The transformers diffpatch knows: one row a family."""

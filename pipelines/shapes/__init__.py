@@ -1,0 +1,1 @@
+"""Sizes of known models, and models without weights."""

@@ -1,0 +1,399 @@
+"""Sweeps: what is refused, what a run writes down, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffpatch.cli import main
+from diffpatch.eval.quality.metrics import psnr
+from diffpatch.eval.sweep.plan import plan_sweep
+from diffpatch.eval.sweep.spec import (
+    BARS,
+    KEYS,
+    METHOD_KEYS,
+    NETWORKS,
+    SIZE_KEYS,
+    BadSweep,
+    check_spec,
+)
+from diffpatch.eval.sweep.store import Store, load_frames, save_frames
+from tests import tiny
+
+HOSTILE = '<script>alert("x")</script> & a cat'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose a lot where other work wants the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A sweep of a tiny model: 2 prompts × (dense, two floors, two methods at a budget)."""
+    model = tmp_path_factory.mktemp("model") / "wan"
+    tiny.wan().pipe.save_pretrained(model)
+    return {
+        "title": "tiny <b>sweep</b>",
+        "model": str(model),
+        "prompts": ["a cat", HOSTILE],
+        "sizes": {"height": 32, "width": 64, "num_frames": 17},
+        "steps": 2,
+        "schedules": {"dense_steps": 0, "dense_layers": 0},
+        "methods": [
+            {"method": "radial", "vary": {"rule": ["tiles"]}},
+            {"method": "neighborhood", "set": {"stride": 1}, "dense_layers": 1, "budgets": [0.75]},
+        ],
+        "attention_error": 1,
+        "bar": {"psnr": 10},
+        "networks": {"features": "contrast"},
+    }
+
+
+def write(data: dict[str, Any], folder: Path) -> str:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def swept(sweep: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that sweep after it ran."""
+    folder = tmp_path_factory.mktemp("swept")
+    assert main(["sweep", write(sweep, folder), "-o", str(folder / "runs"), "--quiet"]) == 0
+    return folder / "runs"
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("runs/*/run.json")}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
+
+
+def test_every_run_is_there_with_what_reproduces_it(swept: Path) -> None:
+    found = results(swept)
+    kinds = [result["kind"] for result in found.values()]
+    # 2 prompts: dense, dense from another seed (for the floor, not in the plan), floors, methods.
+    assert sorted(kinds) == ["dense"] * 4 + ["kernel"] * 2 + ["method"] * 4 + ["seed"] * 2
+    assert len(json.loads((swept / "sweep.json").read_text())["runs"]) == 10
+    for result in found.values():
+        assert result["settings"]["num_inference_steps"] == 2
+        assert result["environment"]["versions"]["torch"] == torch.__version__
+        assert result["call"]["height"] == 32 and result["seed"] in (0, 1)
+    near = [result for result in found.values() if result["method"] == "neighborhood"]
+    assert {result["prompt"] for result in near} == {"a cat", HOSTILE}
+    for result in near:
+        assert result["budget"] == 0.75 and result["kept"] == pytest.approx(0.75, abs=0.12)
+        assert result["report"]["kept_per_layer"]["transformer.0"] == 1.0
+        assert result["options"] == {"dense_steps": 0, "dense_layers": 1}
+        assert result["parameters"] == {"stride": 1} and "Neighborhood(" in result["fitted"]
+        base = result["dense"]["seconds"]["total"] / result["seconds"]["total"]
+        assert result["speedup"]["total"] == pytest.approx(base)
+        assert not result["shared"]
+    errors = [result for result in found.values() if "attention_error" in result]
+    assert {result["prompt"] for result in errors} == {"a cat"} and len(errors) == 2
+    assert all(0 < result["attention_error"]["mean"] < 1 for result in errors)
+
+
+def test_frames_are_kept_so_that_scores_can_be_computed_again(swept: Path) -> None:
+    for result in results(swept).values():
+        if result["kind"] != "method":
+            continue
+        frames = load_frames(swept / "runs" / result["name"] / "frames.npz")
+        dense = load_frames(swept / "runs" / result["dense"]["name"] / "frames.npz")
+        assert frames.shape == (17, 3, 32, 64)
+        features = np.load(swept / "runs" / result["name"] / "features.npy")
+        assert features.shape[0] == 1 and np.isfinite(features).all()
+        assert result["quality"]["psnr"] == pytest.approx(psnr(frames, dense).mean)
+    before = results(swept)
+    assert main(["sweep", "--report-only", "--rescore", str(swept), "--quiet"]) == 0
+    assert results(swept) == before
+
+
+def test_the_floors_bracket_what_is_possible(swept: Path) -> None:
+    rows = json.loads((swept / "summary.json").read_text())["rows"]
+    quality = {row["kind"]: row["quality"]["psnr"] for row in rows if row["kind"] != "dense"}
+    assert quality["kernel"] > 60  # the same clip but for rounding
+    assert quality["seed"] < 40  # another clip
+
+
+def test_frames_survive_storage(tmp_path: Path) -> None:
+    frames = torch.arange(256).float().div(255).reshape(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    save_frames(frames, tmp_path / "frames.npz")
+    assert torch.equal(load_frames(tmp_path / "frames.npz"), frames)
+    with np.load(tmp_path / "frames.npz", allow_pickle=False) as data:
+        assert data["frames"].dtype == np.uint8
+
+
+def test_a_second_start_does_nothing_and_a_longer_list_only_the_rest(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = stamps(swept)
+    longer = {**sweep, "methods": [*sweep["methods"], "window"]}
+    assert main(["sweep", write(sweep, tmp_path), "-o", str(swept)]) == 0
+    assert capsys.readouterr().err == "" and stamps(swept) == before
+    assert main(["sweep", write(longer, tmp_path), "-o", str(swept), "--json"]) == 0
+    shown = capsys.readouterr()
+    after = stamps(swept)
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
+    assert all("window" in path for path in set(after) - set(before))
+    assert "window" in [row["label"] for row in json.loads(shown.out)["rows"]]
+
+
+def test_reports_follow_the_file_where_nothing_is_left_to_do(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(swept, tmp_path / "copy"))
+    before = stamps(folder)
+    fewer = {"title": "other", "bar": {"psnr": 99}, "methods": sweep["methods"][-1:]}
+    for data in ({**sweep, **fewer}, sweep):
+        assert main(["sweep", write(data, tmp_path), "-o", str(folder), "--json"]) == 0
+        found = json.loads((folder / "sweep.json").read_text())
+        assert found["title"] == data["title"] and found["bar"] == data["bar"]
+        labels = {row["label"].split()[0] for row in json.loads(capsys.readouterr().out)["rows"]}
+        assert ("radial" in labels) == (data["title"] == sweep["title"])
+    assert stamps(folder) == before
+
+
+def test_other_networks_do_not_join_a_table(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(swept, tmp_path / "copy"))
+    words = ["sweep", write({**sweep, "networks": {}}, tmp_path), "-o", str(folder), "--quiet"]
+    assert main(words) == 2
+    assert "add --rescore" in capsys.readouterr().err
+    assert main([*words, "--rescore"]) == 0
+    assert main(words) == 0
+
+
+def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) -> None:
+    """Repeated prompts, and schedules that a method's own replaces."""
+    (tmp_path / "captions.txt").write_text("a dog\na cat\na dog\n")
+    data = {
+        **sweep,
+        "prompts": ["a cat"],
+        "prompt_file": "captions.txt",
+        "schedules": [{"dense_layers": 0}, {"dense_layers": 1}],
+        "methods": [{"method": "neighborhood", "dense_layers": 1, "budgets": [0.12, 0.125]}],
+        "noise_floor": [],
+    }
+    [runs] = plan_sweep(check_spec(data, tmp_path)).values()
+    assert len({run.key for run in runs}) == len(runs) == 2 * (1 + 2)
+    assert len({run.variant.label for run in runs}) == 3
+
+
+def test_what_decides_a_result_is_in_its_key(sweep: dict[str, Any], tmp_path: Path) -> None:
+    def keys(**changes: Any) -> set[str]:
+        [runs] = plan_sweep(check_spec({**sweep, **changes}, tmp_path)).values()
+        return {run.key for run in runs}
+
+    assert keys() == keys(title="other")
+    assert not keys() & keys(offload="model") and not keys() & keys(vae_tiling=True)
+
+
+def test_what_fails_is_kept_apart_and_tried_again_on_request(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    short = {**sweep, "prompts": ["a cat"], "noise_floor": [], "methods": ["radial", "window"]}
+    words = ["sweep", write(short, tmp_path), "-o", str(tmp_path / "runs")]
+    real = torch.nn.Module.__call__
+
+    def broken(self: Any, *args: Any, **options: Any) -> Any:
+        patch = getattr(self, "_diffpatch", None)
+        if patch is not None and "Window" in str(patch.patch.method):
+            raise torch.OutOfMemoryError("no memory <left>")
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "__call__", broken)
+        assert main(words) == 1
+    shown = capsys.readouterr()
+    assert "FAILED, OutOfMemoryError: no memory <left>" in shown.err
+    assert "--retry-failed" in shown.err and "radial" in shown.out
+    [failure] = (tmp_path / "runs" / "failed").iterdir()
+    record = json.loads(failure.read_text())
+    assert record["method"] == "window" and "Traceback" in record["traceback"]
+    assert "no memory &lt;left&gt;" in (tmp_path / "runs" / "report.html").read_text()
+    assert main([*words, "--quiet"]) == 1  # not tried again unasked
+    assert main([*words, "--quiet", "--retry-failed"]) == 0
+    assert not list((tmp_path / "runs" / "failed").iterdir())
+    assert len(results(tmp_path / "runs")) == 3
+
+
+def test_dense_is_timed_again_where_its_clock_is_old(sweep: dict[str, Any], tmp_path: Path) -> None:
+    windows = {"method": "window", "vary": {"shift": ["layer", "step", "none"]}}
+    short = {
+        **sweep, "prompts": ["a cat"], "noise_floor": [], "methods": [windows],
+        "attention_error": 0, "dense_every": 2,
+    }  # fmt: skip
+    out = tmp_path / "runs"
+    assert main(["sweep", write(short, tmp_path), "-o", str(out), "--quiet"]) == 0
+    names = json.loads((out / "sweep.json").read_text())["runs"]
+    found = [results(out)[name] for name in names]
+    clocks = [result["dense"]["seconds"] for result in found[1:]]
+    assert [result["dense"]["runs_since"] for result in found[1:]] == [0, 1, 0]
+    assert clocks[0] == clocks[1] == found[0]["seconds"] != clocks[2]
+
+
+def test_the_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for key in (*KEYS, *METHOD_KEYS, *SIZE_KEYS, *BARS, *NETWORKS):
+        assert re.search(rf"\b{key}\b", shown), key
+
+
+def test_a_dry_run_lists_and_writes_nothing(
+    sweep: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    assert main(["sweep", write(sweep, tmp_path), "-o", str(out), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("10 runs, 2 of them dense") and len(lines) == 11
+    assert any("neighborhood stride=1 dense_layers=1 at 75% | “a cat” seed 0" in x for x in lines)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"promts": ["a"]}, "unknown key 'promts': did you mean 'prompts'"),
+        ({"prompts": []}, "prompts: the list is empty"),
+        ({"prompts": ["a", "a"]}, "prompts: 'a' stands in it twice"),
+        ({"prompts": [3]}, "prompts: 3 must be a mapping"),
+        ({"prompt_file": "no.txt"}, "prompt_file"),
+        ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "there is no image"),
+        ({"seeds": [True]}, "seeds: True must be a whole number"),
+        ({"seeds": -1}, "seeds: -1 must be at least 0"),
+        ({"steps": [0]}, "steps: 0 must be at least 1"),
+        ({"dtype": "fp8"}, "dtype: 'fp8'"),
+        ({"sizes": {"heigth": 3}}, "did you mean 'height'"),
+        ({"sizes": {"height": 3.5}}, "sizes: height: 3.5 must be a whole number"),
+        ({"call": {"prompt": "x"}}, "call: prompt is set by the sweep"),
+        ({"call": {"height": 3}}, "call: height belongs under sizes"),
+        ({"call": {"guidance": 3}}, "did you mean 'guidance_scale'"),
+        ({"methods": []}, "methods: name at least one"),
+        ({"methods": ["radail"]}, "did you mean 'radial'"),
+        ({"methods": ["radial", "radial"]}, "twice"),
+        ({"methods": [{"method": "radial", "set": {"deca": 1}}]}, "did you mean 'decay'"),
+        ({"methods": [{"method": "radial", "set": {"decay": "much"}}]}, "decay='much'"),
+        ({"methods": [{"method": "radial", "set": {"decay": True}}]}, "must be of type float"),
+        ({"methods": [{"method": "radial", "set": {"decay": -1}}]}, "decay=-1 must be positive"),
+        ({"methods": [{"method": "radial", "vary": {"decay": []}}]}, "decay: the list is empty"),
+        ({"methods": [{"method": "radial", "sets": {}}]}, "did you mean 'set'"),
+        ({"methods": [{"method": "window", "backend": "cuda"}]}, "window: backend"),
+        ({"methods": ["radial+window"]}, "does not combine"),
+        ({"schedules": {"dense_steps": 1.5}}, "dense_steps=1.5 must be a count"),
+        ({"schedules": {"dense_steps": 3}}, "dense_steps=3 is more than the 2 steps"),
+        ({"budgets": [50]}, "budgets: 50 must be between 0 and 1"),
+        ({"noise_floor": ["sed"]}, "did you mean 'seed'"),
+        ({"bar": {"lpips": 1}}, "bar: unknown key 'lpips'"),
+        ({"networks": {"lpip": "x"}}, "did you mean 'lpips'"),
+        ({"dense_every": "x"}, "dense_every: 'x' must be a whole number"),
+        ({"model": "no/such/model/"}, "no model"),
+        # What only the loaded model can tell:
+        ({"schedules": {"dense_layers": 9}}, "dense_layers=9"),
+        ({"budgets": [0.2], "schedules": {"dense_steps": 1}}, "budgets: 0.2 cannot be met"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(
+    sweep: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "runs"
+    words = ["sweep", write({**sweep, **changes}, tmp_path), "-o", str(out), "--quiet"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1, shown.err
+    assert message in shown.err
+    assert not list(out.glob("runs/*"))
+
+
+def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.yaml"
+    for text, message in [
+        ("prompts: [a]\nprompts: [b]\n", "'prompts' stands twice"),
+        ("prompts: [a\n", "is no YAML"),
+        ("- a\n", "must be a mapping"),
+        ("!!python/object/apply:os.getcwd []\n", "is no YAML"),
+    ]:
+        broken.write_text(text)
+        assert main(["sweep", str(broken)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert main(["sweep", "--report-only", str(tmp_path)]) == 2
+    assert "no folder of a sweep" in capsys.readouterr().err
+    with pytest.raises(BadSweep, match="dense"):
+        check_spec({"prompts": ["a"], "methods": ["dense"]}, tmp_path)
+
+
+def command(sweep: dict[str, Any], folder: Path) -> list[str]:
+    return ["diffpatch", "sweep", write(sweep, folder), "-o", str(folder / "runs")]
+
+
+def start(words: list[str], rank: int) -> subprocess.Popen[bytes]:
+    """One of two processes, as `accelerate launch` and torchrun start them."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}},
+    )
+
+
+def test_processes_share_the_work_and_nothing_is_lost_to_kill_9(
+    sweep: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes work, a third, this one, holds on to a run; then the two are killed."""
+    runs, words = tmp_path / "runs", command(sweep, tmp_path)
+    [first, *_] = plan_sweep(check_spec(sweep, tmp_path))[sweep["model"]]
+    store = Store(runs)
+    with store.claim(first) as mine:
+        workers = [start(words, rank) for rank in (0, 1)]
+        try:
+            # The other case can be done without the dense run that is held here.
+            limit = time.monotonic() + 90
+            while len(results(runs)) < 6 and time.monotonic() < limit:
+                assert [worker.poll() for worker in workers] == [None, None]
+                time.sleep(0.02)
+            held, others = store.is_pending(first), store.others()
+        finally:
+            for worker in workers:
+                worker.kill()  # SIGKILL: nothing of theirs runs any more
+                worker.wait()
+    store.close()
+    assert mine and held and others == 2
+    before = results(runs)
+    unchanged = stamps(runs)
+    assert {result["process"]["world"] for result in before.values()} == {2}
+    assert all(result["shared"] for result in before.values() if "shared" in result)
+    (runs / f".partial-{first.name}").mkdir(exist_ok=True)  # as if killed in the middle of it
+    (runs / f".partial-{first.name}" / "frames.npz").write_bytes(b"half")
+    assert main(words[1:]) == 0
+    shown = capfd.readouterr()
+    after = stamps(runs)
+    assert len(after) == 12 and {path: after[path] for path in unchanged} == unchanged
+    assert not list(runs.glob(".partial-*"))
+    assert "rough" in shown.out
+    finished = [line for line in shown.err.splitlines() if line.startswith("[")]
+    titles = [line.partition("] ")[2].rpartition(": ")[0] for line in finished]
+    assert len(titles) == len(set(titles)) >= 6, "a run was done twice"

@@ -1,0 +1,200 @@
+"""The plan: published bounds, exact agreement with reports, sizes that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffpatch
+from diffpatch import BadParameter, Neighborhood, TokenGrid, UnknownFamily, Window
+from diffpatch.cli import main
+from diffpatch.patterns.drawing import KINDS, draw, kept_by_distance, seen_by
+from diffpatch.pipelines.shapes.find import find_shape
+from diffpatch.pipelines.shapes.table import MODELS
+from diffpatch.planning.plan import runs
+from tests.tiny import flux, wan
+
+WAN_720P: dict[str, Any] = {"height": 720, "width": 1280, "num_frames": 81}
+
+
+def test_perfectly_block_sparse_cases_reach_the_published_bounds() -> None:
+    hunyuan = diffpatch.plan(
+        "hunyuan-video", "neighborhood", height=768, width=1280, num_frames=117, text_tokens=0,
+        dense_steps=0, window=(18, 24, 24), stride=(16, 8, 8),
+    )  # fmt: skip
+    assert hunyuan.grid.shape == (30, 48, 80)
+    assert hunyuan.attention_speedup == pytest.approx(11.1, rel=0.01)
+    # No tile is visited in part, and none is smaller than a block of the kernel.
+    assert hunyuan.visited == pytest.approx(hunyuan.kept_sparse)
+    assert hunyuan.computed == pytest.approx(hunyuan.kept_sparse)
+    flux_4k = diffpatch.plan(
+        "flux", "neighborhood", height=4096, width=4096, text_tokens=0, dense_steps=0,
+        window=(-1, 80, 80), stride=(1, 16, 16),
+    )  # fmt: skip
+    assert flux_4k.attention_speedup == pytest.approx(10.2, rel=0.01)
+
+
+def test_published_presets_are_planned_with() -> None:
+    plan = diffpatch.plan("wan-14b", "radial", **WAN_720P)
+    assert plan.tokens == 75_600 and plan.grid.shape == (21, 45, 80)
+    assert (plan.dense_steps, plan.dense_layers, plan.steps, plan.layers) == (12, 1, 50, 40)
+    expected = 1 - (1 - 12 / 50) * (1 - 1 / 40) * (1 - plan.kept_sparse)
+    assert plan.kept == pytest.approx(expected)
+    assert 1 < plan.step_speedup < plan.attention_speedup
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("window", {"window": (-1, 1, 2)}),
+        ("neighborhood", {"window": (3, 1, 2), "stride": 1}),
+        ("linear", {"density": 0.3, "pool": 2}),
+        ("window+temporal", {"window": (-1, 1, 2), "refresh": 2}),
+        ("neighborhood", {"quality": "fast"}),
+        ("radial+temporal", {"quality": "balanced", "refresh": 3}),
+    ],
+)
+def test_the_plan_is_what_the_run_reports(method: str, params: dict[str, Any]) -> None:
+    tiny = wan()
+    plan = diffpatch.plan(
+        tiny.pipe, method, height=32, width=64, num_frames=9, num_inference_steps=4,
+        dense_steps=1, **params,
+    )  # fmt: skip
+    diffpatch.patch(tiny.pipe, method, dense_steps=1, **params)
+    tiny.run(num_inference_steps=4)
+    report = diffpatch.report(tiny.pipe)
+    assert plan.kept == pytest.approx(report.kept, abs=1e-9)
+    assert plan.kept_per_step == pytest.approx(report.kept_per_step, abs=1e-9)
+    assert plan.kept_per_layer == pytest.approx(list(report.kept_per_layer.values()), abs=1e-9)
+    assert (plan.steps, plan.layers) == (report.steps, report.layers)
+    assert plan.grid.shape == (3, 2, 4)
+
+
+def test_a_packed_image_pipeline_is_read_right() -> None:
+    tiny = flux()
+    options: dict[str, Any] = {"height": 16, "width": 32, "num_inference_steps": 2}
+    plan = diffpatch.plan(tiny.pipe, "window", text_tokens=48, dense_steps=0, **options)
+    diffpatch.patch(tiny.pipe, "window", dense_steps=0)
+    tiny.run()
+    assert plan.kept == pytest.approx(diffpatch.report(tiny.pipe).kept, abs=1e-9)
+
+
+def test_temporal_state_is_planned() -> None:
+    plan = diffpatch.plan("wan-1.3b", "radial+temporal", height=480, width=832, num_frames=81)
+    # 32,760 tokens × 12 heads × (128 bf16 + one fp32) × 29 sparse layers × 2 branches
+    assert plan.state_bytes == 32_760 * 12 * 260 * 29 * 2 and plan.fits
+    large = diffpatch.plan("wan-14b", "radial+temporal", **WAN_720P)
+    assert not large.fits and "the run is refused" in str(large)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "error", "message"),
+    [
+        ("wan-14b", {"height": 721}, BadParameter, "height=721 must be a multiple of 16"),
+        ("wan-14b", {"num_frames": 80}, BadParameter, "such as 77 or 81"),
+        ("wan-14b", {"num_frames": 1}, BadParameter, "makes videos: say how many frames"),
+        ("wan-14B", {}, UnknownFamily, "did you mean 'wan-14b'"),
+        ("flux", {"num_frames": 1}, BadParameter, "radial works on video models only"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        diffpatch.plan(model, "radial", **(WAN_720P | changes))
+
+
+@pytest.mark.parametrize("make", [wan, flux])
+def test_configs_say_what_the_pipeline_says(make: Any, tmp_path: Path) -> None:
+    tiny = make()
+    loaded = find_shape(tiny.pipe)
+    tiny.pipe.save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    assert replace(find_shape(tmp_path), name=loaded.name) == loaded
+    config = tmp_path / "transformer" / "config.json"
+    assert find_shape(config) == find_shape(tmp_path)
+    (tmp_path / "model_index.json").unlink()  # the transformer alone: the family's usual VAE
+    alone = find_shape(config)
+    assert (alone.layers, alone.heads, alone.head_dim) == (
+        loaded.layers, loaded.heads, loaded.head_dim
+    )  # fmt: skip
+    assert alone.space == 8
+
+
+def test_a_hub_id_of_a_built_in_model_needs_no_network() -> None:
+    assert find_shape("Wan-AI/Wan2.1-T2V-14B-Diffusers").name == "wan-14b"
+    assert len({i for row in MODELS for i in row.ids}) == sum(len(row.ids) for row in MODELS)
+
+
+GRIDS = [TokenGrid(4, 6, 7, 3, 5), TokenGrid(1, 9, 8, 0, 4)]
+METHODS = [
+    Neighborhood(window=(0.5, 3, 5), stride=1),
+    Neighborhood(heads=((-1, 0.3, 0.3), (0.4, -1, -1))),
+    Window(),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=["tokens", "heads", "window"])
+def test_pictures_show_the_mask(method: diffpatch.Method, grid: TokenGrid) -> None:
+    pattern = method.pattern(grid, method.variant(1, 0))
+    masks = pattern.dense()  # (P, S, S)
+    heads = pattern.blocks.head_pattern
+    for token in (0, grid.text_before + 13, grid.num_tokens - 1):
+        assert torch.equal(seen_by(pattern, token), masks[0, token])
+    visual = slice(grid.text_before, grid.text_before + grid.visual_tokens)
+    mean = (masks if heads is None else masks[heads.long()]).double().mean(0)[visual, visual]
+    axis = grid.num_frames if grid.num_frames > 1 else grid.height
+    at = torch.arange(grid.visual_tokens) // (grid.visual_tokens // axis)
+    apart = (at[:, None] - at).abs()
+    expected = torch.stack([mean[apart == d].mean() for d in range(axis)])
+    assert torch.allclose(kept_by_distance(pattern), expected)
+    pictures = [draw(pattern, kind, title=str(method)) for kind in KINDS]
+    assert all(picture.width > 200 and picture.height > 200 for picture in pictures)
+    query = pictures[1].convert("RGB")
+    assert {(0, 98, 168), (214, 60, 20)} <= {c for _, c in query.getcolors(1 << 20) or ()}
+    with pytest.raises(BadParameter, match=r"inside of"):
+        draw(pattern, "query", query=(0, 99, 0))
+
+
+def test_a_plan_does_not_depend_on_the_default_device() -> None:
+    size: dict[str, Any] = {"height": 96, "width": 160, "num_frames": 9, "num_inference_steps": 3}
+    with torch.device("meta"):
+        plan = diffpatch.plan("wan-1.3b", "neighborhood", window=0.5, profile="h100", **size)
+    again = diffpatch.plan("wan-1.3b", "neighborhood", window=0.5, profile="h100", **size)
+    assert again.to_dict() == plan.to_dict() and plan.predicted is not None
+
+
+def test_runs_of_equal_shares_are_counted() -> None:
+    assert runs([1.0, 1.0, 0.25]) == "2 × 100.0%, 1 × 25.0%"
+    assert runs([1.0, 1.0, *[0.2, 0.3] * 4]) == "2 × 100.0%, 8 × 20.0% to 30.0%"
+
+
+def test_the_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--height", "480", "--width", "832", "--num-frames", "81"]
+    assert main(["plan", "--model", "wan-1.3b", *size]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("radial", "linear", "window", "neighborhood+temporal"))
+    assert "which one? linear" in out and "diffpatch sweep" in out
+    device = ["--device-profile", "h100", "--quality", "balanced"]
+    assert main(["plan", "--model", "wan-1.3b", *size, *device]) == 0
+    out = capsys.readouterr().out
+    assert "UNCALIBRATED" in out and "at quality 'balanced'" in out
+    folder = tmp_path / "pictures"
+    one = ["plan", "-m", "wan-1.3b", *size, "--method", "radial"]
+    assert main([*one, "--draw", str(folder), "--draw-query", "3,4,5"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["distance.png", "query.png", "tiles.png"]
+    picture = tmp_path / "map.png"
+    assert (
+        main(["plan", "-m", "wan-1.3b", *size, "--method", "radial", "--draw", str(picture)]) == 0
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", "-m", "wan-1.3b", *size, "--draw", str(picture)]) == 2
+    assert main(["plan", "-m", "wan-9b", *size]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 2 and "did you mean" in error[1]
