@@ -30,7 +30,7 @@ from diffpatch.cli.arguments import number
 from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo, pipeline_num_frames
-from diffpatch.planning.budget import fit_budget
+from diffpatch.planning.fit import fit_kept
 from diffpatch.tuning import distill
 
 SAMPLED, HELD_SEED = 0, 1000  # seeds of the noise to learn from, and of that to be tested on
@@ -169,7 +169,7 @@ def table(
     grid = diffpatch.TokenGrid(size.frames, size.side // 8, size.side // 8)
     taught = diffpatch.make_method("linear", weights=str(weights))
     methods = {
-        "dropping tiles": fit_budget("neighborhood", grid, taught.pattern(grid).kept),
+        "dropping tiles": fit_kept("neighborhood", grid, taught.pattern(grid).kept),
         "piecewise, untrained": Linear(near=near),
         "distilled": taught,
     }

@@ -23,8 +23,8 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   call              other arguments of the pipeline's call
   schedules         {dense_steps: …, dense_layers: …, dense_last_steps: …}
   methods           names, or {method: NAME, set: {…}, vary: {KEY: [VALUES]}, and for this one
-                    method dense_steps, dense_layers, dense_last_steps, backend, budgets}
-  budgets           shares of the pairs, such as [0.5, 0.25], that methods are fitted to
+                    method dense_steps, dense_layers, dense_last_steps, backend, kept}
+  kept              fractions of the pairs, such as [0.5, 0.25], that methods are fitted to
   noise_floor       dense beside itself: [kernel, seed] unless said otherwise
   attention_error   for how many prompts attention outputs are compared with dense (0)
   dense_every       dense is timed anew after so many runs (8; 0 never)
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "sweep",
-        help="compare methods, parameters and budgets, with a report",
+        help="compare methods, parameters and kept fractions, with a report",
         description="Render prompts dense and with many methods, and write report.html,\n"
         "summary.md, summary.csv and summary.json. Stopped at any moment, the same command goes\n"
         "on; several processes may share the work (accelerate launch, or several terminals).",

@@ -93,7 +93,7 @@ class Method:
     default_dense_steps: ClassVar[int | float] = 0
     default_dense_layers: ClassVar[int | float] = 0
     # What says how much is kept; a quality level leaves a method alone where one of them is given.
-    size_parameters: ClassVar[tuple[str, ...]] = ("density",)
+    kept_parameters: ClassVar[tuple[str, ...]] = ("kept",)
 
     def variant(self, layer: int, step: int) -> Hashable:
         """What the pattern depends on besides the grid; equal variants share one pattern."""
@@ -119,7 +119,7 @@ class Method:
         """What the scale of the softmax is multiplied by: above 1 sharpens it."""
         return 1.0
 
-    def kept(self, pattern: BlockPattern, age: int) -> float:
+    def kept_at(self, pattern: BlockPattern, age: int) -> float:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
         return pattern.kept
 
@@ -154,23 +154,23 @@ class Method:
         """The parameters given by name, and those that they imply."""
         return params
 
-    def sized(self, amount: float, kind: str = "video") -> Method:
-        """This method set to keep about `amount` of the visual pairs of a sparse call.
+    def with_kept(self, kept: float, kind: str = "video") -> Method:
+        """This method set to keep about `kept` of the visual pairs of a sparse call.
 
-        The only parameters it changes are those in `size_parameters`. Without a grid it can only be
-        near: `fit_budget` meets a budget on a grid. Methods whose knob is not called ``density``
+        The only parameters it changes are those in `kept_parameters`. Without a grid it can only be
+        near: `fit_kept` meets a budget on a grid. Methods whose knob is not called ``kept``
         override this.
 
         Args:
-            amount: fraction of the pairs, in (0, 1].
+            kept: fraction of the pairs, in (0, 1].
             kind: "video" or "image"; images have nothing to save along time.
 
         Raises:
             BadParameter: the method has nothing that sets how much it keeps.
         """
-        if "density" not in {f.name for f in dataclasses.fields(self)}:
+        if "kept" not in {f.name for f in dataclasses.fields(self)}:
             raise BadParameter(f"{self.name} has no parameter that sets how much it keeps")
-        changes: dict[str, Any] = {"density": amount}
+        changes: dict[str, Any] = {"kept": kept}
         return dataclasses.replace(self, **changes)
 
     def check(self, condition: bool, parameter: str, expected: str) -> None:

@@ -30,7 +30,7 @@ class Disc(Method):
     summary = "every token sees the tokens within a radius of it"
     source = "CLEAR, arXiv 2412.16112"
     default_dense_steps = 0.25
-    size_parameters = ("radius", "time")
+    kept_parameters = ("radius", "time")
 
     radius: int | float = param(0.3, "int: tokens; float: fraction of √(height·width) of the frame")
     time: axis.Size = param(-1, "frames that are seen: int, fraction, or -1 for all")
@@ -44,9 +44,9 @@ class Disc(Method):
     def softmax_factor(self) -> float:
         return self.sharpen
 
-    def sized(self, amount: float, kind: str = "video") -> Disc:
+    def with_kept(self, kept: float, kind: str = "video") -> Disc:
         # A disc has radius²·π tokens; the edges cut some off, and √2 reaches from corner to corner.
-        return replace(self, radius=math.sqrt(2.0) if amount == 1 else math.sqrt(amount / math.pi))
+        return replace(self, radius=math.sqrt(2.0) if kept == 1 else math.sqrt(kept / math.pi))
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         radius = float(self.radius)

@@ -41,7 +41,7 @@ class Neighborhood(Method):
     summary = "every token sees a window around it, shifted inwards at the edges"
     source = "GNA, arXiv 2504.16922; NATTEN; dilation by layer: DiNAT, arXiv 2209.15001"
     default_dense_steps = 0.25
-    size_parameters = ("window", "heads", "layers")
+    kept_parameters = ("window", "heads", "layers")
 
     window: axis.Sizes = param(0.6, "keys along each axis: int, fraction, or -1 for all")
     stride: str | int | tuple[int, ...] = param("auto", "queries that share a window, or 'auto'")
@@ -93,8 +93,8 @@ class Neighborhood(Method):
     def softmax_factor(self) -> float:
         return self.sharpen
 
-    def sized(self, amount: float, kind: str = "video") -> Neighborhood:
-        side = amount ** (1 / 2) if kind == "image" else amount ** (1 / 3)
+    def with_kept(self, kept: float, kind: str = "video") -> Neighborhood:
+        side = kept ** (1 / 2) if kind == "image" else kept ** (1 / 3)
         window: axis.Sizes = (-1, side, side) if kind == "image" else side
         return replace(self, window=window, heads=(), layers=())
 

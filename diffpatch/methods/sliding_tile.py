@@ -28,7 +28,7 @@ class SlidingTile(Method):
     summary = "every tile of tokens sees the whole tiles around it"
     source = "STA, arXiv 2502.04507"
     default_dense_steps = 0.3  # 15 of 50 steps
-    size_parameters = ("window",)
+    kept_parameters = ("window",)
 
     window: axis.Sizes = param(0.6, "tiles along each axis: int, fraction, or -1 for all")
     tile: tuple[int, int, int] = param((6, 8, 8), "most tokens of a tile along each axis")
@@ -40,10 +40,10 @@ class SlidingTile(Method):
             whole and len(self.tile) == 3 and min(self.tile) >= 1, "tile", "three positive ints"
         )
 
-    def sized(self, amount: float, kind: str = "video") -> SlidingTile:
+    def with_kept(self, kept: float, kind: str = "video") -> SlidingTile:
         if kind == "image":
-            return replace(self, window=(-1, amount ** (1 / 2), amount ** (1 / 2)))
-        return replace(self, window=amount ** (1 / 3))
+            return replace(self, window=(-1, kept ** (1 / 2), kept ** (1 / 2)))
+        return replace(self, window=kept ** (1 / 3))
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         finer = choose_tile([min(t, n) for t, n in zip(self.tile, grid.shape, strict=True)])

@@ -40,7 +40,7 @@ class Window(Method):
         " CSWin, arXiv 2107.00652"
     )
     default_dense_steps = 0.25
-    size_parameters = ("window", "heads")
+    kept_parameters = ("window", "heads")
 
     window: axis.Sizes = param(
         (-1, 0.5, 0.5), "size of a window along each axis: int, fraction, or -1 for all"
@@ -65,12 +65,12 @@ class Window(Method):
         """
         return cls(heads=((-1, stripe, -1), (-1, -1, stripe)), shift="none")
 
-    def sized(self, amount: float, kind: str = "video") -> Window:
+    def with_kept(self, kept: float, kind: str = "video") -> Window:
         # A video is cut along its width first, then also its height, then also time.
-        cut = [max(amount, 0.5), min(max(2 * amount, 0.5), 1.0), min(4 * amount, 1.0)]
-        width, height, time = cut if kind == "video" else [amount**0.5] * 2 + [1.0]
+        cut = [max(kept, 0.5), min(max(2 * kept, 0.5), 1.0), min(4 * kept, 1.0)]
+        width, height, time = cut if kind == "video" else [kept**0.5] * 2 + [1.0]
         if time < 0.5:
-            width = height = time = amount ** (1 / 3)
+            width = height = time = kept ** (1 / 3)
         window = tuple(axis.part(share) for share in (time, height, width))
         return replace(self, window=window, heads=())
 

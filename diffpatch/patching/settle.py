@@ -90,11 +90,11 @@ def _at_quality(
             f"quality={quality!r} chooses the size of a method and {chosen} has one: give the name"
             f" {chosen.name!r}, or leave quality out"
         )
-    if set(chosen.size_parameters) & set(params):
+    if set(chosen.kept_parameters) & set(params):
         return chosen  # the caller chose the size
     if quality in preset.levels:
         return make_method(method, **{**preset.params, **preset.levels[quality], **params})
-    return chosen.sized(QUALITIES[quality], kind)
+    return chosen.with_kept(QUALITIES[quality], kind)
 
 
 def _first(published: Amount | None, default: Amount) -> Amount:

@@ -64,7 +64,7 @@ class Run:
             pattern = self.made[variant]
             self.holds.setdefault(layer, pattern)
             self.used.append(pattern)
-            self.kept.append(method.kept(pattern, age))
+            self.kept.append(method.kept_at(pattern, age))
             self.sparse.append(self.kept[-1])
             self.work.append(method.work(pattern, age, backend))
             self.modelled = self.modelled and self.work[-1] is not None

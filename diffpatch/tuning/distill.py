@@ -107,7 +107,7 @@ class Distiller:
         if len(calls) != len(paths):
             raise BadParameter(
                 f"{method.name}: {len(paths) - len(calls)} of {len(paths)} layers of the sample see"
-                f" everything exactly with near={method.near}, density={method.density}, so that"
+                f" everything exactly with near={method.near}, kept={method.kept}, so that"
                 " there is nothing to learn: lower them, or sample something larger"
             )
         features = method.far not in ("pool", "state")

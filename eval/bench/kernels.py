@@ -43,7 +43,7 @@ from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.environment import environment
 from diffpatch.eval.sweep.store import write_text
 from diffpatch.pipelines.running.loading import choose_device
-from diffpatch.planning.budget import fit_budget
+from diffpatch.planning.fit import fit_kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REACHED = 1.25  # times the wanted pairs: a window beyond it stands for something else
@@ -128,7 +128,7 @@ class _Bench:
     def _measured(self, shape: Shape, dtype: torch.dtype, wanted: float | None) -> Result:
         method = shape.method
         if wanted is not None:
-            method = fit_budget("neighborhood", shape.grid, wanted)
+            method = fit_kept("neighborhood", shape.grid, wanted)
         pattern = method.pattern(shape.grid, method.variant(0, 0))
         if wanted is not None and pattern.kept > REACHED * wanted:
             return {"not_measured": f"no window here keeps less than {pattern.kept:.1%}"}

@@ -32,7 +32,7 @@ from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.methods.base import Attended, Call
 from diffpatch.pipelines.shapes import random_models
 from diffpatch.pipelines.shapes.table import ModelShape
-from diffpatch.planning.budget import fit_budget
+from diffpatch.planning.fit import fit_kept
 
 Say = Callable[[str], None]
 DEFAULT = "torch's choice"
@@ -162,7 +162,7 @@ def _made(
             f"{name} carries results from one step to the next, and a single forward has none:"
             " measure it with `diffpatch bench render`"
         )
-    return method if kept is None else fit_budget(method, case.grid, kept)
+    return method if kept is None else fit_kept(method, case.grid, kept)
 
 
 def check_memory(case: ModelCase) -> None:

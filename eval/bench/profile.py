@@ -64,7 +64,7 @@ METHODS: Methods = (
     ("window", {}),
     ("window", {"window": (0.5, 0.5, 0.5)}),
     ("linear", {}),
-    ("linear", {"density": 0.25}),
+    ("linear", {"kept": 0.25}),
     ("linear", {"pool": 24}),
 )
 CHECKED: Methods = tuple(

@@ -63,14 +63,14 @@ class Variant:
             "method".
         method: which, with its parameters.
         options: schedule and backend, as `diffpatch.patch` takes them.
-        budget: kept fraction of the run that the method is to be fitted to.
+        wanted: kept fraction of the run that the method is to be fitted to.
         told: whether the label names the options, because others in the sweep differ.
     """
 
     kind: str
     method: MethodSpec | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    budget: float | None = None
+    wanted: float | None = None
     told: bool = False
 
     @property
@@ -80,8 +80,8 @@ class Variant:
             return _DENSE[self.kind]
         options = self.options.items() if self.told else ()
         words = [self.method.label, *(f"{key}={value}" for key, value in options)]
-        if self.budget is not None:
-            words.append(f"at {100 * self.budget:g}%")
+        if self.wanted is not None:
+            words.append(f"at {100 * self.wanted:g}%")
         return " ".join(words)
 
 
@@ -117,7 +117,7 @@ class Run:
         """A fingerprint of everything that decides the result."""
         facts = asdict(self)
         if facts["variant"]["method"]:
-            del facts["variant"]["method"]["budgets"]
+            del facts["variant"]["method"]["kept"]
         del facts["case"]["number"], facts["variant"]["told"]  # these are about the sweep
         if (image := self.case.prompt.image) is not None:  # what it shows, wherever it lies
             facts["case"]["prompt"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
@@ -176,10 +176,10 @@ def _variants(spec: SweepSpec) -> list[Variant]:
     found = [Variant("dense"), *(Variant(kind) for kind in spec.noise_floor)]
     for method, schedule in itertools.product(spec.methods, spec.schedules):
         options = {key: value for key, value in schedule.items() if key not in method.options}
-        budgets = spec.budgets if method.budgets is None else method.budgets
+        kept = spec.kept if method.kept is None else method.kept
         told = len(spec.schedules) > 1
-        for budget in budgets or (None,):
-            variant = Variant("method", method, options, budget, told)
+        for wanted in kept or (None,):
+            variant = Variant("method", method, options, wanted, told)
             if variant not in found:  # a method's own schedule takes the place of the common ones
                 found.append(variant)
     return found

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import diffpatch
 from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.scores import load_tools
-from diffpatch.eval.sweep.budget import fit_run
+from diffpatch.eval.sweep.fit import fit_run
 from diffpatch.eval.sweep.plan import Case, Run
 from diffpatch.eval.sweep.report.clips import save_clip
 from diffpatch.eval.sweep.scores import has_features, save_features, score
@@ -96,7 +96,7 @@ class Session:
         """Patch once with every method, so that what cannot work is known before anything runs.
 
         Raises:
-            DiffpatchError: a method, a schedule or a budget does not fit the model.
+            DiffpatchError: a method, a schedule or a kept fraction does not fit the model.
         """
         seen = set()
         for run in runs:
@@ -144,7 +144,7 @@ class Session:
             "method": variant.method.name if variant.method else None,
             "parameters": dict(variant.method.parameters) if variant.method else {},
             "options": _options(run),
-            "budget": variant.budget,
+            "wanted": variant.wanted,
             "judged_by": self.tools.names(),
             "process": {
                 "rank": self.worker.rank, "world": self.worker.world,
@@ -301,9 +301,9 @@ class Session:
                 yield method
 
     def _fitted(self, run: Run) -> diffpatch.Method | None:
-        """The method of a run with a budget, fitted to it; None without a budget."""
+        """The method of a run with a kept fraction, fitted to it; None without one."""
         place = _place(run)
-        if run.variant.budget is None:
+        if run.variant.wanted is None:
             return None
         if place not in self._methods:
             self._methods[place] = fit_run(self.pipe, run)
@@ -334,7 +334,7 @@ def _options(run: Run) -> dict[str, Any]:
 
 
 def _place(run: Run) -> str:
-    """What a warm-up, a check or a fitted budget holds for: everything but prompt and seed."""
+    """What a warm-up, a check or a fitted method holds for: everything but prompt and seed."""
     case = dataclasses.replace(run.case, prompt=Prompt(""), number=0, seed=0)
     return dataclasses.replace(run, case=case, errors=False).key
 

@@ -18,7 +18,7 @@ from diffpatch.kernels.block_sparse.api import BACKENDS
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 SCHEDULE_KEYS = ("dense_steps", "dense_layers", "dense_last_steps")
-METHOD_KEYS = ("method", "set", "vary", "backend", "budgets", *SCHEDULE_KEYS)
+METHOD_KEYS = ("method", "set", "vary", "backend", "kept", *SCHEDULE_KEYS)
 SIZE_KEYS = ("height", "width", "num_frames")
 FLOORS = ("kernel", "seed")
 BARS = ("psnr", "ssim", "caption_accuracy", "clip_score")  # of a verdict; higher is better
@@ -40,12 +40,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method with its parameters, and what it overrides of schedule, backend and budgets."""
+    """One method with its parameters, and what it overrides of schedule, backend and kept fractions."""
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    budgets: tuple[float, ...] | None = None
+    kept: tuple[float, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -71,7 +71,7 @@ class SweepSpec:
         steps: axis of denoising steps; None is the pipeline's own number.
         schedules: axis of dense steps and layers.
         methods: what is compared with dense.
-        budgets: kept fractions of a whole run that every method is fitted to; empty for none.
+        kept: fractions of a whole run that every method is fitted to; empty for none.
         noise_floor: what dense is compared with itself by: another kernel, another seed.
         attention_error: number of prompts for which attention errors are measured, in a second
             pass that is not timed.
@@ -93,7 +93,7 @@ class SweepSpec:
     steps: tuple[int | None, ...]
     schedules: tuple[Mapping[str, Any], ...]
     methods: tuple[MethodSpec, ...]
-    budgets: tuple[float, ...]
+    kept: tuple[float, ...]
     noise_floor: tuple[str, ...]
     attention_error: int
     dense_every: int
@@ -140,7 +140,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         steps=_numbers(data["steps"], "steps", int, 1) if "steps" in data else (None,),
         schedules=_schedules(data.get("schedules", {})),
         methods=_methods(data["methods"]),
-        budgets=_budgets(data.get("budgets", [])),
+        kept=_kept(data.get("kept", [])),
         noise_floor=floors,
         attention_error=len(prompts) if error is True else _count(error or 0, "attention_error"),
         dense_every=_count(data.get("dense_every", 8), "dense_every"),
@@ -278,12 +278,12 @@ def _schedule(options: dict[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
-def _budgets(value: Any) -> tuple[float, ...]:
-    found = _numbers(value, "budgets", float, 0) if value != [] else ()
-    for budget in found:
-        if not 0 < budget < 1:
-            raise BadSweep(f"budgets: {budget!r} must be between 0 and 1")
-    return tuple(float(budget) for budget in found)
+def _kept(value: Any) -> tuple[float, ...]:
+    found = _numbers(value, "kept", float, 0) if value != [] else ()
+    for wanted in found:
+        if not 0 < wanted < 1:
+            raise BadSweep(f"kept: {wanted!r} must be between 0 and 1")
+    return tuple(float(wanted) for wanted in found)
 
 
 def _bar(value: Any) -> dict[str, float]:
@@ -330,12 +330,12 @@ def _method(item: Any) -> list[MethodSpec]:
     options = _schedule({k: v for k, v in item.items() if k in SCHEDULE_KEYS}, f"methods: {name}")
     if "backend" in item:
         options["backend"] = _choice(item["backend"], f"methods: {name}: backend", BACKENDS)
-    budgets = _budgets(item["budgets"]) if "budgets" in item else None
+    kept = _kept(item["kept"]) if "kept" in item else None
     found = []
     for values in itertools.product(*axes):
         parameters = {**fixed, **dict(zip(varied, values, strict=True))}
         _check_parameters(name, parameters, hints)
-        found.append(MethodSpec(name, parameters, options, budgets))
+        found.append(MethodSpec(name, parameters, options, kept))
     return found
 
 

@@ -41,7 +41,7 @@ def made(kind: str, label: str, prompt: str, seconds: float, psnr: float | None)
         "name": name, "kind": kind, "label": label, "setting": "toy, 64×64", "model": "toy",
         "pipeline": "Toy", "dtype": "float32", "offload": "none", "vae_tiling": False,
         "prompt": prompt, "seed": 0, "settings": {}, "parameters": {}, "options": {},
-        "method": label if kind == "method" else None, "budget": None, "seconds": clock,
+        "method": label if kind == "method" else None, "wanted": None, "seconds": clock,
         "shared": False, "kept": 0.25 if psnr else 1.0, "quality": {"caption_accuracy": 1.0},
         "environment": ENVIRONMENT,
     }  # fmt: skip

@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep of a tiny model: 2 prompts × (dense, two floors, two methods at a budget)."""
+    """A sweep of a tiny model: 2 prompts × (dense, two floors, two methods at a kept fraction)."""
     model = tmp_path_factory.mktemp("model") / "wan"
     tiny.wan().pipe.save_pretrained(model)
     return {
@@ -59,7 +59,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "schedules": {"dense_steps": 0, "dense_layers": 0},
         "methods": [
             {"method": "radial", "vary": {"rule": ["tiles"]}},
-            {"method": "neighborhood", "set": {"stride": 1}, "dense_layers": 1, "budgets": [0.75]},
+            {"method": "neighborhood", "set": {"stride": 1}, "dense_layers": 1, "kept": [0.75]},
         ],
         "attention_error": 1,
         "bar": {"psnr": 10},
@@ -102,7 +102,7 @@ def test_every_run_is_there_with_what_reproduces_it(swept: Path) -> None:
     near = [result for result in found.values() if result["method"] == "neighborhood"]
     assert {result["prompt"] for result in near} == {"a cat", HOSTILE}
     for result in near:
-        assert result["budget"] == 0.75 and result["kept"] == pytest.approx(0.75, abs=0.12)
+        assert result["wanted"] == 0.75 and result["kept"] == pytest.approx(0.75, abs=0.12)
         assert result["report"]["kept_per_layer"]["transformer.0"] == 1.0
         assert result["options"] == {"dense_steps": 0, "dense_layers": 1}
         assert result["parameters"] == {"stride": 1} and "Neighborhood(" in result["fitted"]
@@ -193,7 +193,7 @@ def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) ->
         "prompts": ["a cat"],
         "prompt_file": "captions.txt",
         "schedules": [{"dense_layers": 0}, {"dense_layers": 1}],
-        "methods": [{"method": "neighborhood", "dense_layers": 1, "budgets": [0.12, 0.125]}],
+        "methods": [{"method": "neighborhood", "dense_layers": 1, "kept": [0.12, 0.125]}],
         "noise_floor": [],
     }
     [runs] = plan_sweep(check_spec(data, tmp_path)).values()
@@ -304,7 +304,7 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"methods": ["radial+window"]}, "does not combine"),
         ({"schedules": {"dense_steps": 1.5}}, "dense_steps=1.5 must be a count"),
         ({"schedules": {"dense_steps": 3}}, "dense_steps=3 is more than the 2 steps"),
-        ({"budgets": [50]}, "budgets: 50 must be between 0 and 1"),
+        ({"kept": [50]}, "kept: 50 must be between 0 and 1"),
         ({"noise_floor": ["sed"]}, "did you mean 'seed'"),
         ({"bar": {"lpips": 1}}, "bar: unknown key 'lpips'"),
         ({"networks": {"lpip": "x"}}, "did you mean 'lpips'"),
@@ -312,7 +312,7 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"model": "no/such/model/"}, "no model"),
         # What only the loaded model can tell:
         ({"schedules": {"dense_layers": 9}}, "dense_layers=9"),
-        ({"budgets": [0.2], "schedules": {"dense_steps": 1}}, "budgets: 0.2 cannot be met"),
+        ({"kept": [0.2], "schedules": {"dense_steps": 1}}, "kept: 0.2 cannot be met"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(

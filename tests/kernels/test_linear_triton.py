@@ -30,7 +30,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def with_text() -> BlockIndex:
     """A pattern of the method itself: odd tiles, and text that sees and is seen by all."""
-    return Linear(density=0.2).pattern(TokenGrid(2, 5, 9, text_before=5)).blocks
+    return Linear(kept=0.2).pattern(TokenGrid(2, 5, 9, text_before=5)).blocks
 
 
 def away_from_zero(blocks: BlockIndex, dtype: torch.dtype, size: int = 32) -> Tensors:

@@ -78,7 +78,7 @@ def by_formula(
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_piecewise_attention_is_its_formula(grid: TokenGrid, second_order: bool) -> None:
-    method = Linear(density=0.2, pool=7, second_order=second_order)
+    method = Linear(kept=0.2, pool=7, second_order=second_order)
     q, k, v = structured(grid)
     expected = by_formula(q, k, v, grid, method)
     for backend in ("reference", "torch"):
@@ -87,7 +87,7 @@ def test_piecewise_attention_is_its_formula(grid: TokenGrid, second_order: bool)
 
 
 def test_masked_keys_do_not_enter_the_means() -> None:
-    grid, method = GRIDS[0], Linear(density=0.2, pool=7)
+    grid, method = GRIDS[0], Linear(kept=0.2, pool=7)
     q, k, v = structured(grid)
     key_mask = torch.rand(2, grid.num_tokens, generator=torch.Generator().manual_seed(0)) < 0.7
     call = Call(method.pattern(grid), key_mask=key_mask, backend="reference")
@@ -100,7 +100,7 @@ def test_masked_keys_do_not_enter_the_means() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_token_a_run_is_dense_attention(dtype: torch.dtype) -> None:
     q, k, v = structured(GRIDS[1], dtype)
-    out = diffpatch.attention(q, k, v, GRIDS[1], "linear", density=0.1, pool=1)
+    out = diffpatch.attention(q, k, v, GRIDS[1], "linear", kept=0.1, pool=1)
     assert error(out, dense(q.double(), k.double(), v.double())) < (
         1e-6 if dtype.itemsize == 4 else 1e-2
     )
@@ -110,7 +110,7 @@ def test_outlier_channels_do_not_blow_up_the_second_order() -> None:
     grid = GRIDS[0]
     q, k, v = structured(grid, torch.float32)
     q[..., 3], k[..., 3] = q[..., 3] * 300, k[..., 3] * 300
-    out = diffpatch.attention(q, k, v, grid, "linear", density=0.1, pool=16)
+    out = diffpatch.attention(q, k, v, grid, "linear", kept=0.1, pool=16)
     assert torch.isfinite(out).all()
     assert out.abs().max() <= v.abs().max() + 1e-4  # a convex combination of values
 
@@ -119,7 +119,7 @@ def test_summarising_beats_dropping_at_the_same_cost() -> None:
     grid = TokenGrid(6, 12, 16)
     q, k, v = structured(grid, torch.float32)
     target = dense(q, k, v)
-    linear = Linear(density=0.12, pool=16)
+    linear = Linear(kept=0.12, pool=16)
     dropping = Window(window=(3, 6, 16), shift="none")
     assert linear.pattern(grid).kept <= dropping.pattern(grid).kept
     kept_error = error(diffpatch.attention(q, k, v, grid, linear), target)

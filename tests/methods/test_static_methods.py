@@ -204,16 +204,16 @@ def test_radial_as_published(grid: TokenGrid, decay: float, sink: bool) -> None:
     decay=st.floats(0.1, 3.0),
     sink=st.booleans(),
     tile=st.sampled_from([8, 24, 128]),
-    density=st.one_of(st.none(), st.floats(0.2, 1.0)),
+    kept=st.one_of(st.none(), st.floats(0.2, 1.0)),
 )
 def test_radial_on_tiles(
-    grid: TokenGrid, decay: float, sink: bool, tile: int, density: float | None
+    grid: TokenGrid, decay: float, sink: bool, tile: int, kept: float | None
 ) -> None:
     """Between two frames every query sees a box of whole tiles around it, never cut by an edge."""
-    method = Radial(decay=decay, sink=sink, density=density)
+    method = Radial(decay=decay, sink=sink, kept=kept)
     with mock.patch.object(choose_tile, "__defaults__", (tile, None)):
         mask = method.pattern(grid).dense()
-        tiling, _ = radial_rules.tiles(grid, decay, sink, density)
+        tiling, _ = radial_rules.tiles(grid, decay, sink, kept)
     slabs = list(itertools.pairwise(tiling.cuts[0]))
     centre = [(a + b) / 2 for a, b in slabs for _ in range(a, b)]
     inner = slice(grid.text_before, grid.text_before + grid.visual_tokens)
@@ -227,7 +227,7 @@ def test_radial_on_tiles(
             assert_windows(along, cuts)
         visual[i, :, :, j] = rows[:, None, :, None] & columns[None, :, None, :]
         near = abs(centre[i] - centre[j]) < 2  # of their slabs: small frames share tiles
-        assert density is not None or bool(seen.all()) or not (near or (sink and j == 0))
+        assert kept is not None or bool(seen.all()) or not (near or (sink and j == 0))
     expected[0, inner, inner] = visual.flatten(3).flatten(0, 2)
     check(method, grid, expected, tile)
 

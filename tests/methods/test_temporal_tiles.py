@@ -144,7 +144,7 @@ def test_skip_leaves_out_more_and_more_until_the_recheck() -> None:
         for step, tensors in enumerate(drifting(grid, 4, seed=1))
     ]
     assert kept[0] == kept[3] == 1.0 > kept[1] > kept[2] > 0.1
-    assert method.at_most(pattern) and method.kept(pattern, 1) == 1.0
+    assert method.at_most(pattern) and method.kept_at(pattern, 1) == 1.0
     with pytest.raises(BadParameter, match="give only one"):
         Temporal(over=Dense(), mode="skip", threshold=(-3.0, -2.0, -1.0)).attend(
             *drifting(grid, 1, seed=1)[0], Call(pattern)
@@ -205,12 +205,12 @@ def _whole_tiles(blocks: BlockIndex) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    share=st.floats(0.05, 1.0),
+    kept=st.floats(0.05, 1.0),
     per_head=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_the_choice_is_the_exact_top_of_every_row(
-    sizes: list[int], share: float, per_head: bool, seed: int
+    sizes: list[int], kept: float, per_head: bool, seed: int
 ) -> None:
     heads = [0, 1, 1] if per_head else None
     blocks = random_blocks(sizes, kept=0.6, heads=heads, seed=seed)
@@ -219,13 +219,13 @@ def test_the_choice_is_the_exact_top_of_every_row(
     importance = torch.rand(2, 3, tiles, tiles, generator=random)
     pattern = table.pattern.expand(3)
     fixed = (torch.rand(1, table.length, generator=random) < 0.2) & table.valid()
-    chosen = temporal_mask.choose(importance, blocks, fixed, share)
+    chosen = temporal_mask.choose(importance, blocks, fixed, kept)
     for b, h, i in itertools.product(range(2), range(3), range(tiles)):
         p = int(pattern[h])
         row = [e for e in range(table.length) if table.area[p, e] > 0 and table.query[p, e] == i]
         is_fixed = fixed.expand(len(table.pattern), -1)[h if per_head else 0]
         must = {e for e in row if is_fixed[e]}
-        count = max(len(must), math.ceil(torch.tensor(len(row)).mul(share).item()))
+        count = max(len(must), math.ceil(torch.tensor(len(row)).mul(kept).item()))
         rest = sorted(set(row) - must, key=lambda e: -importance[b, h, i, table.key[p, e]])
         expected = must | set(rest[: count - len(must)])
         assert {e for e in range(table.length) if chosen[b, h, e]} & set(row) == expected
@@ -234,7 +234,7 @@ def test_the_choice_is_the_exact_top_of_every_row(
 
 def test_mask_chooses_now_and_keeps_to_it() -> None:
     grid = TokenGrid(4, 6, 6, text_before=3)
-    method = Temporal(over=Dense(tile=16), mode="mask", share=0.4, refresh=2)
+    method = Temporal(over=Dense(tile=16), mode="mask", kept=0.4, refresh=2)
     pattern, state = method.pattern(grid), dict[str, Any]()
     table, chosen = tile_table(pattern.blocks), []
     for step, (q, k, v) in enumerate(drifting(grid, 4, seed=1, sharp=8.0)):
@@ -245,7 +245,7 @@ def test_mask_chooses_now_and_keeps_to_it() -> None:
             q, k, v, pattern.blocks, active, 8**-0.5, None, None, False
         )
         assert torch.allclose(done.out, expected, atol=1e-12)
-        assert float(done.kept) == pytest.approx(method.kept(pattern, step), abs=1e-9)
+        assert float(done.kept) == pytest.approx(method.kept_at(pattern, step), abs=1e-9)
     assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[2], chosen[3])
     assert not torch.equal(chosen[0], chosen[2])
     assert not method.at_most(pattern)
@@ -253,14 +253,14 @@ def test_mask_chooses_now_and_keeps_to_it() -> None:
 
 def test_tiles_of_different_sizes_bound_what_mask_keeps() -> None:
     grid = TokenGrid(5, 7, 9, text_after=4)
-    method = Temporal(over=Dense(tile=32), mode="mask", share=0.3)
+    method = Temporal(over=Dense(tile=32), mode="mask", kept=0.3)
     pattern = method.pattern(grid)
     assert method.at_most(pattern)
     least, most = temporal_mask.bounds(pattern, 0.3, 0)
     for seed in range(3):
         q, k, v = drifting(grid, 1, seed)[0]
         done = method.attend(q, k, v, Call(pattern))
-        assert least <= float(done.kept) <= most == method.kept(pattern, 0)
+        assert least <= float(done.kept) <= most == method.kept_at(pattern, 0)
 
 
 def test_dense_keeps_everything_in_tiles() -> None:

@@ -17,7 +17,7 @@ from tests.tiny import Tiny, wan, wan22
 
 DECISIONS = [
     ("dense+temporal", {"mode": "skip", "threshold": 0.0, "tile": 16, "order": "forward"}),
-    ("dense+temporal", {"mode": "mask", "share": 0.5, "tile": 16}),
+    ("dense+temporal", {"mode": "mask", "kept": 0.5, "tile": 16}),
 ]
 MODES = [("window+temporal", {"mode": "tail", "window": (-1, 1, 2)}), *DECISIONS]
 GIB = 2**30

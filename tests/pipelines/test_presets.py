@@ -71,7 +71,7 @@ def test_published_levels_are_used_where_there_are_some() -> None:
     fast, schedule = settle("neighborhood", {}, family, "video", quality="fast")
     assert fast == Neighborhood(window=(0.6, 0.5, 0.3)) and schedule.dense_steps == 0.3
     balanced, _ = settle("neighborhood", {}, family, "video", quality="balanced")
-    assert balanced == Neighborhood().sized(0.25)
+    assert balanced == Neighborhood().with_kept(0.25)
 
 
 def test_what_the_caller_gives_wins() -> None:
@@ -81,7 +81,7 @@ def test_what_the_caller_gives_wins() -> None:
         return settle(method, params, family, "video", quality="fast")[0]
 
     assert chosen("radial", decay=0.7) == Radial(decay=0.7)
-    assert chosen("radial", sink=False) == Radial(decay=0.2, sink=False, density=0.125)
+    assert chosen("radial", sink=False) == Radial(decay=0.2, sink=False, kept=0.125)
     assert chosen("window", window=(1, 2, 3), shift="step") == Window((1, 2, 3), "step")
     assert chosen("window", shift="none") == Window(window=(0.5, 0.5, 0.5), shift="none")
     combined = chosen("window+temporal", refresh=3)
@@ -102,7 +102,7 @@ def test_a_patch_reports_what_a_level_chose(make: Any, kind: str) -> None:
     with diffpatch.patched(tiny.pipe, "neighborhood", quality="balanced", dense_steps=0):
         tiny.run()
         report = diffpatch.report(tiny.pipe)
-    assert report.method == str(Neighborhood().sized(0.25, kind))
+    assert report.method == str(Neighborhood().with_kept(0.25, kind))
     assert report.kept < 0.62  # of the image a quarter, of the text everything
 
 
@@ -113,7 +113,7 @@ def test_the_command_takes_levels(
     size = ["--height", "480", "--width", "832", "--num-frames", "81"]
     plan = ["plan", "-m", "wan-1.3b", *size, "--method", "radial"]
     assert main([*plan, "--quality", "fast"]) == 0
-    assert "density=0.125" in capsys.readouterr().out
+    assert "kept=0.125" in capsys.readouterr().out
     assert main([*plan, "--quality", "fast", "--set", "decay=0.9"]) == 0
     assert "decay=0.9" in capsys.readouterr().out
     assert main([*plan, "--quality", "best"]) == 2

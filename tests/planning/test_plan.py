@@ -52,7 +52,7 @@ def test_published_presets_are_planned_with() -> None:
     [
         ("window", {"window": (-1, 1, 2)}),
         ("neighborhood", {"window": (3, 1, 2), "stride": 1}),
-        ("linear", {"density": 0.3, "pool": 2}),
+        ("linear", {"kept": 0.3, "pool": 2}),
         ("window+temporal", {"window": (-1, 1, 2), "refresh": 2}),
         ("neighborhood", {"quality": "fast"}),
         ("radial+temporal", {"quality": "balanced", "refresh": 3}),

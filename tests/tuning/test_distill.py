@@ -146,7 +146,7 @@ def test_untrained_features_alone_are_far_worse_than_virtual_tokens(taught: dict
         return sum(student.layer_errors(taught["held"]))
 
     pure = Linear(far="elu", near=0, allow_untrained=True)
-    assert error(pure) > 1.3 * error(Linear(density=0.125, pool=16))
+    assert error(pure) > 1.3 * error(Linear(kept=0.125, pool=16))
 
 
 def test_both_stages_pay_on_samples_never_seen(taught: dict[str, Any]) -> None:

@@ -49,9 +49,9 @@ class Linear(Method):
     summary = "near tiles exactly, far tiles summarised in the same softmax; can be distilled"
     source = "PISA, arXiv 2602.01077; second order: PWT; distilled: SLA2, arXiv 2602.12675"
     default_dense_steps = 0.15
-    size_parameters: ClassVar[tuple[str, ...]] = ("density", "near", "weights")
+    kept_parameters: ClassVar[tuple[str, ...]] = ("kept", "near", "weights")
 
-    density: float = param(0.125, "share of the tiles that each query sees exactly")
+    kept: float = param(0.125, "fraction of the tiles that each query sees exactly")
     pool: int = param(64, "tokens that one virtual token stands for")
     second_order: bool = param(True, "count the spread of the keys within a run, capped")
     far: str = param("pool", "'pool' (virtual tokens), 'state' (strictly linear), or a feature map")
@@ -62,7 +62,7 @@ class Linear(Method):
     allow_untrained: bool = param(False, "run a feature map without learned parameters")
 
     def __post_init__(self) -> None:
-        self.check(0 < self.density <= 1, "density", "in (0, 1]")
+        self.check(0 < self.kept <= 1, "kept", "in (0, 1]")
         self.check(isinstance(self.pool, int) and self.pool >= 1, "pool", "a count of at least 1")
         self.check(self.far in FARS, "far", f"one of {', '.join(FARS)}")
         least = 1 if self.far == "pool" else 0
@@ -86,7 +86,7 @@ class Linear(Method):
         if params.get("weights") is None:
             return params
         made = adapter.read_method(params["weights"])
-        for name in (params.keys() & made.keys()) - {"near", "density"}:
+        for name in (params.keys() & made.keys()) - {"near", "kept"}:
             if params[name] != made[name]:
                 raise BadParameter(
                     f"linear: {name}={params[name]!r}, but weights={params['weights']!r} were made"
@@ -97,13 +97,13 @@ class Linear(Method):
     def learned_from(self) -> str | None:
         return self.weights
 
-    def sized(self, amount: float, kind: str = "video") -> Method:
+    def with_kept(self, kept: float, kind: str = "video") -> Method:
         if self.far != "pool" or self.near is not None:
             raise BadParameter(
                 f"linear: with far={self.far!r}, near={self.near} the window has a fixed size and"
                 " no share of the tokens: set near instead"
             )
-        return super().sized(amount, kind)
+        return super().with_kept(kept, kind)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """The exact part; its `kept` counts a virtual token, or a state, as one key."""
@@ -134,7 +134,7 @@ class Linear(Method):
     def _share(self, grid: TokenGrid) -> float:
         """The share of the visual tokens that a query sees exactly."""
         near = NEAR if self.near is None and self.far != "pool" else self.near
-        return self.density if near is None else min(1.0, near / grid.visual_tokens)
+        return self.kept if near is None else min(1.0, near / grid.visual_tokens)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
         learned = call.learned

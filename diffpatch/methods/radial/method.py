@@ -24,7 +24,7 @@ class Radial(Method):
     of whole tiles, shifted inwards at the edges of the frame, where raster bands are cut in half
     and leave visible glitches.
 
-    `density` sets the budget itself: the windows keep the proportions that `decay` gives them and
+    `kept` sets the budget itself: the windows keep the proportions that `decay` gives them and
     all grow or shrink until they cover that share of the pairs. Below what the near frames and the
     first one cost whole, those shrink as well.
     """
@@ -35,24 +35,24 @@ class Radial(Method):
     kinds = ("video",)
     default_dense_steps = 0.25
     default_dense_layers = 1
-    size_parameters = ("density", "decay")
+    kept_parameters = ("kept", "decay")
 
     decay: float = param(0.5, "width of the windows; the published presets are 0.2 to 1")
     rule: str = param("tiles", "'tiles' (2-D windows on tiles) or 'published' (raster bands)")
     sink: bool = param(True, "every token sees the whole first frame")
-    density: float | None = param(None, "share of the pairs to keep (rule 'tiles'), or None")
+    kept: float | None = param(None, "fraction of the pairs to keep (rule 'tiles'), or None")
 
     def __post_init__(self) -> None:
         self.check(self.decay > 0, "decay", "positive")
         self.check(self.rule in ("tiles", "published"), "rule", "'tiles' or 'published'")
-        if self.density is not None:
-            self.check(0 < self.density <= 1, "density", "in (0, 1], or None")
-            self.check(self.rule == "tiles", "density", "None with rule='published'; set decay")
+        if self.kept is not None:
+            self.check(0 < self.kept <= 1, "kept", "in (0, 1], or None")
+            self.check(self.rule == "tiles", "kept", "None with rule='published'; set decay")
 
-    def sized(self, amount: float, kind: str = "video") -> Radial:
+    def with_kept(self, kept: float, kind: str = "video") -> Radial:
         if self.rule == "published":  # its only knob; the published presets are 0.2 to 1
-            return replace(self, decay=min(amount, 0.99) / (1 - min(amount, 0.99)))
-        return replace(self, density=amount)
+            return replace(self, decay=min(kept, 0.99) / (1 - min(kept, 0.99)))
+        return replace(self, kept=kept)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         if grid.num_frames < 2:
@@ -63,5 +63,5 @@ class Radial(Method):
         if self.rule == "published":
             keep = radial_rules.published(grid, self.decay, self.sink)
             return from_tiles(grid, raster(grid), keep)
-        tiling, keep = radial_rules.tiles(grid, self.decay, self.sink, self.density)
+        tiling, keep = radial_rules.tiles(grid, self.decay, self.sink, self.kept)
         return from_tiles(grid, tiling, keep)

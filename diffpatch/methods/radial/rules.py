@@ -95,13 +95,13 @@ def _columns(
 
 
 def tiles(
-    grid: TokenGrid, decay: float, sink: bool, density: float | None = None
+    grid: TokenGrid, decay: float, sink: bool, kept: float | None = None
 ) -> tuple[Tiling, torch.Tensor]:
     """A budget spent on 2-D windows of whole tiles, shifted inwards at the edges.
 
     Queries share windows in groups of up to 2×2 tiles of a slab of frames. For slabs d frames apart
     the window covers the fraction of the frame that the published band covers at d, times one
-    factor, found by bisection, that makes the kept total meet the budget: the share `density` of
+    factor, found by bisection, that makes the kept total meet the budget: the share `kept` of
     the visual pairs, or where that is None what the published bands keep.
 
     Returns:
@@ -121,21 +121,21 @@ def tiles(
     share = share[distance]
     if sink:
         share[:, 0] = 1.0
-    target = budget(grid, decay, sink, floor) if density is None else density
+    target = budget(grid, decay, sink, floor) if kept is None else kept
     low, high = 0.02, 64.0
     # Windows that pairs of tiles share run faster, if the budget does not want smaller ones.
     windows = _Windows(tiling, smallest=2)
     if windows.kept(windows.choose(share, low)) > target:
         windows = _Windows(tiling, smallest=1)
-    if density is not None and windows.kept(windows.choose(share, low)) > target:
+    if kept is not None and windows.kept(windows.choose(share, low)) > target:
         share = share.clamp(max=0.999)  # not whole any more: near frames shrink with the others
     for _ in range(24):
         middle = math.sqrt(low * high)
         over = windows.kept(windows.choose(share, middle)) >= target
         low, high = (low, middle) if over else (middle, high)
     chosen, larger = windows.choose(share, low), windows.choose(share, high)
-    # Many slabs grow at one factor; a density that was asked for is met by growing some of them.
-    for d in range(grid.num_frames if density is not None else 0):
+    # Many slabs grow at one factor; a kept that was asked for is met by growing some of them.
+    for d in range(grid.num_frames if kept is not None else 0):
         trial = torch.where(distance == d, larger, chosen)
         chosen = trial if windows.kept(trial) <= target else chosen
     keep = windows.keep(chosen)

@@ -21,7 +21,7 @@ def attend(
     call: Call,
     *,
     refresh: int,
-    share: float,
+    kept: float,
     keep_frames: int,
 ) -> Attended:
     """The chosen tiles; every `refresh` steps they are chosen anew, from this step's q and k."""
@@ -31,7 +31,7 @@ def attend(
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         importance = tile_importance(q, k, blocks, scale, key_mask=call.key_mask)
         fixed = always(blocks, call.pattern.grid, keep_frames)
-        bits = active_tiles.pack(choose(importance, blocks, fixed, share))
+        bits = active_tiles.pack(choose(importance, blocks, fixed, kept))
         state.update(bits=bits, step=call.step, pattern=call.pattern)
     active = active_tiles.unpack(bits, tile_table(blocks).length)
     used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
@@ -42,15 +42,15 @@ def attend(
 
 
 def choose(
-    importance: torch.Tensor, blocks: BlockIndex, fixed: torch.Tensor, share: float
+    importance: torch.Tensor, blocks: BlockIndex, fixed: torch.Tensor, kept: float
 ) -> torch.Tensor:
-    """The most important tiles of every row, a share of them, the fixed ones included.
+    """The most important tiles of every row, a fraction of them, the fixed ones included.
 
     Args:
         importance: (B, H, N, N) [query tile, key tile], at least 0.
         blocks: the index, of E pairs of tiles.
         fixed: bool (H or 1, E), pairs that are in whatever their importance; they count.
-        share: of the pairs in each row, rounded up.
+        kept: fraction of the pairs of each row, rounded up.
 
     Returns:
         bool (B, H, E).
@@ -69,12 +69,12 @@ def choose(
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     number = torch.arange(tiles, device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, number).flatten(2)
-    count = _counts(blocks, fixed, share)  # (H or 1, N)
+    count = _counts(blocks, fixed, kept)  # (H or 1, N)
     limit = count.expand(heads, -1).gather(1, table.query[pattern])
     return (rank.gather(2, place.clamp(max=tiles * tiles - 1)) < limit) & valid
 
 
-def _counts(blocks: BlockIndex, fixed: torch.Tensor, share: float) -> torch.Tensor:
+def _counts(blocks: BlockIndex, fixed: torch.Tensor, kept: float) -> torch.Tensor:
     """int64 (H or 1, N): pairs to keep in each row."""
     table = tile_table(blocks)
     row = table.query[table.pattern]
@@ -83,21 +83,21 @@ def _counts(blocks: BlockIndex, fixed: torch.Tensor, share: float) -> torch.Tens
         zeros = torch.zeros(len(row), blocks.num_tiles, dtype=torch.int64, device=row.device)
         return zeros.scatter_add(1, row, flags.long())
 
-    wanted = (of_rows(table.valid()) * share).ceil().long()
+    wanted = (of_rows(table.valid()) * kept).ceil().long()
     return torch.maximum(wanted, of_rows(fixed.expand_as(row)))
 
 
-def bounds(pattern: BlockPattern, share: float, keep_frames: int) -> tuple[float, float]:
+def bounds(pattern: BlockPattern, kept: float, keep_frames: int) -> tuple[float, float]:
     """The least and the most pairs that a choice can keep, as fractions of all pairs.
 
     They are equal where all tiles have one size.
     """
-    key = ("bounds of a choice", share, keep_frames)
-    return pattern.blocks.derived(key, lambda b: _bounds(b, pattern.grid, share, keep_frames))
+    key = ("bounds of a choice", kept, keep_frames)
+    return pattern.blocks.derived(key, lambda b: _bounds(b, pattern.grid, kept, keep_frames))
 
 
 def _bounds(
-    blocks: BlockIndex, grid: TokenGrid, share: float, keep_frames: int
+    blocks: BlockIndex, grid: TokenGrid, kept: float, keep_frames: int
 ) -> tuple[float, float]:
     table, tokens = tile_table(blocks), blocks.num_tokens
     fixed = always(blocks, grid, keep_frames)
@@ -107,6 +107,6 @@ def _bounds(
     for preference in (tokens**2 - area, area):
         value = torch.zeros(len(place), blocks.num_tiles**2).scatter_(1, place, preference)
         value = value.view(1, len(place), blocks.num_tiles, -1)
-        active = choose(value, blocks, fixed, share)
+        active = choose(value, blocks, fixed, kept)
         found.append(float(active_tiles.kept(blocks, active)))
     return found[0], found[1]

@@ -38,7 +38,7 @@ class Temporal(Method):
     are left out from the next step on, until a re-check after `refresh` steps (LiteAttention).
 
     ``mode="mask"``: every `refresh` steps, from the current queries and keys, each row of tiles
-    chooses its most important ones, a `share` of them, and keeps to them (SparseD).
+    chooses its most important ones, a fraction `kept` of them, and keeps to them (SparseD).
 
     The last two store a bit for each pair of tiles, choose for each head, always compute text and
     each tile's view of itself, and also work on dense attention. State is kept for each layer and
@@ -66,7 +66,7 @@ class Temporal(Method):
         -10.0, "skip: powers of 2 below the running maximum; three for the thirds of a run"
     )
     order: str = param("alternate", "skip: the order of the keys: forward, reverse or alternate")
-    share: float = param(0.3, "mask: the part of the wrapped method's tiles to keep")
+    kept: float = param(0.3, "mask: the part of the wrapped method's tiles to keep")
     keep_frames: int = param(0, "skip, mask: first latent frames whose keys are always computed")
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
 
@@ -86,7 +86,7 @@ class Temporal(Method):
             self.order in ("forward", "reverse", "alternate"),
             "order", "'forward', 'reverse' or 'alternate'",
         )  # fmt: skip
-        self.check(0 < self.share <= 1, "share", "above 0 and at most 1")
+        self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
         self.check(
             isinstance(self.keep_frames, int) and self.keep_frames >= 0, "keep_frames", "a count"
         )
@@ -122,14 +122,14 @@ class Temporal(Method):
         return REFRESH[self.mode] if self.refresh is None else self.refresh
 
     @property
-    def size_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+    def kept_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
         """What sets how much is kept."""
-        return ("share",) if self.mode == "mask" else self.over.size_parameters
+        return ("kept",) if self.mode == "mask" else self.over.kept_parameters
 
-    def sized(self, amount: float, kind: str = "video") -> Temporal:
+    def with_kept(self, kept: float, kind: str = "video") -> Temporal:
         if self.mode == "mask":
-            return replace(self, share=amount)
-        return replace(self, over=self.over.sized(amount, kind))
+            return replace(self, kept=kept)
+        return replace(self, over=self.over.with_kept(kept, kind))
 
     def variant(self, layer: int, step: int) -> Hashable:
         # A pattern that moved with the step would not fit what is remembered of it.
@@ -138,16 +138,16 @@ class Temporal(Method):
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         return self.over.pattern(grid, variant)
 
-    def kept(self, pattern: BlockPattern, age: int) -> float:
+    def kept_at(self, pattern: BlockPattern, age: int) -> float:
         if self.mode == "mask":
-            return temporal_mask.bounds(pattern, self.share, self.keep_frames)[1]
+            return temporal_mask.bounds(pattern, self.kept, self.keep_frames)[1]
         if self.mode == "skip":
             return pattern.kept
         return 1.0 if age % self.every == 0 else pattern.kept
 
     def at_most(self, pattern: BlockPattern) -> bool:
         if self.mode == "mask":
-            least, most = temporal_mask.bounds(pattern, self.share, self.keep_frames)
+            least, most = temporal_mask.bounds(pattern, self.kept, self.keep_frames)
             return least < most
         return self.mode == "skip"
 
@@ -183,7 +183,7 @@ class Temporal(Method):
             return temporal_tail.attend(q, k, v, call, self.every)
         shared: dict[str, Any] = {"refresh": self.every, "keep_frames": self.keep_frames}
         if self.mode == "mask":
-            return temporal_mask.attend(q, k, v, call, share=self.share, **shared)
+            return temporal_mask.attend(q, k, v, call, kept=self.kept, **shared)
         reverse = self.order == "reverse" or (self.order == "alternate" and call.step % 2 == 1)
         threshold = self.phase_threshold(call)
         return temporal_skip.attend(

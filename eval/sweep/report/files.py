@@ -31,8 +31,8 @@ def write_reports(summary: Summary, folder: Path) -> list[Path]:
 def columns(rows: Sequence[Row]) -> list[str]:
     """The headings of a table of these rows; what nobody measured has no column."""
     found = ["method", "kept", "time", "speedup", "denoising"]
-    if any(row.facts.get("budget") is not None for row in rows):
-        found.insert(1, "budget")
+    if any(row.facts.get("wanted") is not None for row in rows):
+        found.insert(1, "wanted")
     if any(row.peak_gib is not None for row in rows):
         found.append("GiB")
     if any(row.attention_error is not None for row in rows):
@@ -48,7 +48,7 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
     """One line of a table."""
     values: dict[str, str] = {
         "method": row.label,
-        "budget": _number(row.facts.get("budget"), "{:.0%}"),
+        "wanted": _number(row.facts.get("wanted"), "{:.0%}"),
         "kept": f"{row.kept:.1%}",
         "time": _number(row.seconds.get("total", {}).get("median"), "{:.2f} s"),
         "speedup": _number(row.speedup.get("total", {}).get("median"), "{:.2f}×"),
@@ -134,7 +134,7 @@ def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
         "parameters": json.dumps(facts["parameters"], ensure_ascii=False),
         "options": json.dumps(facts["options"], ensure_ascii=False),
         "fitted": facts.get("fitted"),
-        "budget": facts["budget"],
+        "wanted": facts["wanted"],
         "kept": row.kept,
         "warmup_steps": row.dense_steps,
         "dense_layers": row.dense_layers,

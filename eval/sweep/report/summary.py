@@ -186,7 +186,7 @@ def summarize(folder: Path) -> Summary:
 
 FACTS = (
     "model", "pipeline", "dtype", "offload", "vae_tiling", "settings", "method", "parameters",
-    "options", "budget", "fitted", "environment",
+    "options", "wanted", "fitted", "environment",
 )  # fmt: skip
 
 

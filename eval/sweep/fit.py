@@ -1,4 +1,4 @@
-"""Methods at equal cost: each fitted so that a whole run keeps the same share of the pairs."""
+"""Methods at equal cost: each fitted so that a whole run keeps the same fraction of the pairs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 import diffpatch
 from diffpatch.eval.sweep.plan import Run
 from diffpatch.eval.sweep.spec import BadSweep
-from diffpatch.planning.budget import fit_budget, kept_of
+from diffpatch.planning.fit import fit_kept, kept_of
 
 
 def fit_run(pipe: Any, run: Run) -> diffpatch.Method:
-    """The method of a run, set so that the run keeps about its budget.
+    """The method of a run, set so that the run keeps about the fraction that is wanted.
 
-    The budget is of the whole run, dense steps and layers and refreshes included: what they keep
+    The fraction is of the whole run, dense steps and layers and refreshes included: what they keep
     leaves less for the sparse calls.
 
     Raises:
-        BadSweep: dense steps and layers alone keep more than the budget.
+        BadSweep: dense steps and layers alone keep more than is wanted.
     """
-    method, budget = run.variant.method, run.variant.budget
-    assert method is not None and budget is not None
+    method, wanted = run.variant.method, run.variant.wanted
+    assert method is not None and wanted is not None
     made = diffpatch.make_method(method.name, **method.parameters)
     plan = _plan(pipe, run, made)
     sparse = kept_of(made, plan.grid)
     # The run keeps always + (1 - always) × what its sparse calls keep.
     always = (plan.kept - sparse) / (1 - sparse) if sparse < 1 else 0.0
-    if always >= budget:
+    if always >= wanted:
         raise BadSweep(
-            f"budgets: {budget} cannot be met by {method.label}: its dense steps and layers and its"
+            f"kept: {wanted} cannot be met by {method.label}: its dense steps and layers and its"
             f" refreshes alone keep {always:.0%} of a run; make them fewer (schedules)"
         )
-    return fit_budget(made, plan.grid, (budget - always) / (1 - always))
+    return fit_kept(made, plan.grid, (wanted - always) / (1 - always))
 
 
 def _plan(pipe: Any, run: Run, method: diffpatch.Method) -> diffpatch.Plan:
@@ -46,7 +46,7 @@ def _plan(pipe: Any, run: Run, method: diffpatch.Method) -> diffpatch.Plan:
     }
     missing = {"height", "width"} - set(sizes)
     if missing:
-        raise BadSweep(f"budgets: a budget needs sizes with {' and '.join(sorted(missing))}")
+        raise BadSweep(f"kept: a kept fraction needs sizes with {' and '.join(sorted(missing))}")
     if run.case.steps is not None:
         sizes["num_inference_steps"] = run.case.steps
     return diffpatch.plan(pipe, method, **sizes, **options)

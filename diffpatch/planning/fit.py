@@ -17,17 +17,17 @@ TRIES = 12
 ROUNDS = range(4)  # layers and steps to look at: methods that alternate do so within these
 
 
-def fit_budget(method: str | Method, grid: TokenGrid, kept: float, **params: Any) -> Method:
+def fit_kept(method: str | Method, grid: TokenGrid, kept: float, **params: Any) -> Method:
     """The method with its size set so that a sparse call on `grid` keeps about `kept`.
 
     Sizes are whole tokens or tiles, so the result is near, not equal: `kept_of` says how near. A
     budget beyond what the method can reach gives the nearest that it can.
 
-    >>> method = fit_budget("neighborhood", TokenGrid(21, 45, 80), 0.25)
+    >>> method = fit_kept("neighborhood", TokenGrid(21, 45, 80), 0.25)
 
     Args:
         method: a name, a combination such as "radial+temporal", or an object. Of an object
-            everything stays but its `size_parameters`.
+            everything stays but its `kept_parameters`.
         grid: where it will run.
         kept: wanted fraction of all query-key pairs, text included, in (0, 1].
         **params: other parameters of the method.
@@ -42,7 +42,7 @@ def fit_budget(method: str | Method, grid: TokenGrid, kept: float, **params: Any
     low, amount, high = 1e-4, kept, 1.0
     best, misfit = base, math.inf
     for _ in range(TRIES):
-        candidate = base.sized(amount, kind)
+        candidate = base.with_kept(amount, kind)
         share = kept_of(candidate, grid)
         if abs(share - kept) < misfit:
             best, misfit = candidate, abs(share - kept)
@@ -62,5 +62,5 @@ def kept_of(method: Method, grid: TokenGrid) -> float:
     """
     calls = [method.variant(layer, step) for layer, step in itertools.product(ROUNDS, ROUNDS)]
     with torch.device("cpu"):  # whatever torch.set_default_device says
-        share = {v: method.kept(method.pattern(grid, v), age=1) for v in set(calls)}
+        share = {v: method.kept_at(method.pattern(grid, v), age=1) for v in set(calls)}
     return sum(share[v] for v in calls) / len(calls)
