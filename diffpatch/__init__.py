@@ -25,15 +25,15 @@ from diffpatch.methods import (
     SlidingTile,
     Temporal,
     Window,
+    list_methods,
     make_method,
-    methods,
     register,
 )
 from diffpatch.patching.api import patch, patched, report, reset, unpatch
 from diffpatch.patching.report import Report
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
-from diffpatch.pipelines.families.table import families
+from diffpatch.pipelines.families.table import list_families
 from diffpatch.planning.plan import Plan, plan
 from diffpatch.tuning.attention_error import AttentionErrors, attention_error
 from diffpatch.tuning.calibration import Calibration, calibrate
@@ -64,9 +64,9 @@ __all__ = [
     "attention",
     "attention_error",
     "calibrate",
-    "families",
+    "list_families",
+    "list_methods",
     "make_method",
-    "methods",
     "patch",
     "patched",
     "plan",

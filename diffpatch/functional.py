@@ -42,7 +42,7 @@ def attention(
         k: (B, S, K, D), where K divides H.
         v: like k.
         grid: where the tokens live.
-        method: a name from `methods()` or a method object.
+        method: a name from `list_methods()` or a method object.
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.

@@ -68,7 +68,7 @@ def register(
 
     Args:
         name: in lower case, and not one of diffusers' own.
-        method: a name from `methods()` or a method object.
+        method: a name from `list_methods()` or a method object.
         grid: where the tokens of self-attention stand.
         **params: parameters of the method.
 

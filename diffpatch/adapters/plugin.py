@@ -44,7 +44,7 @@ class Plugin:
     """A method with the state of one run; one plugin a request.
 
     Args:
-        method: a name from `methods()` or a method object.
+        method: a name from `list_methods()` or a method object.
         dense_steps: the first steps stay dense, that many.
         dense_layers: the first layers stay dense, that many.
         **params: parameters of the method.

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
-    known = diffpatch.families()
+    known = diffpatch.list_families()
     if args.json:
         print(to_json([_entry(family) for family in known]), end="")
     elif args.markdown:

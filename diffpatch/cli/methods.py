@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
-    infos = diffpatch.methods().values()
+    infos = diffpatch.list_methods().values()
     if args.json:
         print(to_json([_entry(info) for info in infos]), end="")
         return 0

@@ -22,7 +22,7 @@ def method_parameters(name: str, texts: Sequence[str]) -> dict[str, Any]:
         UsageError: no such method or parameter, or a value of another type.
         DiffpatchError: a value that the method refuses.
     """
-    known = diffpatch.methods()
+    known = diffpatch.list_methods()
     for part in name.split("+"):
         if part not in known:
             raise UsageError(f"unknown method {part!r}: {choices(part, known)}")

@@ -135,7 +135,7 @@ def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:
 
 def _comparable() -> list[str]:
     """Every method, and those that wrap another one over radial and neighborhood."""
-    known = diffpatch.methods()
+    known = diffpatch.list_methods()
     wrappers = [n for n, info in known.items() if "over" in field_names(info.cls)]
     plain = [n for n in known if n not in wrappers and n != "dense"]
     return plain + [f"{n}+{w}" for w in wrappers for n in ("radial", "neighborhood")]

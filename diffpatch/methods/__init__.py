@@ -1,6 +1,6 @@
 """The methods, one file each, and their registry."""
 
-from diffpatch.methods.base import Method, MethodInfo, make_method, methods, register
+from diffpatch.methods.base import Method, MethodInfo, list_methods, make_method, register
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
 from diffpatch.methods.linear.method import Linear
@@ -21,7 +21,7 @@ __all__ = [
     "SlidingTile",
     "Temporal",
     "Window",
+    "list_methods",
     "make_method",
-    "methods",
     "register",
 ]

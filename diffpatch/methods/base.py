@@ -191,7 +191,7 @@ def param(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A registered method, as listed by `diffpatch.methods()`.
+    """A registered method, as listed by `diffpatch.list_methods()`.
 
     Attributes:
         name: what patch() and the command line call it.
@@ -219,7 +219,7 @@ def register(cls: M) -> M:
     return cls
 
 
-def methods() -> dict[str, MethodInfo]:
+def list_methods() -> dict[str, MethodInfo]:
     """All methods by name, with their parameters and sources."""
     out = {}
     for name, cls in _REGISTRY.items():

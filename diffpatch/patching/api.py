@@ -16,7 +16,7 @@ from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
-from diffpatch.pipelines.families.table import FamilyInfo, families, family_of
+from diffpatch.pipelines.families.table import FamilyInfo, family_of, list_families
 
 if TYPE_CHECKING:
     from diffpatch.patching.transformer import PatchedTransformer
@@ -50,7 +50,7 @@ def patch(
 
     Args:
         target: a diffusers pipeline (all its known transformers are patched) or one transformer.
-        method: a name from `methods()`, a combination such as ``"radial+temporal"`` or ``["radial",
+        method: a name from `list_methods()`, a combination such as ``"radial+temporal"`` or ``["radial",
             "temporal"]`` (see `diffpatch.composition`), or an object such as ``Radial(decay=0.5)``.
         dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
             takes the family's published setting for the method, else the method's own.
@@ -206,7 +206,7 @@ def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any
             )
         found.append((name, model, family))
     if not found:
-        known = ", ".join(sorted(f.transformer for f in families() if not f.refused))
+        known = ", ".join(sorted(f.transformer for f in list_families() if not f.refused))
         raise UnknownFamily(
             f"{type(target).__name__} holds no transformer of a known family ({known});"
             " for your own model pass grid= and modules="

@@ -16,7 +16,7 @@ from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
-from diffpatch.pipelines.families.table import families
+from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
 from diffpatch.planning.prediction import Prediction, predict
@@ -228,7 +228,7 @@ def plan(
     """
     shape = find_shape(target)
     device = None if profile is None else load_profile(profile)
-    family = next((f for f in families() if f.transformer == shape.family), None)
+    family = next((f for f in list_families() if f.transformer == shape.family), None)
     chosen, schedule = settle(
         method,
         params,

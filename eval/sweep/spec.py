@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method with its parameters, and what it overrides of schedule, backend and kept fractions."""
+    """One method with its parameters, and what it overrides of schedule, backend, kept."""
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -315,7 +315,7 @@ def _method(item: Any) -> list[MethodSpec]:
     """The entries that one item stands for: one for every combination of what it varies."""
     item = _mapping(item, "methods", METHOD_KEYS)
     name = _typed(item.get("method"), "methods: method", str)
-    known = diffpatch.methods()
+    known = diffpatch.list_methods()
     for part in name.split("+"):
         _choice(part, "methods", known)
     if name == "dense":

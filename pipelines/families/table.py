@@ -237,7 +237,7 @@ _IMAGE_FAMILIES = (
 FAMILIES: tuple[FamilyInfo, ...] = _VIDEO_FAMILIES + _IMAGE_FAMILIES + MORE_FAMILIES + REFUSED
 
 
-def families() -> list[FamilyInfo]:
+def list_families() -> list[FamilyInfo]:
     """All families, in the order of the table."""
     return list(FAMILIES)
 

@@ -264,7 +264,11 @@ def test_ctrl_c_leaves_nothing_behind(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["methods", "families"])
 def test_tables_list_the_registries(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = diffpatch.methods() if command == "methods" else [f.name for f in diffpatch.families()]
+    known = (
+        diffpatch.list_methods()
+        if command == "methods"
+        else [f.name for f in diffpatch.list_families()]
+    )
     assert main([command]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in known)

@@ -200,7 +200,7 @@ def test_a_window_larger_than_the_grid_is_refused() -> None:
 
 
 def test_every_method_is_listed_with_its_parameters() -> None:
-    for name, info in diffpatch.methods().items():
+    for name, info in diffpatch.list_methods().items():
         assert info.summary and info.source
         assert set(info.parameters) == {f.name for f in dataclasses.fields(info.cls)}
         assert all(help_ for _, _, help_ in info.parameters.values()), name

@@ -22,7 +22,7 @@ from diffpatch.pipelines.families.traits import TRAITS
 from tests.tiny_families import CASES
 from tests.tiny_parts import Bare
 
-ROWS = diffpatch.families()
+ROWS = diffpatch.list_families()
 README = Path(__file__).parents[2] / "README.md"
 OTHERS = {  # models of diffusers' transformers that denoise no tokens of an image or video
     "DreamLiteTransformer2DModel": "a part of a UNet",

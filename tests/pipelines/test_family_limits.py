@@ -23,7 +23,7 @@ from tests.tiny import Tiny
 from tests.tiny_families import CASES
 from tests.tiny_parts import Bare, make, noise
 
-ROWS = diffpatch.families()
+ROWS = diffpatch.list_families()
 
 
 def runs_dense(model: Tiny, reason: str, **changes: Any) -> None:

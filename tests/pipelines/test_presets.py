@@ -11,10 +11,10 @@ import diffpatch
 from diffpatch import BadParameter, Neighborhood, Radial, Window
 from diffpatch.cli import main
 from diffpatch.patching.settle import QUALITIES, settle
-from diffpatch.pipelines.families.table import families
+from diffpatch.pipelines.families.table import list_families
 from tests.tiny import Tiny, flux, wan, wan22
 
-FAMILIES = {family.transformer: family for family in families()}
+FAMILIES = {family.transformer: family for family in list_families()}
 SIZES: dict[str, dict[str, Any]] = {
     "wan-1.3b": {"height": 480, "width": 832, "num_frames": 81},
     "hunyuan-video": {"height": 544, "width": 960, "num_frames": 61},

@@ -33,7 +33,7 @@ def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The methods asked for, each with those --set parameters that it has."""
-    known, found, used = diffpatch.methods(), {}, set()
+    known, found, used = diffpatch.list_methods(), {}, set()
     for name in args.method or ["radial"]:
         parts = [known[part].cls for part in name.split("+") if part in known]
         fields = {field for cls in parts for field in field_names(cls)}
