@@ -24,7 +24,7 @@ from diffpatch.pipelines.families.info import (
 )
 from diffpatch.pipelines.families.rarer import MORE_FAMILIES, REFUSED
 
-__all__ = ["FAMILIES", "FamilyInfo", "attention_modules", "families", "family_of"]
+__all__ = ["FAMILIES", "FamilyInfo", "attention_modules", "family_of", "list_families"]
 
 _VIDEO_FAMILIES = (
     FamilyInfo(
