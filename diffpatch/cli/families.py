@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import diffpatch
@@ -19,6 +18,9 @@ examples:
   diffpatch families --markdown    # the tables of the README
 """
 COLUMNS = ("family", "makes", "transformer", "text", "guidance", "compile", "GPUs", "presets")
+ENTRIES = (  # of the JSON form, beside the names of the presets
+    "name", "kind", "transformer", "text", "note", "refused", "guidance", "regional", "ulysses",
+)  # fmt: skip
 LEGEND = """\
 text: where tokens stand that stay visible to all. guidance: with and without the prompt in one
 batch, in a call each, or distilled into one forward. compile: blocks alone, or only the whole.
@@ -74,20 +76,18 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def _entry(family: FamilyInfo) -> dict[str, Any]:
-    names = ("name", "kind", "transformer", "text", "note", "refused")
-    entry: dict[str, Any] = {name: getattr(family, name) for name in names}
-    return entry | asdict(family.traits) | {"presets": sorted(family.presets)}
+    entry: dict[str, Any] = {name: getattr(family, name) for name in ENTRIES}
+    return entry | {"presets": sorted(family.presets)}
 
 
 def _cells(family: FamilyInfo, code: str = "{}") -> list[str]:
-    traits = family.traits
     return [
         family.name,
         family.kind,
         code.format(family.transformer),
         family.text,
-        traits.guidance,
-        "blocks" if traits.regional else "whole",
-        "Ulysses" if traits.ulysses else "",
+        family.guidance,
+        "blocks" if family.regional else "whole",
+        "Ulysses" if family.ulysses else "",
         ", ".join(sorted(family.presets)),
     ]

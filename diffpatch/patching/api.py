@@ -225,4 +225,7 @@ def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
         value = grid if isinstance(grid, TokenGrid) else grid(**args)
         return (*value.shape, value.text_before, value.text_after)
 
-    return FamilyInfo("custom", "custom", "video", modules, read, text="unknown")
+    return FamilyInfo(
+        "custom", "custom", "video", modules, read,
+        text="unknown", guidance="", regional=False, ulysses=False,
+    )  # fmt: skip

@@ -1,19 +1,21 @@
-"""What a row of the families table says, and the parts that many rows share."""
+"""What a row of the table of families says, and the parts that many rows share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from diffpatch.pipelines.families import grids
 from diffpatch.pipelines.families.grids import GridFunction
 from diffpatch.pipelines.families.presets import Preset
-from diffpatch.pipelines.families.traits import TRAITS, Traits
 
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """One row.
+    """One row: what diffpatch knows about a transformer class of diffusers.
+
+    The last three fields are facts of diffusers' own pipelines and models, written down so that
+    the table costs no import of them; the tests look every one of them up there.
 
     Attributes:
         name: what people call it.
@@ -27,6 +29,13 @@ class FamilyInfo:
         square_masks: whether the model's square masks are products m_i·m_j of one number a token,
             so that their diagonal says everything.
         refused: why this family cannot be patched; empty where it can.
+        guidance: how its pipelines call it with and without the prompt: "batch" (both in one
+            forward), "calls" (one forward each), "distilled" (one forward, because the model was
+            trained to need no second; two where a true guidance scale is given), or "" where
+            diffusers has no pipeline for it.
+        regional: whether diffusers can compile its blocks alone (`compile_repeated_blocks`);
+            others compile as a whole.
+        ulysses: whether diffusers has a plan that splits its sequence over several GPUs.
     """
 
     name: str
@@ -39,11 +48,10 @@ class FamilyInfo:
     note: str = ""
     square_masks: bool = False
     refused: str = ""
-
-    @property
-    def traits(self) -> Traits:
-        """How its pipelines guide, compile and spread."""
-        return TRAITS.get(self.transformer, Traits())
+    _: KW_ONLY
+    guidance: str
+    regional: bool
+    ulysses: bool
 
 
 BLOCKS = r"blocks\.\d+\.attn1"

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 
 import diffpatch
 from diffpatch import BlockPattern, Method, Neighborhood, TokenGrid
-from diffpatch.pipelines.families.traits import TRAITS
 from tests.tiny import Tiny
 from tests.tiny_families import CASES, Case
 from tests.tiny_parts import Bare
@@ -158,8 +157,10 @@ def test_guidance_is_what_the_table_says(subject: Subject) -> None:
     steps = subject.model.call["num_inference_steps"]
     forwards = len(subject.samples) / steps
     seen = {(1, 2): "batch", (2, 1): "calls", (1, 1): "distilled"}[forwards, subject.samples[0]]
-    traits = TRAITS[subject.case.transformer]
-    assert seen == traits.guidance and set(subject.samples) == {subject.samples[0]}
+    rows = {row.transformer: row for row in diffpatch.list_families()}
+    assert seen == rows[subject.case.transformer].guidance and set(subject.samples) == {
+        subject.samples[0]
+    }
 
 
 def test_keeping_everything_changes_nothing(subject: Subject) -> None:

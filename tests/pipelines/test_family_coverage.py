@@ -18,7 +18,6 @@ import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.families import COLUMNS, markdown
 from diffpatch.pipelines.families.table import FamilyInfo
-from diffpatch.pipelines.families.traits import TRAITS
 from tests.tiny_families import CASES
 from tests.tiny_parts import Bare
 
@@ -70,15 +69,15 @@ def test_every_transformer_of_diffusers_is_accounted_for() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.transformer)
-def test_traits_are_those_of_the_class(row: FamilyInfo) -> None:
+def test_facts_of_a_row_are_those_of_the_class(row: FamilyInfo) -> None:
     cls = classes().get(row.transformer)
     if cls is None:
         pytest.skip(f"diffusers {diffusers.__version__} has no {row.transformer}")
     if row.refused:
-        assert row.transformer not in TRAITS
+        assert (row.guidance, row.regional, row.ulysses) == ("", False, False)
         return
-    assert row.traits.regional == bool(getattr(cls, "_repeated_blocks", None))
-    assert row.traits.ulysses == bool(getattr(cls, "_cp_plan", None))
+    assert row.regional == bool(getattr(cls, "_repeated_blocks", None))
+    assert row.ulysses == bool(getattr(cls, "_cp_plan", None))
 
 
 WITHOUT_PIPELINE = [
@@ -99,7 +98,7 @@ def test_guidance_is_that_of_the_pipelines(row: FamilyInfo) -> None:
     own = re.compile(rf"transformer: [^,\n]*\b{row.transformer}\b")
     found = [guidance_in(source) for source in pipeline_sources() if own.search(source)]
     found.sort(key=["batch", "calls", "distilled"].index)  # some beside the ordinary one ask once
-    assert (found or [""])[0] == row.traits.guidance
+    assert (found or [""])[0] == row.guidance
 
 
 def test_the_readme_shows_the_table() -> None:

@@ -49,6 +49,15 @@ def test_the_pipeline_tells_wan_2_2_from_wan_2_1() -> None:
     alone.register_modules(transformer=None)  # only the low-noise expert is loaded
     diffpatch.patch(alone, "radial")
     assert "decay=0.8" in diffpatch.report(alone).method
+    alone = wan22().pipe
+    alone.register_modules(transformer_2=None)  # only the high-noise expert is loaded
+    assert alone.config.boundary_ratio is not None
+    diffpatch.patch(alone, "radial")
+    assert "decay=0.8" in diffpatch.report(alone).method
+    unbounded = wan22().pipe
+    unbounded.register_to_config(boundary_ratio=None)  # two experts, but nothing says who is when
+    diffpatch.patch(unbounded, "radial")
+    assert "decay=0.8" in diffpatch.report(unbounded).method
 
 
 @pytest.mark.parametrize("method", ["radial", "neighborhood", "window", "linear"])
