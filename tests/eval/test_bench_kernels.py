@@ -49,12 +49,14 @@ def measured(shapes: tuple[str, ...] = ("tiny",), **options: Any) -> dict[str, A
 def test_every_variant_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
+    from diffpatch.kernels.gpu import support
     from tests.kernels.triton_interpreter import interpreted
 
     def reason(q: torch.Tensor, blocks: Any, backend: str) -> str | None:
         return "no interpreter knows it" if backend == "gluon" else None
 
-    monkeypatch.setattr(block_sparse_triton, "arch", lambda device: 90)
+    for module in (block_sparse_triton, support):
+        monkeypatch.setattr(module, "arch", lambda device: 90)
     for module in (bench_row, bench_variants, block_sparse):
         monkeypatch.setattr(module, "unsupported_reason", reason)
     layouts, loads = bench_variants.LAYOUTS, bench_variants.LOADS
