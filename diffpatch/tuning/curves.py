@@ -1,0 +1,150 @@
+"""Curves of error against kept fraction, and how a budget is dealt out over them.
+
+Every *unit* (a head of a layer, say) has a curve: what it keeps and how far its output is then from
+dense, for every rule and size that was tried. Only the lower convex hull of a curve can be part of
+the best choice at a multiplier λ, min Σ error + λ Σ kept, so a choice is a walk down the hulls:
+their segments, steepest first, until the budget is spent. What is left of the budget then goes to
+the steepest segments that still fit (Everett, Operations Research 11(3), 1963).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from diffpatch.errors import BadParameter
+
+Unit = TypeVar("Unit")
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One setting of a unit that was tried.
+
+    Attributes:
+        kept: query-key pairs computed, as a fraction of all.
+        error: distance of its output from dense; any measure that adds up over units.
+        rule: what was done to keep that much, such as "virtual" or "drop".
+    """
+
+    kept: float
+    error: float
+    rule: str
+
+
+Curve = Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point for every unit.
+
+    Attributes:
+        points: unit -> its point.
+        kept: mean kept fraction over the units, by their weights.
+        error: mean error over the units, by their weights.
+        slope: the multiplier λ at which this is the best choice: error that the next bit of kept
+            fraction saves; 0 where nothing is left to save.
+    """
+
+    points: Mapping[str, Point]
+    kept: float
+    error: float
+    slope: float
+
+
+def lower_hull(curve: Curve) -> list[Point]:
+    """The points of a curve that no mixture of others beats, by ascending kept fraction.
+
+    Errors fall along the hull, ever more slowly. Of equal points the first by rule's name stays.
+    """
+    hull: list[Point] = []
+    for point in sorted(curve):
+        if hull and (point.kept == hull[-1].kept or point.error >= hull[-1].error):
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: Point, b: Point) -> float:
+    """Error saved per kept fraction on the way from a to b; b keeps more."""
+    return (a.error - b.error) / (b.kept - a.kept)
+
+
+def choose(
+    curves: Mapping[str, Curve],
+    *,
+    kept: float | None = None,
+    error: float | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Choice:
+    """The choice of least error within a kept fraction, or of least kept fraction within an error.
+
+    Args:
+        curves: unit -> its curve, each with a point at least.
+        kept: mean kept fraction that may be spent, in (0, 1].
+        error: mean error that may be made, at least 0.
+        weights: unit -> its share of the pairs, where units differ in size; None counts them alike.
+
+    Raises:
+        BadParameter: not exactly one of `kept` and `error` is given, or it cannot be had; the
+            message says what can.
+    """
+    if (kept is None) == (error is None):
+        raise BadParameter(f"kept={kept} and error={error}: give exactly one of them")
+    share = _shares(curves, weights)
+    hulls = {unit: lower_hull(curve) for unit, curve in curves.items()}
+    at = dict.fromkeys(hulls, 0)
+    spent = math.fsum(share[u] * hull[0].kept for u, hull in hulls.items())
+    made = math.fsum(share[u] * hull[0].error for u, hull in hulls.items())
+    _refuse_impossible(hulls, share, kept, error, spent)
+    steepest = [(-_slope(hull[0], hull[1]), u) for u, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steepest)
+    slope = 0.0
+    while steepest and (error is None or made > error):
+        negative, unit = heapq.heappop(steepest)
+        hull, place = hulls[unit], at[unit]
+        dearer = spent + share[unit] * (hull[place + 1].kept - hull[place].kept)
+        if kept is not None and dearer > kept * (1 + 1e-12):
+            slope = slope or -negative  # this unit is done; others may still have a step that fits
+            continue
+        spent = dearer
+        made -= share[unit] * (hull[place].error - hull[place + 1].error)
+        at[unit] = place + 1
+        if place + 2 < len(hull):
+            heapq.heappush(steepest, (-_slope(hull[place + 1], hull[place + 2]), unit))
+    if error is not None and steepest:
+        slope = -steepest[0][0]
+    points = {unit: hull[at[unit]] for unit, hull in hulls.items()}
+    return Choice(points, spent, max(made, 0.0), slope)
+
+
+def _shares(curves: Mapping[str, Curve], weights: Mapping[str, float] | None) -> dict[str, float]:
+    if not curves:
+        raise BadParameter("there is no curve to choose from")
+    found = dict.fromkeys(curves, 1.0) if weights is None else {u: weights[u] for u in curves}
+    total = math.fsum(found.values())
+    return {unit: weight / total for unit, weight in found.items()}
+
+
+def _refuse_impossible(
+    hulls: Mapping[str, list[Point]],
+    share: Mapping[str, float],
+    kept: float | None,
+    error: float | None,
+    least: float,
+) -> None:
+    if kept is not None and not least <= kept * (1 + 1e-12):
+        raise BadParameter(
+            f"kept={kept:.3g} cannot be reached: the least that was measured keeps {least:.3g}"
+        )
+    best = math.fsum(share[u] * hull[-1].error for u, hull in hulls.items())
+    if error is not None and not best <= error * (1 + 1e-12):
+        raise BadParameter(
+            f"error={error:.3g} cannot be reached: the best that was measured has {best:.3g}"
+        )
