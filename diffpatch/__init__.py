@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from diffpatch.errors import (
+    BackendUnavailable,
     BadParameter,
     DiffpatchError,
     NotPatched,
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionErrors",
+    "BackendUnavailable",
     "BadParameter",
     "BlockPattern",
     "Calibration",

@@ -1,7 +1,8 @@
 """The command line: `diffpatch …`, the same as `python -m diffpatch …`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 the
-request was wrong, 130 interrupted. Errors are one line; `--debug` shows where they come from.
+request cannot work as it is written, 130 interrupted. Errors are one line; `--debug` shows where
+they come from.
 """
 
 from __future__ import annotations
@@ -70,10 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: Exception) -> int:
     """One line on stderr, and the exit code."""
     from diffpatch.cli.errors import RunError, UsageError
-    from diffpatch.errors import DiffpatchError
+    from diffpatch.errors import (
+        BadParameter,
+        DiffpatchError,
+        NotPatched,
+        UnknownFamily,
+        UnknownMethod,
+    )
 
     message = " ".join(str(error).split())
     if not isinstance(error, RunError | UsageError | DiffpatchError):
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"diffpatch: {message}", file=sys.stderr)
-    return 2 if isinstance(error, UsageError | DiffpatchError) else 1
+    mendable = UsageError | BadParameter | UnknownMethod | UnknownFamily | NotPatched
+    return 2 if isinstance(error, mendable) else 1

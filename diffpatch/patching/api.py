@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from diffpatch.errors import BadParameter, NotPatched, UnknownFamily, choices
-from diffpatch.kernels.block_sparse.api import BACKENDS
+from diffpatch.errors import BadParameter, NotPatched, UnknownFamily
+from diffpatch.kernels.block_sparse.api import check_backend
 from diffpatch.methods.base import MethodLike
 from diffpatch.patching.report import Record, Report
 from diffpatch.patching.schedule import Amount
@@ -97,8 +97,7 @@ def patch(
         quality=quality,
         experts=two_experts(target),
     )
-    if backend not in BACKENDS:
-        raise BadParameter(f"unknown backend {backend!r}: {choices(backend, BACKENDS)}")
+    check_backend(backend)
     shared = Patch(chosen, schedule, backend, target)
     shared.transformers = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
     for transformer in shared.transformers:

@@ -114,12 +114,12 @@ def check(
 
     Raises:
         WrongResult: the error is above what the dtype explains.
-        DiffpatchError: the method cannot be measured in a single call.
+        BadParameter: the method cannot be measured in a single call.
     """
     state: dict[str, Any] = {}
     out = diffpatch.attention(*qkv, case.grid, method, backend=backend, state=state)
     if state:
-        raise diffpatch.DiffpatchError(
+        raise diffpatch.BadParameter(
             f"{name} costs more in some steps than in others, which one call cannot show; "
             "use `diffpatch bench render`"
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from diffpatch.errors import DiffpatchError
+from diffpatch.errors import BadParameter
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -20,7 +20,7 @@ ARRAYS = (".npy",)
 LOSSY = (".jpg", ".jpeg", ".gif", *VIDEOS)  # and animated .webp, as diffpatch writes it
 
 
-class ItemError(DiffpatchError):
+class ItemError(BadParameter):
     """A file or folder cannot be evaluated; the message says why."""
 
 

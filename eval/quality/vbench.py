@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.errors import DiffpatchError
+from diffpatch.errors import BadParameter
 
 SAMPLES = 5
 FLICKER_SAMPLES = 25  # of the prompts for temporal flickering, which VBench filters afterwards
@@ -42,7 +42,7 @@ SEMANTIC: Mapping[str, tuple[float, float, float]] = {
 _QUALITY_SHARE, _LONGEST = 0.8, 255
 
 
-class VBenchError(DiffpatchError):
+class VBenchError(BadParameter):
     """A prompt list or a result is not what VBench reads or writes."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import diffpatch
-from diffpatch.errors import DiffpatchError, choices
+from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.api import BACKENDS
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
@@ -26,7 +26,7 @@ NETWORKS = ("clip", "features", "lpips")
 RESERVED = {"prompt", "prompts", "generator", "output_type", "callback_on_step_end", "image"}
 
 
-class BadSweep(DiffpatchError):
+class BadSweep(BadParameter):
     """The description of a sweep cannot work; the message names the key."""
 
 

@@ -13,6 +13,7 @@ import torch
 
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.errors import BackendUnavailable
 
 LOG2_E = 1.4426950408889634
 Result = tuple[torch.Tensor, torch.Tensor | None]  # the output and, if asked for, the hits
@@ -170,11 +171,11 @@ def choose_backend(
     """The backend that a call runs on: as for block-sparse attention, without gradients in Triton.
 
     Raises:
-        RuntimeError: the backend asked for cannot run here; the message says why.
+        BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
     if backend == "gluon" or backend.endswith("-int8"):
         lacking = "is no kernel in Gluon" if backend == "gluon" else "are no 8-bit scores"
-        raise RuntimeError(
+        raise BackendUnavailable(
             f"backend {backend!r} cannot run: there {lacking} for tiles that change from head to"
             " head; use backend='auto'."
         )
@@ -182,7 +183,7 @@ def choose_backend(
     if needs_grad and backend == "auto":
         return "torch"
     if needs_grad and backend == "triton":
-        raise RuntimeError(
+        raise BackendUnavailable(
             "backend 'triton' cannot run: it has no gradient for tiles that change from head to"
             " head; use backend='auto'."
         )

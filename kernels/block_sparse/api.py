@@ -11,6 +11,7 @@ from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.block_sparse.int8 import reference as quantize
 from diffpatch.kernels.block_sparse.torch_plan import attend as block_sparse_torch
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
 from diffpatch.kernels.gpu import support as triton_support
 
 GPU_BACKENDS = ("triton", "triton-int8", "gluon")
@@ -89,7 +90,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
-        RuntimeError: the backend asked for cannot run here; the message says why.
+        BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
     _check_tensors(q, k, v)
     _check_blocks(q, blocks, key_mask)
@@ -99,6 +100,16 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
     return (out, lse) if return_lse and lse is not None else out
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is not in `BACKENDS`.
+
+    Raises:
+        BadParameter: names the nearest.
+    """
+    if backend not in BACKENDS:
+        raise BadParameter(f"backend is {backend!r}: {choices(str(backend), BACKENDS)}")
 
 
 def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str | None:
@@ -113,10 +124,9 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str
         The reason in words, or None if the backend can.
 
     Raises:
-        ValueError: there is no such backend.
+        BadParameter: there is no such backend.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    check_backend(backend)
     if backend not in GPU_BACKENDS:
         return None
     reason = triton_support.unsupported_reason(q.device)
@@ -152,7 +162,7 @@ def choose_backend(
         backend: one of `BACKENDS`.
 
     Raises:
-        RuntimeError: the backend asked for cannot run here; the message says why.
+        BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
     reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -167,7 +177,7 @@ def choose_backend(
     if backend == "auto":
         return "torch" if reason else "triton"
     if reason:
-        raise RuntimeError(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
+        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
     return backend
 
 

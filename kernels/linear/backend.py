@@ -6,6 +6,7 @@ import torch
 
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.errors import BackendUnavailable
 
 
 def choose_kernel(blocks: BlockIndex, backend: str, *inputs: torch.Tensor) -> str:
@@ -18,7 +19,7 @@ def choose_kernel(blocks: BlockIndex, backend: str, *inputs: torch.Tensor) -> st
         inputs: the tensors of the call (B, S, H, D). The kernels have no gradients.
 
     Raises:
-        RuntimeError: triton was asked for and cannot run here; the message says why.
+        BackendUnavailable: triton was asked for and cannot run here; the message says why.
     """
     if backend in ("torch", "reference"):
         return backend
@@ -30,5 +31,5 @@ def choose_kernel(blocks: BlockIndex, backend: str, *inputs: torch.Tensor) -> st
         wide = any(x.dtype.itemsize > 2 for x in inputs)
         return "torch" if reason or wide else "triton"
     if reason:
-        raise RuntimeError(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
+        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
     return "triton"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.errors import DiffpatchError, choices
+from diffpatch.errors import BadParameter, DiffpatchError, choices
 
 Pipeline = Any  # a diffusers pipeline, whose annotations hide its own methods from type checkers
 
@@ -26,6 +26,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class ModelError(DiffpatchError):
     """The model cannot be found or loaded; the message says what to do."""
+
+
+class UnusableModel(ModelError, BadParameter):
+    """There is no such model, or it cannot be used like that: another name or setting would."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,10 @@ def find(model: str) -> Source:
         _check_weights(path)
         return source
     if path.is_file():
-        raise ModelError(f"{model} is a file; a model is a folder that has a model_index.json")
+        raise UnusableModel(f"{model} is a file; a model is a folder that has a model_index.json")
     if _HUB_ID.fullmatch(model):
         return Source(model, "hub", _pipeline_class(_hub_index(model), model))
-    raise ModelError(
+    raise UnusableModel(
         f"no model {model!r}: {choices(model, DEMOS)}, a folder, or a hub id such as owner/name"
     )
 
@@ -121,13 +125,15 @@ def load_pipeline(
     source = find(model) if isinstance(model, str) else model
     device = choose_device(device)
     if offload not in OFFLOADS:
-        raise ModelError(f"unknown offload {offload!r}: {choices(offload, OFFLOADS)}")
+        raise UnusableModel(f"unknown offload {offload!r}: {choices(offload, OFFLOADS)}")
     if offload != "none" and device.type == "cpu":
-        raise ModelError(f"offload={offload!r} needs an accelerator; leave it out on the CPU")
+        raise UnusableModel(f"offload={offload!r} needs an accelerator; leave it out on the CPU")
     pipe = _load(source, default_dtype(device) if dtype is None else dtype)
     if vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
-            raise ModelError(f"the VAE of {source.name} cannot decode in tiles; drop --vae-tiling")
+            raise UnusableModel(
+                f"the VAE of {source.name} cannot decode in tiles; drop --vae-tiling"
+            )
         pipe.vae.enable_tiling()
     if compile:
         for denoiser in denoisers(pipe):
@@ -150,7 +156,7 @@ def with_image_input(pipe: Pipeline) -> Pipeline:
         return AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError as error:
         name = type(pipe).__name__
-        raise ModelError(f"{name} takes no image; choose an image-to-video model") from error
+        raise UnusableModel(f"{name} takes no image; choose an image-to-video model") from error
 
 
 def denoisers(pipe: Pipeline) -> list[Any]:
@@ -167,9 +173,9 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise ModelError(f"unknown device {device!r}; try cpu, cuda or cuda:0") from None
+        raise UnusableModel(f"unknown device {device!r}; try cpu, cuda or cuda:0") from None
     if wanted.type not in ("cpu", accelerator.type if accelerator else "cpu"):
-        raise ModelError(f"device {device!r} is not available here; try --device cpu")
+        raise UnusableModel(f"device {device!r} is not available here; try --device cpu")
     return wanted
 
 
@@ -212,14 +218,16 @@ def _read_index(folder: Path) -> str:
     """The pipeline class that model_index.json names."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
+        raise UnusableModel(
             f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that "
             "save_pretrained wrote"
         )
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{index} is damaged: it names no _class_name; fetch it again") from None
+        raise UnusableModel(
+            f"{index} is damaged: it names no _class_name; fetch it again"
+        ) from None
     return str(name)
 
 
@@ -228,7 +236,7 @@ def _check_weights(folder: Path) -> None:
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         pickles = sorted(file.name for pattern in _PICKLES for file in part.glob(pattern))
         if pickles and not any(part.glob("*.safetensors")):
-            raise ModelError(
+            raise UnusableModel(
                 f"{part / pickles[0]} is a pickle, which diffpatch does not load; convert it with "
                 "pipe.save_pretrained(folder, safe_serialization=True)"
             )
@@ -249,7 +257,7 @@ def _pipeline_class(name: str, model: str) -> type[Any]:
 
     found = getattr(diffusers, name, None)
     if found is None:
-        raise ModelError(
+        raise UnusableModel(
             f"{model} needs {name}, which diffusers {diffusers.__version__} does not have; "
             "pip install --upgrade diffusers"
         )

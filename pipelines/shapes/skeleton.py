@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.pipelines.running.loading import ModelError, find
+from diffpatch.pipelines.running.loading import UnusableModel, find
 
 READ = ("vae", "transformer")  # what the components begin with whose configs matter
 
@@ -34,7 +34,7 @@ def skeleton(model: str) -> Any:
         parts = _parts(index, model)
     except Exception as error:  # configs of every kind and age go through diffusers' own code
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
+        raise UnusableModel(
             f"{model} cannot be planned from its configs ({reason}); load it and give the pipeline"
             " to diffpatch.plan"
         ) from error
@@ -59,17 +59,17 @@ def transformer_of(config: Path) -> Any:
         values = json.loads(config.read_text(encoding="utf-8"))
         name = values["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(
+        raise UnusableModel(
             f"{config} is no config of a diffusers model: it names no _class_name"
         ) from None
     cls = getattr(diffusers, str(name), None)
     if cls is None:
-        raise ModelError(f"{config}: diffusers {diffusers.__version__} has no {name}")
+        raise UnusableModel(f"{config}: diffusers {diffusers.__version__} has no {name}")
     try:
         with torch.device("meta"):
             return cls.from_config(values)
     except Exception as error:  # as above
-        raise ModelError(f"{config} does not describe a {name}: {error}") from error
+        raise UnusableModel(f"{config} does not describe a {name}: {error}") from error
 
 
 def _parts(index: Any, model: str) -> dict[str, Any]:

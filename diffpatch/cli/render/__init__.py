@@ -152,9 +152,9 @@ def _warm_up(args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[s
     with _explained(variant.name), variant.applied(pipe, dense_steps=0, dense_last_steps=0):
         try:
             sampling.warm_up(pipe, call, args.seed)
+        except diffpatch.DiffpatchError:
+            raise
         except ValueError as error:
-            if isinstance(error, diffpatch.DiffpatchError):
-                raise
             # Pipelines check their arguments on entry and say what they expect.
             raise UsageError(f"{type(pipe).__name__}: {' '.join(str(error).split())}") from error
 

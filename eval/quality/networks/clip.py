@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffpatch.errors import DiffpatchError
+from diffpatch.errors import BadParameter
 from diffpatch.eval.quality.networks.contrast import Contrast, UnknownWords, load_contrast, tokenize
 
 
-class WeightsError(DiffpatchError):
+class WeightsError(BadParameter):
     """Weights for an evaluation cannot be found or loaded; the message says what to do."""
 
 
