@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 
+from diffpatch.kernels.memo import Memo
+
 Value = TypeVar("Value")
+
+NOTHING, EVERYTHING = -2, -1  # in tables of mask ids, beside rows of `masks`
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class BlockIndex:
     mask_ids: torch.Tensor
     masks: torch.Tensor
     head_pattern: torch.Tensor | None = None
-    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +64,50 @@ class BlockIndex:
         return self.masks.shape[-1]
 
     @property
+    def sizes(self) -> torch.Tensor:
+        """int64 (N,), the tokens of each tile."""
+        return self.starts.long().diff()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 (nnz,), the row of every entry of `cols`: ``p * N + i`` for query tile i."""
+        row = torch.arange(self.full_end.shape[0], device=self.device)
+        return row.repeat_interleave(self.row_ptr.long().diff(), output_size=self.cols.shape[0])
+
+    @property
+    def query_tile(self) -> torch.Tensor:
+        """int64 (nnz,), the query tile of every entry of `cols`."""
+        return self.rows % self.num_tiles
+
+    @property
+    def tile_of_place(self) -> torch.Tensor:
+        """int64 (S,), the tile that each place of tile order lies in."""
+        tile = torch.arange(self.num_tiles, device=self.device)
+        return tile.repeat_interleave(self.sizes, output_size=self.num_tokens)
+
+    @property
+    def place(self) -> torch.Tensor:
+        """int64 (S,), where each token of the sequence stands in tile order; made once."""
+        return self.derived("place", lambda index: index.order.argsort())
+
+    def mask_table(self) -> torch.Tensor:
+        """bool (M + 2, T, T), `masks`, then one of nothing and one of everything.
+
+        So that mask ids and ``NOTHING`` (-2) and ``EVERYTHING`` (-1) all name a row of it.
+        """
+        nothing = self.masks.new_zeros(1, self.max_tile, self.max_tile)
+        return torch.cat([self.masks, nothing, ~nothing])
+
+    def mask_map(self) -> torch.Tensor:
+        """int64 (P, N, N) [query tile, key tile], the row of `mask_table` of every pair of tiles.
+
+        Pairs that no row lists are ``NOTHING``.
+        """
+        ids = torch.full((self.full_end.shape[0], self.num_tiles), NOTHING, device=self.device)
+        ids[self.rows, self.cols.long()] = self.mask_ids.long()
+        return ids.view(self.num_patterns, self.num_tiles, self.num_tiles)
+
+    @property
     def device(self) -> torch.device:
         return self.order.device
 
@@ -72,17 +120,13 @@ class BlockIndex:
             moved[name] = None if value is None else value.to(device)
         return BlockIndex(**moved)
 
-    def derived(self, key: object, build: Callable[[BlockIndex], Value]) -> Value:
+    def derived(self, key: Hashable, build: Callable[[BlockIndex], Value]) -> Value:
         """What `build` makes of this index, made once per `key` and kept as long as the index.
 
         Kernels keep their plans and repacked masks here, so that a call reads nothing back from the
-        device. Two threads may both build; the first result stays.
+        device (see `Memo`).
         """
-        if key not in self._derived:
-            with torch.device("cpu"):  # whatever torch.set_default_device says
-                self._derived.setdefault(key, build(self))
-        value: Value = self._derived[key]
-        return value
+        return self._memo(key, lambda: build(self))
 
     def validate(self) -> None:
         """Check every promise above, once per index (later calls are free).
@@ -151,7 +195,7 @@ def _validate_tiles(blocks: BlockIndex) -> None:
         torch.equal(blocks.order.sort().values, torch.arange(tokens)),
         f"order is not a permutation of 0..{tokens - 1}",
     )
-    sizes = blocks.starts.diff()
+    sizes = blocks.sizes
     _require(
         blocks.starts[0] == 0 and blocks.starts[-1] == tokens,
         f"starts runs from {int(blocks.starts[0])} to {int(blocks.starts[-1])}, "
@@ -188,7 +232,7 @@ def _validate_rows(blocks: BlockIndex) -> None:
         cols.min() >= 0 and cols.max() < tiles,
         f"cols holds {int(cols.min())} to {int(cols.max())}, expected 0 to {tiles - 1}",
     )
-    row = torch.repeat_interleave(torch.arange(full_end.shape[0]), row_ptr.diff())
+    row = blocks.rows
     partial = torch.arange(cols.shape[0]) >= full_end[row]
     _require(
         ((row * 2 + partial) * tiles + cols).diff().gt(0).all()
@@ -200,7 +244,7 @@ def _validate_rows(blocks: BlockIndex) -> None:
         ((mask_ids >= 0) == partial).all() and mask_ids.max() < blocks.masks.shape[0],
         f"mask_ids must be -1 for full tiles and 0 to {blocks.masks.shape[0] - 1} for partial ones",
     )
-    sizes, used = blocks.starts.long().diff(), mask_ids[partial]
+    sizes, used = blocks.sizes, mask_ids[partial]
     for axis, tile in ((2, (row % tiles)[partial]), (1, cols[partial])):
         seen = blocks.masks.any(axis)  # (M, T): does the query (then the key) take part?
         extent = (seen * torch.arange(1, blocks.max_tile + 1)).amax(1)

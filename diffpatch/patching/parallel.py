@@ -155,7 +155,7 @@ def of_heads(pattern: BlockPattern, heads: int, rank: int, ranks: int) -> BlockP
     mine = per_head[first : first + heads]
 
     def make() -> BlockPattern:
-        sizes = pattern.blocks.starts.diff().double()
+        sizes = pattern.blocks.sizes.double()
         pairs = (pattern.tile_map() * sizes[:, None] * sizes).sum((1, 2))
         kept = float(pairs[mine.long()].mean() / sizes.sum() ** 2)
         blocks = dataclasses.replace(pattern.blocks, head_pattern=mine)

@@ -11,6 +11,7 @@ import torch
 
 from diffpatch import internals
 from diffpatch.errors import BadParameter
+from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
 from diffpatch.patching.report import Record
 from diffpatch.patching.schedule import BoundSchedule, Schedule
@@ -126,6 +127,6 @@ class Patch:
         if len(self._patterns) > _CACHED_GRIDS:
             self._patterns.popitem(last=False)
         if variant not in made:
-            with torch.device("cpu"):  # whatever torch.set_default_device says
+            with neutral():
                 made[variant] = self.method.pattern(grid, variant)
         return made[variant]

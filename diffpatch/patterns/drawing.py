@@ -88,11 +88,10 @@ def _pairs(b: BlockIndex, at: torch.Tensor, length: int) -> dict[tuple[int, int]
         at: int64 (S,), the coordinate of the token at each place of tile order, or -1.
         length: of the axis.
     """
-    sizes = b.starts.diff().long()
+    sizes, row = b.sizes, b.rows
     slot = torch.arange(b.max_tile)
     place = (b.starts[:-1, None].long() + slot).clamp(max=b.num_tokens - 1)
     member = torch.where(slot < sizes[:, None], at[place], -1)  # (N, T)
-    row = torch.arange(len(b.full_end)).repeat_interleave(b.row_ptr.diff().long())
     share = torch.full((b.num_patterns,), 1 / b.num_patterns, dtype=torch.float64)
     if b.head_pattern is not None:
         share = b.head_pattern.long().bincount(minlength=b.num_patterns).double()

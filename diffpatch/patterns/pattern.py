@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.blocks import EVERYTHING, NOTHING, BlockIndex
+from diffpatch.kernels.memo import Memo
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.tiles import Tiling
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _AT_ONCE = 1 << 22  # pairs of tiles whose lists are written together: bounds memory
-_UNSEEN = -2  # in tables of mask ids, beside -1 for a full tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +41,11 @@ class BlockPattern:
     grid: TokenGrid
     blocks: BlockIndex
     kept: float
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What follows from this pattern and a key, made once and kept as long as the pattern."""
-        if key not in self._cache:
-            with torch.device("cpu"):  # whatever torch.set_default_device says
-                self._cache[key] = make()
-        value: Value = self._cache[key]
-        return value
+        return self._memo(key, make)
 
     def for_heads(self, heads: int) -> BlockPattern:
         """The pattern with its groups of heads spread over all heads, in runs of equal length.
@@ -89,10 +85,9 @@ class BlockPattern:
     def tile_map(self) -> torch.Tensor:
         """float (P, N, N): the kept fraction of every pair of tiles."""
         b = self.blocks
-        out = torch.zeros(b.num_patterns * b.num_tiles, b.num_tiles)
-        rows = torch.repeat_interleave(torch.arange(out.shape[0]), b.row_ptr.diff())
-        sizes = b.starts.diff().float()
-        share = torch.ones(b.cols.shape[0])
+        out = torch.zeros(b.num_patterns * b.num_tiles, b.num_tiles, dtype=torch.float32)
+        rows, sizes = b.rows, b.sizes.float()
+        share = torch.ones(b.cols.shape[0], dtype=torch.float32)
         partial = b.mask_ids >= 0
         area = sizes[rows % b.num_tiles] * sizes[b.cols.long()]
         share[partial] = b.masks.sum((1, 2)).float()[b.mask_ids[partial].long()] / area[partial]
@@ -164,17 +159,15 @@ def from_masks(
         masks: bool (M, T, T), [query in tile, key in tile], T the tokens of the largest tile;
             False past the end of a smaller one.
     """
-    keep = ids != _UNSEEN
+    keep = ids != NOTHING
     return _assemble(grid, tiling, keep[None], ids.clamp(min=-1).int()[None], masks)
 
 
 def complement(pattern: BlockPattern) -> BlockPattern:
     """Exactly the pairs that a pattern leaves out; the rows of text then see nothing."""
     b = pattern.blocks
-    sizes = b.starts.diff().long()
-    rows = torch.repeat_interleave(torch.arange(len(b.full_end)), b.row_ptr.diff().long())
-    ids = torch.full((len(b.full_end), b.num_tiles), _UNSEEN, dtype=torch.int32)
-    ids[rows, b.cols.long()] = b.mask_ids
+    sizes, rows = b.sizes, b.rows
+    ids = b.mask_map().int()
     # What was full is gone, what was unseen is full, and masks turn around inside their tiles.
     masks = b.masks.clone()
     partial = (b.mask_ids >= 0).nonzero()[:, 0]
@@ -186,10 +179,10 @@ def complement(pattern: BlockPattern) -> BlockPattern:
             sizes[b.cols[partial[entry]].long()],
         )
         masks[mask] = ~masks[mask] & (place < height)[:, None] & (place < width)
-    keep = (ids != -1).view(-1, b.num_tiles, b.num_tiles)
-    ids[ids == _UNSEEN] = -1
+    keep = ids != EVERYTHING
+    ids[ids == NOTHING] = EVERYTHING
     heads = None if b.head_pattern is None else b.head_pattern.tolist()
-    blocks, kept = _index(b.order, sizes, keep, ids.view(keep.shape), masks, heads)
+    blocks, kept = _index(b.order, sizes, keep, ids, masks, heads)
     return BlockPattern(pattern.grid, blocks, kept)
 
 

@@ -6,9 +6,8 @@ import itertools
 import math
 from typing import Any
 
-import torch
-
 from diffpatch.errors import BadParameter
+from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method, make_method
 from diffpatch.patterns.grid import TokenGrid
 
@@ -61,6 +60,6 @@ def kept_of(method: Method, grid: TokenGrid) -> float:
     Dense steps and layers, and the refreshes of methods that have such, come on top.
     """
     calls = [method.variant(layer, step) for layer, step in itertools.product(ROUNDS, ROUNDS)]
-    with torch.device("cpu"):  # whatever torch.set_default_device says
+    with neutral():
         share = {v: method.kept_at(method.pattern(grid, v), age=1) for v in set(calls)}
     return sum(share[v] for v in calls) / len(calls)

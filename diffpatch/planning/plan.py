@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffpatch.errors import BadParameter
+from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import MethodLike
 from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
@@ -243,7 +242,7 @@ def plan(
     bound = schedule.bind(num_inference_steps, shape.layers)
     grid = _grid(shape, (num_frames, height, width), text_tokens)
     backend = BACKEND if device is None else device.backend
-    with torch.device("cpu"):  # whatever torch.set_default_device says
+    with neutral():
         run = Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
         predicted = None
         if device is not None and run.modelled and not run.at_most():

@@ -110,8 +110,7 @@ class Run:
 
 def _visited(blocks: BlockIndex) -> float:
     """Pairs in the tiles that are visited, as a fraction of all pairs; the mean over heads."""
-    sizes = blocks.starts.diff().double()
-    row = torch.arange(len(blocks.full_end)).repeat_interleave(blocks.row_ptr.diff().long())
+    sizes, row = blocks.sizes.double(), blocks.rows
     area = sizes[row % blocks.num_tiles] * sizes[blocks.cols.long()]
     pattern = torch.zeros(blocks.num_patterns, dtype=torch.float64)
     pattern.index_add_(0, row // blocks.num_tiles, area)

@@ -178,10 +178,8 @@ def exact_rows(qkv: Tensors, pattern: diffpatch.BlockPattern) -> tuple[torch.Ten
 
 def visited_pairs(blocks: BlockIndex) -> int:
     """Query-key pairs of the tiles that a block index visits; of the first pattern, if several."""
-    sizes, tiles = blocks.starts.long().diff(), blocks.num_tiles
-    row = torch.arange(tiles, device=blocks.device)
-    row = row.repeat_interleave(blocks.row_ptr[: tiles + 1].diff())
-    return int((sizes[row] * sizes[blocks.cols.long()[: len(row)]]).sum())
+    sizes, last = blocks.sizes, int(blocks.row_ptr[blocks.num_tiles])
+    return int((sizes[blocks.rows[:last]] * sizes[blocks.cols[:last].long()]).sum())
 
 
 def permuting(qkv: Tensors, blocks: BlockIndex) -> Call:

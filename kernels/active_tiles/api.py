@@ -60,10 +60,10 @@ def _table(blocks: BlockIndex) -> TileTable:
     host = blocks.to("cpu")
     patterns, tiles = host.num_patterns, host.num_tiles
     row_ptr = host.row_ptr.long()
-    row = torch.arange(patterns * tiles).repeat_interleave(row_ptr.diff())
+    row = host.rows
     order = (row * tiles + host.cols).argsort()
     key, mask_ids = host.cols.long()[order], host.mask_ids.long()[order]
-    sizes = host.starts.long().diff()
+    sizes = host.sizes
     area = sizes[row % tiles] * sizes[key]
     partial = mask_ids >= 0
     area[partial] = host.masks.sum((1, 2))[mask_ids[partial]]

@@ -128,8 +128,8 @@ def _narrow(
     places, ends = blocks.starts[table.key], blocks.starts[table.key + 1]
     if not len(blocks.masks):
         return places, ends, None, None
-    masks = torch.cat([blocks.masks, blocks.masks.new_ones(1, *blocks.masks.shape[1:])])
-    ids = torch.where(table.mask_ids < 0, len(blocks.masks), table.mask_ids)
+    masks = blocks.mask_table()
+    ids = table.mask_ids % len(masks)  # that of full tiles becomes the last row, as it must
     return places, ends, ids.int(), _words(masks, block_m, block_n)
 
 

@@ -16,25 +16,10 @@ def dense_mask(blocks: BlockIndex) -> torch.Tensor:
     Returns:
         bool (P, S, S) [pattern, query, key] in sequence order; memory grows with S².
     """
-    tiles, patterns, edge = blocks.num_tiles, blocks.num_patterns, blocks.max_tile
-    # One table of tile masks, with "nothing" at -2 and "everything" at -1, as in `mask_ids`.
-    nothing, everything = (
-        blocks.masks.new_zeros(1, edge, edge),
-        blocks.masks.new_ones(1, edge, edge),
-    )
-    table = torch.cat([blocks.masks, nothing, everything])
-    ids = torch.full((patterns * tiles, tiles), -2, device=blocks.device)
-    row = torch.arange(patterns * tiles, device=blocks.device)
-    row = row.repeat_interleave(blocks.row_ptr.diff())
-    ids[row, blocks.cols.long()] = blocks.mask_ids.long()
-
-    sizes = blocks.starts.diff()
-    tile = torch.arange(tiles, device=blocks.device).repeat_interleave(sizes)
+    tile, place = blocks.tile_of_place, blocks.place
     within = torch.arange(blocks.num_tokens, device=blocks.device) - blocks.starts[tile]
-    pairs = ids.view(patterns, tiles, tiles)[:, tile[:, None], tile]
-    in_tile_order = table[pairs, within[:, None], within]
-    place = torch.empty_like(blocks.order)
-    place[blocks.order] = torch.arange(blocks.num_tokens, device=blocks.device)
+    pairs = blocks.mask_map()[:, tile[:, None], tile]
+    in_tile_order = blocks.mask_table()[pairs, within[:, None], within]
     return in_tile_order[:, place[:, None], place]
 
 

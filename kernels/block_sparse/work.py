@@ -105,9 +105,8 @@ def _scaled(work: Work, share: float) -> Work:
 def _triton(blocks: BlockIndex) -> Work:
     """One launch in which every visited tile is filled up to whole blocks."""
     host = blocks.to("cpu")
-    sizes = host.starts.long().diff()
-    high, wide = (-(-sizes // block) * block for block in (BLOCK_M, BLOCK_N))
-    row = torch.arange(host.full_end.shape[0]).repeat_interleave(host.row_ptr.long().diff())
+    high, wide = (-(-host.sizes // block) * block for block in (BLOCK_M, BLOCK_N))
+    row = host.rows
     area = high[row % host.num_tiles] * wide[host.cols.long()]
     weight = torch.full((host.num_patterns,), 1.0 / host.num_patterns)
     if host.head_pattern is not None:

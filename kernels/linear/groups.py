@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.blocks import NOTHING, BlockIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,7 @@ def groups(blocks: BlockIndex) -> Groups:
 def _make(blocks: BlockIndex) -> Groups:
     host = blocks.to("cpu")
     count, starts = host.num_tiles, host.starts.tolist()
-    lists = host.cols.split(host.row_ptr.diff().tolist())
-    visits = torch.zeros(count, count, dtype=torch.bool)
-    for row, cols in enumerate(lists):
-        visits[row, cols.long()] = True
+    visits = host.mask_map()[0] != NOTHING
     by_all = visits.all(0)
     tokens = [host.order[a:b] for a, b in itertools.pairwise(starts)]
     members: dict[bytes, list[int]] = defaultdict(list)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.linear.features import feature_map
 
 
 def left_out(blocks: BlockIndex) -> torch.Tensor:
     """bool (S, S), the pairs [query, key] whose tiles do not meet; one pattern."""
-    count, sizes = blocks.num_tiles, blocks.starts.diff().long()
-    rows = torch.arange(count, device=blocks.device).repeat_interleave(blocks.row_ptr.diff().long())
-    visits = torch.zeros(count, count, dtype=torch.bool, device=blocks.device)
-    visits[rows, blocks.cols.long()] = True
-    tile = torch.arange(count, device=blocks.device).repeat_interleave(sizes)
-    tile = torch.empty_like(tile).scatter_(0, blocks.order, tile)
-    return ~visits[tile][:, tile]
+    tile = blocks.tile_of_place[blocks.place]
+    return (blocks.mask_map()[0] == NOTHING)[tile][:, tile]
 
 
 def attend_cumulants(

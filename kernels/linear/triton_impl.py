@@ -209,17 +209,15 @@ def _near(blocks: BlockIndex, block_n: int) -> Near:
         )
     host = blocks.to("cpu")
     starts, count = host.starts.long(), host.num_tiles
-    sizes = starts.diff()
     by_all = host.cols.long().bincount(minlength=count) == count  # rows name a tile once
-    row = torch.arange(count).repeat_interleave(host.row_ptr.long().diff())
-    row, col = (x[~by_all[host.cols.long()]] for x in (row, host.cols.long()))
-    pieces = -(-sizes[col] // block_n)
+    row, col = (x[~by_all[host.cols.long()]] for x in (host.rows, host.cols.long()))
+    pieces = -(-host.sizes[col] // block_n)
     row, col = row.repeat_interleave(pieces), col.repeat_interleave(pieces)
     number = torch.arange(len(col)) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
     row_ptr = torch.zeros(count + 1, dtype=torch.int64)
     row_ptr[1:] = row.bincount(minlength=count).cumsum(0)
     places = starts[col] + number * block_n
     lengths = (starts[col + 1] - places).clamp(max=block_n)
-    pool = (~by_all).repeat_interleave(sizes)
+    pool = (~by_all)[host.tile_of_place]
     lists = [x.int() for x in (row_ptr, places, lengths)]
     return Near(*(x.to(blocks.device) for x in (*lists, pool)))

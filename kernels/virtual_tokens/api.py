@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from diffpatch.kernels.block_sparse.gpu.lists import pack_words
-from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.linear.backend import choose_kernel
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
@@ -131,16 +131,7 @@ def _runs(blocks: BlockIndex, size: int) -> _Runs:
 
 def _visits(blocks: BlockIndex) -> tuple[torch.Tensor, torch.Tensor]:
     """bool (P, N, N), which tiles are visited; int64 (S,), the tile of each token."""
-    count = blocks.num_tiles
-    rows = torch.repeat_interleave(
-        torch.arange(blocks.full_end.shape[0], device=blocks.device), blocks.row_ptr.diff().long()
-    )
-    visits = torch.zeros(blocks.num_patterns * count, count, dtype=torch.bool, device=blocks.device)
-    visits[rows, blocks.cols.long()] = True
-    tile = torch.repeat_interleave(
-        torch.arange(count, device=blocks.device), blocks.starts.diff().long()
-    )
-    return visits.view(-1, count, count), torch.empty_like(tile).scatter_(0, blocks.order, tile)
+    return blocks.mask_map() != NOTHING, blocks.tile_of_place[blocks.place]
 
 
 def attend_virtual(

@@ -244,10 +244,10 @@ def test_the_plan_and_the_masks_are_made_once() -> None:
     blocks = random_blocks(SIZES, seed=2)
     q, k, v = random_qkv(1, sum(SIZES), 2, 32)
     block_sparse_attention(q, k, v, blocks, backend="torch")
-    made = dict(blocks._derived)
+    made = dict(blocks._memo._made)
     block_sparse_attention(q, k, v, blocks, backend="torch")
-    assert all(blocks._derived[key] is value for key, value in made.items())
-    assert len(blocks._derived) == len(made)
+    assert all(blocks._memo._made[key] is value for key, value in made.items())
+    assert len(blocks._memo._made) == len(made)
 
 
 @pytest.mark.parametrize("sizes", [[128, 128, 128], SIZES, [100, 126, 30, 126, 7, 60]])

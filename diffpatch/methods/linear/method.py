@@ -126,7 +126,7 @@ class Linear(Method):
         if self.far != "pool":
             return None
         tokens = pattern.blocks.num_tokens
-        runs = -(-pattern.blocks.starts.diff().long() // self.pool)
+        runs = -(-pattern.blocks.sizes // self.pool)
         count = float(runs.sum())  # runs are gathered filled up to their full length
         far = Work(calls=1, rows=tokens, virtual=tokens * count, pooled=self.pool * count)
         return work_of(pattern.blocks, backend) + far

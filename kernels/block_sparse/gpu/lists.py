@@ -64,12 +64,11 @@ def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
     host = blocks.to("cpu")
     tiles, per_tile = host.num_tiles, -(-host.max_tile // block_n)
     parts = -(-host.max_tile // block_m)
-    starts, sizes = host.starts.long(), host.starts.long().diff()
+    starts, sizes = host.starts.long(), host.sizes
     masks = _cut(host.masks, parts * block_m, per_tile, block_n)
 
     # Every entry of `cols`, once for each of its sub-blocks.
-    row = torch.arange(host.full_end.shape[0]).repeat_interleave(host.row_ptr.long().diff())
-    row = row.repeat_interleave(per_tile)
+    row = host.rows.repeat_interleave(per_tile)
     col = host.cols.long().repeat_interleave(per_tile)
     kind = host.mask_ids.long().repeat_interleave(per_tile)
     sub = torch.arange(per_tile).repeat(host.cols.shape[0])

@@ -177,13 +177,13 @@ def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
 def _in_sequence_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
     if identity_order(blocks):
         return x
-    return x.index_select(1, blocks.derived("places", lambda index: index.order.argsort()))
+    return x.index_select(1, blocks.place)
 
 
 def transposed(blocks: BlockIndex) -> BlockIndex:
     """The same pairs by key tile: for every key tile, the query tiles that visit it."""
     tiles, rows = blocks.num_tiles, blocks.full_end.shape[0]
-    row = torch.arange(rows, device=blocks.device).repeat_interleave(blocks.row_ptr.diff())
+    row = blocks.rows
     new_row, new_col = row // tiles * tiles + blocks.cols, row % tiles
     partial = (blocks.mask_ids >= 0).long()
     order = ((new_row * 2 + partial) * tiles + new_col).argsort()

@@ -142,9 +142,7 @@ def plans(blocks: BlockIndex, *, merging: bool = False) -> tuple[Plan, ...]:
 
 def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[Plan, ...]:
     host = blocks.to("cpu")
-    shape = (1, blocks.max_tile, blocks.max_tile)
-    ends = blocks.masks.new_zeros(shape), blocks.masks.new_ones(shape)
-    table = torch.cat([blocks.masks, *ends])
+    table = blocks.mask_table()
     if host.head_pattern is None:
         return (_Planner(host, 0, table, merging).plan(None),)
     used = sorted(set(host.head_pattern.tolist()))

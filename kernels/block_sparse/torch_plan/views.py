@@ -15,7 +15,6 @@ import torch
 
 from diffpatch.kernels.blocks import BlockIndex
 
-NOTHING, EVERYTHING = -2, -1  # what stands in a table of mask ids beside rows of `masks`
 MAX_KINDS = 4096  # parts, or classes, beyond which rows that see the same are not sought
 MAX_SEEN = 1 << 26  # (tile, key) pairs up to which keys of a tile are told apart
 
@@ -66,14 +65,9 @@ class Views:
     """
 
     def __init__(self, blocks: BlockIndex, pattern: int, table: torch.Tensor) -> None:
-        tiles = blocks.num_tiles
         self.starts = blocks.starts.numpy()
         self.sizes = np.diff(self.starts)
-        row_ptr = blocks.row_ptr[pattern * tiles : (pattern + 1) * tiles + 1].numpy()
-        entries = slice(row_ptr[0], row_ptr[-1])
-        query_tile = np.repeat(np.arange(tiles), np.diff(row_ptr))
-        self.ids = np.full((tiles, tiles), NOTHING, dtype=np.int64)
-        self.ids[query_tile, blocks.cols[entries].numpy()] = blocks.mask_ids[entries].numpy()
+        self.ids = blocks.derived("mask map", BlockIndex.mask_map)[pattern].numpy()
         masks = table.cpu().numpy()
         parts = _alike(self.ids, masks, self.sizes)
         classes = None if parts is None else _alike(self.ids.T, masks.swapaxes(1, 2), self.sizes)

@@ -1,0 +1,55 @@
+"""Values that follow from something that never changes, made once and kept with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+
+Value = TypeVar("Value")
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")  # whose autocast a caller may have switched on
+_dtype_lock = threading.RLock()  # the default dtype belongs to the process, not to a thread
+
+
+class Memo:
+    """What is made once for each key.
+
+    Two threads may both make a value; the first one stays, for both of them.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def __call__(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made by `make` in a `neutral` context if there is none yet."""
+        if key not in self._made:
+            with neutral():
+                made = make()
+            self._made.setdefault(key, made)
+        return cast(Value, self._made[key])
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """Leave what the caller has switched on, while something is made that outlives the call.
+
+    The default device, autocast, inference mode, gradients and the default dtype would all end up
+    in tensors that other callers are given later, who need not have switched on the same.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        # Leaving inference mode turns gradients on, so that they are turned off after it.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_dtype() != torch.float32:
+            stack.enter_context(_dtype_lock)
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
