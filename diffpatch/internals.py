@@ -43,8 +43,13 @@ CACHE, HOOKS = "_cache_config", "_diffusers_hook"
 PIPELINE_STEPS = "_num_timesteps"
 # Where a pipeline's models run; its public `device` is where offloaded ones wait.
 EXECUTION_DEVICE = "_execution_device"
-# Where diffusers keeps its attention backends by name (for `diffpatch.adapters` alone).
+# Where diffusers keeps its attention backends by name, what it keeps of each (first, its function),
+# and which one is used where none is asked for (for `diffpatch.adapters` alone).
 BACKENDS = "_AttentionBackendRegistry"
+BACKEND_TABLES = ("_backends", "_constraints", "_supported_arg_names")
+ACTIVE_BACKEND = "_active_backend"
+# Where an enumeration of Python keeps its members, which diffusers' names of backends are.
+ENUM_TABLES = ("_member_map_", "_value2member_map_", "_member_names_")
 
 _DISPATCH_ARGUMENTS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
@@ -108,6 +113,31 @@ def check() -> None:
             raise changed(f"{owner.__name__}.{method} is gone")
         if name not in set(_words(inspect.unwrap(function).__code__)):
             raise changed(f"{owner.__name__}.{method} does not use {name} any more")
+
+
+def check_backends() -> None:
+    """Look whether diffusers keeps its attention backends as expected.
+
+    Raises:
+        DiffpatchError: it does not, with the version of diffusers and what changed.
+    """
+    check()
+    registry = getattr(attention_dispatch, BACKENDS, None)
+    if registry is None:
+        raise changed(f"{BACKENDS} is gone")
+    for name in (*BACKEND_TABLES, ACTIVE_BACKEND):
+        if not hasattr(registry, name):
+            raise changed(f"{BACKENDS}.{name} is gone")
+    _expect_arguments("register", getattr(registry, "register", None), ("backend", "constraints"))
+    for method in ("register", "set_active_backend"):
+        words = set(_words(inspect.unwrap(getattr(registry, method)).__code__))
+        used = (ACTIVE_BACKEND,) if method == "set_active_backend" else BACKEND_TABLES
+        for name in used:
+            if name not in words:
+                raise changed(f"{BACKENDS}.{method} does not use {name} any more")
+    for name in ENUM_TABLES:
+        if not hasattr(attention_dispatch.AttentionBackendName, name):
+            raise changed(f"AttentionBackendName has no {name}")
 
 
 def _kept_names() -> list[tuple[Any, str, str]]:

@@ -1,0 +1,106 @@
+"""What all adapters share: schedule, patterns and state give what `diffpatch.attention` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffpatch
+from diffpatch import BadParameter, Neighborhood, TokenGrid
+from diffpatch.adapters.engine import EngineAttention, Place, Told
+
+GRID = TokenGrid(3, 2, 4, text_after=3)
+LOCAL = Neighborhood(window=(1, 1, 3), stride=1)
+Q, K, V = torch.randn(3, 2, GRID.num_tokens, 2, 16, generator=torch.Generator().manual_seed(0))
+EVERYTHING = Told(layers=True, steps=True, runs=True)
+
+
+def dense(q: Any, k: Any, v: Any) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
+
+
+def calls(attend: Callable[[Any, Any, Place], torch.Tensor], run: int) -> list[torch.Tensor]:
+    """A stand-in for an engine: three steps, two branches, two layers, each with its tensors."""
+    return [
+        attend(Q + 0.01 * step + branch + layer, V * (branch + 1) + run, place)
+        for step in range(3)
+        for branch in range(2)
+        for layer in range(2)
+        for place in [Place(layer, 2, step, 3, branch, run)]
+    ]
+
+
+@pytest.mark.parametrize("method", ["window", "neighborhood+temporal"])
+def test_calls_are_the_functional_api_with_state(method: str) -> None:
+    engine = EngineAttention(method, EVERYTHING, dense_steps=1, dense_layers=1)
+    states: dict[Any, dict[str, Any]] = {}
+
+    def expected(q: Any, v: Any, place: Place) -> torch.Tensor:
+        if place.step < 1 or place.layer < 1:
+            return dense(q, K, v)
+        state = states.setdefault((place.run, place.layer, place.branch), {})
+        return diffpatch.attention(
+            q, K, v, GRID, method, scale=0.3, layer=place.layer, step=place.step, state=state
+        )
+
+    def found(q: Any, v: Any, place: Place) -> torch.Tensor:
+        return engine.attend(q, K, v, GRID, place, lambda: dense(q, K, v), 0.3)
+
+    for run in range(6):  # more than an adapter remembers
+        pairs = zip(calls(found, run), calls(expected, run), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(engine._states) == (4 if engine.method.needs_steps else 0)
+    engine.forget(5)
+    assert 5 not in engine._states
+    assert engine.reasons["dense first steps"] == 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("grid", "keys", "words"),
+    [
+        ("the engine does not tell", 27, "the engine does not tell"),
+        (GRID, 5, "27 queries and 5 keys"),
+        (TokenGrid(2, 2, 4), 27, "are not the 2×2×4 tokens"),
+        (TokenGrid(1, 3, 9), 27, "keeps everything"),
+    ],
+)
+def test_what_does_not_fit_is_dense_and_says_so(grid: Any, keys: int, words: str) -> None:
+    method = Neighborhood(window=(1, 3, 9), stride=1) if words == "keeps everything" else LOCAL
+    engine = EngineAttention(method, Told())
+    out = engine.attend(Q, K[:, :keys], V[:, :keys], grid, Place(), lambda: Q)
+    assert out is Q
+    assert [words in reason for reason in engine.reasons] == [True]
+
+
+def test_radial_saves_nothing_in_one_frame() -> None:
+    engine = EngineAttention("radial", Told())
+    assert engine.attend(Q, K, V, TokenGrid(1, 3, 9), Place(), lambda: Q) is Q
+    assert "between frames" in next(iter(engine.reasons))
+
+
+def test_steps_may_be_counted_without_their_number() -> None:
+    engine = EngineAttention(LOCAL, Told(steps=True), dense_steps=2)
+    out = [engine.attend(Q, K, V, GRID, Place(step=s), lambda: Q) is Q for s in range(4)]
+    assert out == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "schedule", "words"),
+    [
+        ("window", Told(), {}, "layers"),
+        ("neighborhood+temporal", Told(layers=True, steps=True), {}, "runs and their branches"),
+        (LOCAL, Told(), {"dense_layers": 1}, "layers are not told"),
+        (LOCAL, Told(), {"dense_steps": 0.2}, "steps are not told"),
+        (LOCAL, Told(), {"dense_last_steps": 1}, "steps are not told"),
+    ],
+)
+def test_what_needs_more_than_is_told_is_refused(
+    method: Any, told: Told, schedule: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadParameter, match=words):
+        EngineAttention(method, told, **schedule)
