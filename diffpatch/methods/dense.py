@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from diffpatch.methods.base import Method, param, register
+from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import MAX_TILE, Tiling, choose_tile
 
 LARGE = 50_000  # visual tokens from which on tiles are twice as large

@@ -11,8 +11,10 @@ import torch
 
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
+from diffpatch.patterns.axes import distinct
+from diffpatch.patterns.build import from_masks
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, distinct, from_masks
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Tiling, choose_tile
 
 

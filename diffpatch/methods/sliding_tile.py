@@ -9,8 +9,10 @@ import torch
 
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
+from diffpatch.patterns.axes import outer
+from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_tiles, outer
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, even_cuts, refine
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param, register
+from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_axes
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, equal_cuts, refine, step_cuts
 
 SHIFTS = ("layer", "step", "random", "count", "none")

@@ -12,7 +12,7 @@ import diffpatch
 from diffpatch import BadParameter, Linear, Temporal, TokenGrid, UnknownMethod, Window
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods.base import Call
-from diffpatch.patterns.pattern import complement
+from diffpatch.patterns.build import complement
 from tests.tiny import wan
 
 GRIDS = [TokenGrid(5, 7, 9), TokenGrid(4, 6, 11, text_before=5), TokenGrid(1, 13, 17, text_after=3)]

@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import start_processes
 import diffpatch
 from diffpatch import BlockPattern, DiffpatchError, Method, Neighborhood, TokenGrid
 from diffpatch.cli import main
-from diffpatch.patterns.pattern import from_axes
+from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.tiles import Tiling
 from tests import tiny, tiny_images, tiny_videos
 from tests.tiny import Tiny

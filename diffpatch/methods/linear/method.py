@@ -21,8 +21,9 @@ from diffpatch.methods import axis
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Attended, Call, Method, param, register
 from diffpatch.methods.linear import distilled
+from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Tiling, choose_tile
 
 FARS = ("pool", "state", *linear_features.FEATURES)

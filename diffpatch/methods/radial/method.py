@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method, param, register
 from diffpatch.methods.radial import rules as radial_rules
+from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_tiles
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import raster
 
 

@@ -6,6 +6,7 @@ import torch
 
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods.base import Attended, Call
+from diffpatch.patterns.build import rest
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, refresh: int) -> Attended:
@@ -16,7 +17,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, refres
     if fits and call.step - state["step"] < refresh:
         out, _ = virtual_tokens.merge(near, near_lse, state["out"], state["lse"])
         return Attended(out, call.pattern.kept, used)
-    far, far_lse, _ = call.sparse(q, k, v, call.pattern.rest())
+    far, far_lse, _ = call.sparse(q, k, v, rest(call.pattern))
     state.update(out=far, lse=far_lse, step=call.step, pattern=call.pattern)
     full, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
     return Attended(full, 1.0, used)
