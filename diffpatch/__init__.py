@@ -32,7 +32,7 @@ from diffpatch.methods import (
 )
 from diffpatch.patching.api import patch, patched, report, reset, unpatch
 from diffpatch.patching.report import Report
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.planning.plan import Plan, plan
@@ -54,6 +54,7 @@ __all__ = [
     "Method",
     "Neighborhood",
     "NotPatched",
+    "PackedGrid",
     "Plan",
     "Radial",
     "Report",

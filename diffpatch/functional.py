@@ -8,24 +8,26 @@ from typing import Any
 
 import torch
 
+from diffpatch.errors import BadParameter
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods.base import Call, Method, MethodLike, make_method
+from diffpatch.methods.packed import pattern_on
 from diffpatch.patching import composition
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
 @functools.lru_cache(maxsize=64)
-def made_pattern(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+def made_pattern(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
     with torch.device("cpu"):  # whatever torch.set_default_device says
-        return method.pattern(grid, variant)
+        return pattern_on(method, grid, variant)
 
 
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    grid: TokenGrid,
+    grid: Grid,
     method: MethodLike = "radial",
     *,
     scale: float | None = None,
@@ -41,7 +43,7 @@ def attention(
         q: (B, S, H, D), after any normalisation and rotary embedding; S is ``grid.num_tokens``.
         k: (B, S, K, D), where K divides H.
         v: like k.
-        grid: where the tokens live.
+        grid: where the tokens live: a `TokenGrid`, or a `PackedGrid` of several.
         method: a name from `list_methods()` or a method object.
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
@@ -61,6 +63,11 @@ def attention(
     """
     method = make_method(method, **params)
     composition.check_method(method)
+    if q.shape[1] != grid.num_tokens:
+        raise BadParameter(
+            f"q has {q.shape[1]} tokens and the grid {grid} has {grid.num_tokens}: they must be"
+            " those of one sequence"
+        )
     pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
     call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
     with on_device_of(q):

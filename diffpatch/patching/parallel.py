@@ -17,6 +17,7 @@ import torch
 
 from diffpatch import internals
 from diffpatch.errors import DiffpatchError
+from diffpatch.patterns.grid import PackedGrid
 from diffpatch.patterns.pattern import BlockPattern
 
 Attend = Callable[
@@ -117,7 +118,8 @@ def order(
 
     Args:
         pattern: its grid is that of the whole sequence.
-        text: where the stream stands that is cut by itself: "none", "before" or "after".
+        text: where the stream stands that is cut by itself: "none", "before" or "after"; "packed"
+            where the spans are one stream.
         ranks: how many processes there are; each brings its part of every stream.
         device: of the sequence.
 
@@ -126,9 +128,11 @@ def order(
         they stand in order.
     """
     grid = pattern.grid
+    if ranks == 1 or text in ("none", "packed") or isinstance(grid, PackedGrid):
+        return None  # one stream, cut as it is
     before, visual, after = grid.text_before, grid.visual_tokens, grid.text_after
     streams = [before, visual + after] if text == "before" else [before + visual, after]
-    if ranks == 1 or text == "none" or 0 in streams:
+    if 0 in streams:
         return None
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:

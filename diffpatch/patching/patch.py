@@ -13,10 +13,11 @@ from diffpatch import internals
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
+from diffpatch.methods.packed import pattern_on
 from diffpatch.patching.report import Record
 from diffpatch.patching.schedule import BoundSchedule, Schedule
 from diffpatch.patching.tracker import Tracker, is_scheduler, is_tracked, track, untrack
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Patch:
         self.observers: list[Observer] = []
         self._run = -1
         self._bound: dict[int, BoundSchedule] = {}  # of this run, by number of layers
-        self._patterns: OrderedDict[TokenGrid, dict[Hashable, BlockPattern]] = OrderedDict()
+        self._patterns: OrderedDict[Grid, dict[Hashable, BlockPattern]] = OrderedDict()
         self._target = weakref.ref(target)
         self._schedulers: list[Any] = []
 
@@ -120,7 +121,7 @@ class Patch:
             self._bound[num_layers] = bound
         return self._bound[num_layers]
 
-    def pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+    def pattern(self, grid: Grid, variant: Hashable) -> BlockPattern:
         """The method's pattern, from the cache where possible."""
         made = self._patterns.setdefault(grid, {})
         self._patterns.move_to_end(grid)
@@ -128,5 +129,5 @@ class Patch:
             self._patterns.popitem(last=False)
         if variant not in made:
             with neutral():
-                made[variant] = self.method.pattern(grid, variant)
+                made[variant] = pattern_on(self.method, grid, variant)
         return made[variant]

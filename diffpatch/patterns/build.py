@@ -99,7 +99,7 @@ def complement(pattern: BlockPattern) -> BlockPattern:
     keep = ids != EVERYTHING
     ids[ids == NOTHING] = EVERYTHING
     heads = None if b.head_pattern is None else b.head_pattern.tolist()
-    blocks, kept = _index(b.order, sizes, keep, ids, masks, heads)
+    blocks, kept = block_index(b.order, sizes, keep, ids, masks, heads)
     return BlockPattern(pattern.grid, blocks, kept)
 
 
@@ -136,11 +136,11 @@ def _assemble(
     ids = torch.full((patterns, total, total), -1, dtype=torch.int32)
     inner = slice(before, before + visual)
     kept[:, inner, inner], ids[:, inner, inner] = keep, mask_ids
-    blocks, fraction = _index(tiling.order(), tiling.sizes, kept, ids, masks, head_pattern)
+    blocks, fraction = block_index(tiling.order(), tiling.sizes, kept, ids, masks, head_pattern)
     return BlockPattern(grid, blocks, fraction)
 
 
-def _index(
+def block_index(
     order: torch.Tensor,
     sizes: torch.Tensor,
     kept: torch.Tensor,

@@ -10,7 +10,7 @@ import torch
 
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def draw(
         query: (frame, row, column) for kind "query"; None takes the middle of the grid.
 
     Raises:
-        BadParameter: there is no such kind, or the query lies outside of the grid.
+        BadParameter: there is no such kind, the query lies outside of the grid, or the kind needs
+            one grid and the pattern is that of a packed sequence.
     """
     if kind not in KINDS:
         raise BadParameter(f"kind={kind!r}: {choices(kind, KINDS)}")
@@ -66,7 +67,7 @@ def kept_by_distance(pattern: BlockPattern) -> torch.Tensor:
 
     On an image, of one frame, the distance is that between rows: (height,).
     """
-    grid, b = pattern.grid, pattern.blocks.to("cpu")
+    grid, b = _only_grid(pattern), pattern.blocks.to("cpu")
     # -1 for text, which takes no part.
     at = torch.arange(grid.num_tokens) - grid.text_before
     per = grid.height * grid.width if grid.num_frames > 1 else grid.width
@@ -193,8 +194,15 @@ def _tiles(pattern: BlockPattern, title: str) -> Image.Image:
 
 
 def _tile_ticks(pattern: BlockPattern, apart: int) -> list[tuple[int, str]]:
-    """Tiles at which another frame (of an image: row) begins, some way apart, and their labels."""
+    """Tiles at which another frame (of an image: row) begins, some way apart, and their labels.
+
+    Of a packed sequence, the first tile of every span.
+    """
     grid, b = pattern.grid, pattern.blocks
+    if isinstance(grid, PackedGrid):
+        begins = torch.searchsorted(b.starts, torch.tensor(grid.starts, dtype=torch.int32)).tolist()
+        names = ["text" if isinstance(s, int) else "×".join(map(str, s)) for s in grid.spans]
+        return list(zip(begins, names, strict=True))
     video = grid.num_frames > 1
     per = grid.height * grid.width if video else grid.width
     found: list[tuple[int, str]] = []
@@ -212,7 +220,7 @@ def _tile_ticks(pattern: BlockPattern, apart: int) -> list[tuple[int, str]]:
 
 
 def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Image.Image:
-    grid = pattern.grid
+    grid = _only_grid(pattern)
     shape = grid.shape
     chosen = tuple(n // 2 for n in shape) if query is None else tuple(query)
     if len(chosen) != 3 or not all(0 <= i < n for i, n in zip(chosen, shape, strict=True)):
@@ -248,6 +256,15 @@ def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Im
     return canvas.image
 
 
+def _only_grid(pattern: BlockPattern) -> TokenGrid:
+    if isinstance(pattern.grid, PackedGrid):
+        raise BadParameter(
+            f"{pattern.grid} has {len(pattern.grid.grids)} grids and this picture shows one: draw"
+            " the kind 'tiles', or the pattern of one of the grids"
+        )
+    return pattern.grid
+
+
 def _arrange(grid: TokenGrid) -> tuple[int, int]:
     """Frames in a row and pixels of a token that fill the picture best."""
 
@@ -277,7 +294,7 @@ def _paste(canvas: _Canvas, seen: torch.Tensor, x: int, y: int, scale: int) -> N
 
 def _distance(pattern: BlockPattern, title: str) -> Image.Image:
     kept = kept_by_distance(pattern).tolist()
-    what = "frames" if pattern.grid.num_frames > 1 else "rows"
+    what = "frames" if _only_grid(pattern).num_frames > 1 else "rows"
     high, gutter = 360, 56
     step = max(8, min(64, (SIZE - gutter) // len(kept)))
     subtitle = (

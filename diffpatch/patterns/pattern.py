@@ -11,7 +11,7 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.memo import Memo
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +29,7 @@ class BlockPattern:
         kept: query-key pairs computed, as a fraction of all pairs; text included, mean over heads.
     """
 
-    grid: TokenGrid
+    grid: Grid
     blocks: BlockIndex
     kept: float
     _memo: Memo = field(default_factory=Memo, init=False, repr=False)

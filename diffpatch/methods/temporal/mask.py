@@ -10,7 +10,7 @@ from diffpatch.kernels.active_tiles.importance import tile_importance
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Attended, Call
 from diffpatch.methods.temporal.tiles import always, remembered
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
@@ -96,9 +96,7 @@ def bounds(pattern: BlockPattern, kept: float, keep_frames: int) -> tuple[float,
     return pattern.blocks.derived(key, lambda b: _bounds(b, pattern.grid, kept, keep_frames))
 
 
-def _bounds(
-    blocks: BlockIndex, grid: TokenGrid, kept: float, keep_frames: int
-) -> tuple[float, float]:
+def _bounds(blocks: BlockIndex, grid: Grid, kept: float, keep_frames: int) -> tuple[float, float]:
     table, tokens = tile_table(blocks), blocks.num_tokens
     fixed = always(blocks, grid, keep_frames)
     place = (table.query * blocks.num_tiles + table.key)[table.pattern]

@@ -7,10 +7,10 @@ import torch
 from diffpatch.kernels.active_tiles.api import tile_table
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Call
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 
 
-def always(blocks: BlockIndex, grid: TokenGrid, frames: int) -> torch.Tensor:
+def always(blocks: BlockIndex, grid: Grid, frames: int) -> torch.Tensor:
     """bool (H or 1, E): pairs of tiles that no decision leaves out.
 
     These are the rows and columns of text, each tile's view of itself, and the keys of the first
@@ -19,10 +19,8 @@ def always(blocks: BlockIndex, grid: TokenGrid, frames: int) -> torch.Tensor:
 
     def build(index: BlockIndex) -> torch.Tensor:
         table = tile_table(index)
-        end = grid.text_before + grid.visual_tokens
-        is_text = (index.order < grid.text_before) | (index.order >= end)
-        early = index.order < grid.text_before + frames * grid.frame_tokens
-        text, seen = (_any_in_tile(x, index) for x in (is_text, early & (frames > 0)))
+        early = grid.in_first_frames(index.order, frames)
+        text, seen = (_any_in_tile(x, index) for x in (grid.is_text(index.order), early))
         kept = text[table.query] | text[table.key] | seen[table.key]
         return ((kept | (table.query == table.key)) & (table.area > 0))[table.pattern]
 
