@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import choices
-from diffpatch.kernels.block_sparse.api import BACKENDS
+from diffpatch.kernels.block_sparse.backends import BACKENDS
 from diffpatch.patching.settle import QUALITIES
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from diffpatch.errors import BadParameter, UnknownMethod, choices
-from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
 from diffpatch.kernels.block_sparse.work import Work, work_of
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -49,8 +50,8 @@ class Call:
             The output (B, S, H, D), its log-sum-exp fp32 (B, S, H), and the backend used.
         """
         blocks = (pattern or self.pattern).on(q.device)
-        used = block_sparse.choose_backend(q, k, v, blocks, self.backend)
-        out, lse = block_sparse.block_sparse_attention(
+        used = choose_backend(BLOCK_SPARSE, self.backend, blocks, q, k, v)
+        out, lse = block_sparse_attention(
             q, k, v, blocks, scale=self.scale, key_mask=self.key_mask, return_lse=True, backend=used
         )
         return out, lse, used
@@ -106,11 +107,11 @@ class Method:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
-        used = block_sparse.choose_backend(q, k, v, blocks, call.backend)
+        used = choose_backend(BLOCK_SPARSE, call.backend, blocks, q, k, v)
         scale, factor = call.scale, self.softmax_factor()
         if factor != 1:
             scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
-        out = block_sparse.block_sparse_attention(
+        out = block_sparse_attention(
             q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=used
         )
         return Attended(out, call.pattern.kept, used)

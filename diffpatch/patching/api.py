@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from diffpatch.errors import BadParameter, NotPatched, UnknownFamily
-from diffpatch.kernels.block_sparse.api import check_backend
+from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import MethodLike
 from diffpatch.patching.report import Record, Report
 from diffpatch.patching.schedule import Amount

@@ -13,7 +13,7 @@ import torch
 
 from diffpatch import internals
 from diffpatch.errors import DiffpatchError, UnknownFamily
-from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Call
@@ -305,7 +305,7 @@ class PatchedTransformer:
         if pattern.kept >= DENSE_FROM and not self.patch.method.dynamic:
             return None, "pattern keeps everything"
         blocks = pattern.on(q.device)
-        return pattern, block_sparse.unsupported_reason(q, blocks, self.patch.backend)
+        return pattern, unsupported_reason(q, blocks, self.patch.backend)
 
 
 def _pairs(q: torch.Tensor) -> float:

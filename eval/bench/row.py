@@ -30,7 +30,8 @@ from diffpatch.eval.bench.shapes import Shape
 from diffpatch.eval.bench.variants import Variants, variant_calls
 from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.quality.metrics import relative_l1
-from diffpatch.kernels.block_sparse.api import block_sparse_attention, unsupported_reason
+from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 
 INT8_TOLERANCE = 4e-2  # of 8-bit scores on normal noise

@@ -14,7 +14,8 @@ from itertools import product
 
 import torch
 
-from diffpatch.kernels.block_sparse.api import block_sparse_attention, unsupported_reason
+from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support
 

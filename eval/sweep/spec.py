@@ -14,7 +14,7 @@ import yaml
 
 import diffpatch
 from diffpatch.errors import BadParameter, choices
-from diffpatch.kernels.block_sparse.api import BACKENDS
+from diffpatch.kernels.block_sparse.backends import BACKENDS
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 SCHEDULE_KEYS = ("dense_steps", "dense_layers", "dense_last_steps")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.errors import BackendUnavailable
 
 LOG2_E = 1.4426950408889634
 Result = tuple[torch.Tensor, torch.Tensor | None]  # the output and, if asked for, the hits
@@ -168,23 +167,9 @@ def attend(
 def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
 ) -> str:
-    """The backend that a call runs on: as for block-sparse attention, without gradients in Triton.
+    """The backend that a call runs on, one of `BACKENDS` but "auto".
 
     Raises:
         BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
-    if backend == "gluon" or backend.endswith("-int8"):
-        lacking = "is no kernel in Gluon" if backend == "gluon" else "are no 8-bit scores"
-        raise BackendUnavailable(
-            f"backend {backend!r} cannot run: there {lacking} for tiles that change from head to"
-            " head; use backend='auto'."
-        )
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if needs_grad and backend == "auto":
-        return "torch"
-    if needs_grad and backend == "triton":
-        raise BackendUnavailable(
-            "backend 'triton' cannot run: it has no gradient for tiles that change from head to"
-            " head; use backend='auto'."
-        )
-    return block_sparse.choose_backend(q, k, v, blocks, backend)
+    return backends.choose_backend(backends.ACTIVE_TILES, backend, blocks, q, k, v)

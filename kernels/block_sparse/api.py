@@ -1,29 +1,15 @@
-"""Block-sparse attention: one function, four backends, two of them also with 8-bit scores."""
+"""Block-sparse attention: one function over all backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
 
-from diffpatch.kernels.block_sparse import reference as block_sparse_reference
-from diffpatch.kernels.block_sparse.int8 import reference as quantize
-from diffpatch.kernels.block_sparse.torch_plan import attend as block_sparse_torch
+from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, ROWS, choose_backend
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
-from diffpatch.kernels.gpu import support as triton_support
 
-GPU_BACKENDS = ("triton", "triton-int8", "gluon")
-BACKENDS = ("auto", *GPU_BACKENDS, "torch", "torch-int8", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-ATTEND_ANYWHERE: dict[str, Attend] = {
-    "torch": block_sparse_torch.attend,
-    "torch-int8": quantize.attend,
-    "reference": block_sparse_reference.attend,
-}
 
 
 @overload
@@ -96,106 +82,10 @@ def block_sparse_attention(
     _check_blocks(q, blocks, key_mask)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
-    attend = _attend_with(choose_backend(q, k, v, blocks, backend))
+    attend = ROWS[choose_backend(BLOCK_SPARSE, backend, blocks, q, k, v)].attend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
     return (out, lse) if return_lse and lse is not None else out
-
-
-def check_backend(backend: str) -> None:
-    """Refuse a name that is not in `BACKENDS`.
-
-    Raises:
-        BadParameter: names the nearest.
-    """
-    if backend not in BACKENDS:
-        raise BadParameter(f"backend is {backend!r}: {choices(str(backend), BACKENDS)}")
-
-
-def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str | None:
-    """Why a backend cannot attend with these queries, so that a caller can fall back and say so.
-
-    Args:
-        q: the queries, (B, S, H, D).
-        blocks: which pairs to keep.
-        backend: one of `BACKENDS`; "auto" always finds one.
-
-    Returns:
-        The reason in words, or None if the backend can.
-
-    Raises:
-        BadParameter: there is no such backend.
-    """
-    check_backend(backend)
-    if backend not in GPU_BACKENDS:
-        return None
-    reason = triton_support.unsupported_reason(q.device)
-    if reason:
-        return reason
-    if backend == "gluon":
-        return _gluon_reason(q, blocks)
-    from diffpatch.kernels.block_sparse.gpu import triton_forward as kernel
-
-    if backend == "triton-int8":
-        return kernel.unsupported_int8_reason(q, blocks)
-    return kernel.unsupported_reason(q, blocks)
-
-
-def _gluon_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    try:
-        from diffpatch.kernels.block_sparse.gpu import gluon_forward as block_sparse_gluon
-    except (ImportError, AttributeError) as error:  # Gluon is experimental and changes
-        return f"this Triton has another Gluon: {error}"
-    return block_sparse_gluon.unsupported_reason(q, blocks)
-
-
-def choose_backend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
-) -> str:
-    """The backend that a call with these arguments runs on: one of `BACKENDS`, not "auto".
-
-    Args:
-        q: the queries, (B, S, H, D).
-        k: the keys.
-        v: the values.
-        blocks: which pairs to keep.
-        backend: one of `BACKENDS`.
-
-    Raises:
-        BackendUnavailable: the backend asked for cannot run here; the message says why.
-    """
-    reason = unsupported_reason(q, blocks, "triton" if backend == "auto" else backend)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if reason is None and needs_grad and backend in ("auto", "triton"):
-        from diffpatch.kernels.block_sparse.gpu import triton_backward as backward
-
-        reason = backward.unsupported_reason(q)
-    elif needs_grad and backend.endswith("-int8"):
-        reason = "scores in 8 bits have no gradients"
-    elif needs_grad and backend == "gluon":
-        reason = "this kernel has no gradients"
-    if backend == "auto":
-        return "torch" if reason else "triton"
-    if reason:
-        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}; use backend='auto'.")
-    return backend
-
-
-def _attend_with(backend: str) -> Attend:
-    if backend in ATTEND_ANYWHERE:
-        return ATTEND_ANYWHERE[backend]
-    if backend == "gluon":
-        from diffpatch.kernels.block_sparse.gpu import gluon_forward as block_sparse_gluon
-
-        return block_sparse_gluon.attend
-    from diffpatch.kernels.block_sparse.gpu import triton_backward as block_sparse_triton_backward
-    from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
-
-    kernels = {
-        "triton": block_sparse_triton_backward.attend,
-        "triton-int8": block_sparse_triton.attend_int8,
-    }
-    return kernels[backend]
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
+from diffpatch.kernels.block_sparse.backends import LINEAR, choose_backend
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.linear import reference as linear_attention_reference
-from diffpatch.kernels.linear.backend import choose_kernel
 from diffpatch.kernels.linear.features import feature_map
 from diffpatch.kernels.linear.groups import groups
 
@@ -53,7 +53,7 @@ def attend_cumulants(
         The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H) (fp64
         for fp64); 0 and -inf for queries that visit every key.
     """
-    used = choose_kernel(blocks, backend, q, k, v)
+    used = choose_backend(LINEAR, backend, blocks, q, k, v)
     if used == "triton":
         from diffpatch.kernels.linear import triton_impl as linear_attention_triton
 
@@ -126,7 +126,7 @@ def attend_features(
     Returns:
         (B, S, H, E) in the dtype of q; 0 for queries that visit every key.
     """
-    used = choose_kernel(blocks, backend, q, k, v)
+    used = choose_backend(LINEAR, backend, blocks, q, k, v)
     if used == "reference":
         x, y, z = _wide(q, k, v)
         whole = linear_attention_reference.attend_features(x, y, z, blocks, feature, key_mask)

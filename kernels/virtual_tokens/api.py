@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
 from diffpatch.kernels.block_sparse.gpu.lists import pack_words
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
-from diffpatch.kernels.linear.backend import choose_kernel
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
 SCORE_BYTES = {"cpu": 2**20}
@@ -66,7 +66,7 @@ def pool(
         backend: "triton", "torch", "reference" (which is torch), or "auto".
     """
     runs = blocks.derived(("runs", size), lambda b: _runs(b, size))
-    if choose_kernel(blocks, backend, k, v) == "triton":
+    if choose_backend(VIRTUAL_TOKENS, backend, blocks, k, v) == "triton":
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
         return VirtualTokens(
@@ -156,7 +156,7 @@ def attend_virtual(
     Returns:
         The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
-    if choose_kernel(blocks, backend, q, tokens.keys, tokens.values) == "triton":
+    if choose_backend(VIRTUAL_TOKENS, backend, blocks, q, tokens.keys, tokens.values) == "triton":
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
         # How many runs there are says what they are, so that the key needs no more.

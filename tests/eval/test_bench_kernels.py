@@ -26,7 +26,6 @@ from diffpatch.eval.bench import row as bench_row
 from diffpatch.eval.bench import variants as bench_variants
 from diffpatch.eval.bench import watch as bench_watch
 from diffpatch.eval.bench.shapes import SHAPES, Shape
-from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from tests.kernels.random_blocks import random_blocks
 
@@ -57,8 +56,9 @@ def test_every_variant_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) 
 
     for module in (block_sparse_triton, support):
         monkeypatch.setattr(module, "arch", lambda device: 90)
-    for module in (bench_row, bench_variants, block_sparse):
+    for module in (bench_row, bench_variants):
         monkeypatch.setattr(module, "unsupported_reason", reason)
+    monkeypatch.setattr(support, "unsupported_reason", lambda device: None)
     layouts, loads = bench_variants.LAYOUTS, bench_variants.LOADS
     with interpreted():
         result = measured(dtypes=["bf16"], layouts=layouts, loads=loads, int8=True, gluon=True)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpatch.eval.bench import rivals as bench_rivals
-from diffpatch.kernels.block_sparse.api import block_sparse_attention, unsupported_reason
+from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.block_sparse.reference import dense_mask
 from diffpatch.kernels.block_sparse.torch_plan import grouping as block_sparse_grouping
 from diffpatch.kernels.block_sparse.torch_plan import views as block_sparse_views

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from diffpatch import TokenGrid
-from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu import support
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.linear import reference as linear_attention_reference
@@ -51,7 +51,7 @@ def on_kernels(function: Any, *args: Any, **options: Any) -> Any:
     with (
         interpreted(),
         poisoned(),
-        mock.patch.object(block_sparse, "unsupported_reason", lambda *_: None),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
     ):
         return function(*args, backend="triton", **options)
 
@@ -204,7 +204,7 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="needs a GPU"):
         linear_attention.attend_cumulants(q, k, v, blocks, 0.2, backend="triton")
     with (
-        mock.patch.object(block_sparse, "unsupported_reason", lambda *_: None),
-        pytest.raises(RuntimeError, match="have no gradients"),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
+        pytest.raises(RuntimeError, match="has no gradients"),
     ):
         virtual_tokens.pool(k.requires_grad_(), v, blocks, 16, backend="triton")

@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffpatch.kernels.active_tiles import api as active_tiles
-from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse.backends import (
+    ACTIVE_TILES,
+    BLOCK_SPARSE,
+    LINEAR,
+    choose_backend,
+)
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support as triton_support
-from diffpatch.kernels.linear.backend import choose_kernel
 from tests.kernels.random_blocks import random_blocks
 
 pytest.importorskip("triton")
@@ -48,9 +51,8 @@ def choices(blocks: BlockIndex, asked: str) -> list[str]:
     with FakeTensorMode():
         q = torch.empty(1, blocks.num_tokens, 2, 64, dtype=torch.bfloat16, device=GPU)
     return [
-        block_sparse.choose_backend(q, q, q, blocks, asked),
-        active_tiles.choose_backend(q, q, q, blocks, asked),
-        choose_kernel(blocks, asked, q, q, q),
+        choose_backend(operator, asked, blocks, q, q, q)
+        for operator in (BLOCK_SPARSE, ACTIVE_TILES, LINEAR)
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.api import GPU_BACKENDS
+from diffpatch.kernels.block_sparse.backends import beside
 from diffpatch.kernels.block_sparse.work import Work, work_of
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
@@ -148,8 +148,7 @@ class Linear(Method):
         blocks = call.pattern.on(q.device)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         near, near_lse, used = call.sparse(q, k, v)
-        # Where the exact part runs in Triton the rest decides for itself: it has no gradients.
-        backend = "auto" if used in GPU_BACKENDS else used.removesuffix("-int8")
+        backend = beside(used)
         if self.far == "pool":
             tokens = virtual_tokens.pool(
                 k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask,

@@ -147,13 +147,6 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
     return None
 
 
-def unsupported_int8_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    """Why the kernel cannot compute scores in 8 bits, or None."""
-    if q.dtype == torch.float32:
-        return "scores in 8 bits are for bf16 and fp16, and q is torch.float32"
-    return unsupported_reason(q, blocks)
-
-
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

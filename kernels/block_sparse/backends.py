@@ -1,0 +1,266 @@
+"""Every backend of every operator: one row each, and one chooser for all of them.
+
+To add a backend, add its row to `ROWS`. Nothing else asks for one by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
+from diffpatch.kernels.gpu import support
+
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Reason = Callable[[torch.Tensor, BlockIndex], str | None]  # why not with these queries
+GradientReason = Callable[[torch.Tensor], str | None]  # why without gradients
+
+_FOLDER = "diffpatch.kernels.block_sparse"
+
+
+class Operator(NamedTuple):
+    """What asks for a backend.
+
+    Attributes:
+        name: what the rows call it.
+        words: what it computes.
+        fp32_by_torch: whether "auto" leaves fp32 to torch: without tensor cores cuBLAS, which torch
+            uses, is as fast as a kernel of ours.
+    """
+
+    name: str
+    words: str
+    fp32_by_torch: bool = False
+
+
+BLOCK_SPARSE = Operator("block_sparse", "block-sparse attention")
+ACTIVE_TILES = Operator("active_tiles", "attention to tiles that change from head to head")
+VIRTUAL_TOKENS = Operator("virtual_tokens", "virtual tokens", fp32_by_torch=True)
+LINEAR = Operator("linear", "linear attention", fp32_by_torch=True)
+
+
+class Backend(NamedTuple):
+    """One way to compute block-sparse attention, and what else is computed in the same way.
+
+    Attributes:
+        name: what a caller asks for.
+        function: "module:name" of its block-sparse attention, loaded at the first call.
+        reason: why it cannot compute a call with these queries, or None.
+        operators: the names of the operators it computes, each with why it has no gradients for
+            such queries, or None where it has.
+        beside: what other operators are asked for where this computes the exact part of a call.
+        unasked: whether "auto" may take it.
+        int8: whether scores are computed in 8 bits, which costs some accuracy.
+    """
+
+    name: str
+    function: str
+    reason: Reason
+    operators: Mapping[str, GradientReason]
+    beside: str
+    unasked: bool = False
+    int8: bool = False
+
+    @property
+    def attend(self) -> Attend:
+        """Its block-sparse attention: q, k, v, blocks, scale, key_mask, return_lse -> out, LSE."""
+        module, _, name = self.function.partition(":")
+        attend: Attend = getattr(import_module(f"{_FOLDER}.{module}"), name)
+        return attend
+
+
+def _anywhere(q: torch.Tensor, blocks: BlockIndex) -> None:
+    """It runs on every device and dtype."""
+
+
+def _differentiable(q: torch.Tensor) -> None:
+    """Autograd goes through it."""
+
+
+def _no_gradients(q: torch.Tensor) -> str:
+    return "this kernel has no gradients"
+
+
+def _no_gradients_in_8_bits(q: torch.Tensor) -> str:
+    return "scores in 8 bits have no gradients"
+
+
+def _triton(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    reason = support.unsupported_reason(q.device)
+    if reason:
+        return reason
+    from diffpatch.kernels.block_sparse.gpu import triton_forward
+
+    return triton_forward.unsupported_reason(q, blocks)
+
+
+def _triton_int8(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    reason = _triton(q, blocks)
+    if reason is None and q.dtype == torch.float32:
+        return "scores in 8 bits are for bf16 and fp16, and q is torch.float32"
+    return reason
+
+
+def _triton_gradients(q: torch.Tensor) -> str | None:
+    if support.unsupported_reason(q.device):
+        return None  # then it cannot run at all
+    from diffpatch.kernels.block_sparse.gpu import triton_backward
+
+    return triton_backward.unsupported_reason(q)
+
+
+def _gluon(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    reason = support.unsupported_reason(q.device)
+    if reason:
+        return reason
+    try:
+        from diffpatch.kernels.block_sparse.gpu import gluon_forward
+    except (ImportError, AttributeError) as error:  # Gluon is experimental and changes
+        return f"this Triton has another Gluon: {error}"
+    return gluon_forward.unsupported_reason(q, blocks)
+
+
+_EVERY = (BLOCK_SPARSE.name, ACTIVE_TILES.name, VIRTUAL_TOKENS.name, LINEAR.name)
+
+# Of those that "auto" may take, the first one that can.
+ROWS = {
+    row.name: row
+    for row in (
+        Backend(
+            "triton",
+            "gpu.triton_backward:attend",
+            _triton,
+            dict.fromkeys(_EVERY, _no_gradients) | {BLOCK_SPARSE.name: _triton_gradients},
+            beside="auto",
+            unasked=True,
+        ),
+        Backend(
+            "triton-int8",
+            "gpu.triton_forward:attend_int8",
+            _triton_int8,
+            {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
+            beside="auto",
+            int8=True,
+        ),
+        Backend(
+            "gluon",
+            "gpu.gluon_forward:attend",
+            _gluon,
+            {BLOCK_SPARSE.name: _no_gradients},
+            beside="auto",
+        ),
+        Backend(
+            "torch",
+            "torch_plan.attend:attend",
+            _anywhere,
+            dict.fromkeys(_EVERY, _differentiable),
+            beside="torch",
+            unasked=True,
+        ),
+        Backend(
+            "torch-int8",
+            "int8.reference:attend",
+            _anywhere,
+            {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
+            beside="torch",
+            int8=True,
+        ),
+        Backend(
+            "reference",
+            "reference:attend",
+            _anywhere,
+            dict.fromkeys(_EVERY, _differentiable),
+            beside="reference",
+        ),
+    )
+}
+BACKENDS = ("auto", *ROWS)
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is not in `BACKENDS`.
+
+    Raises:
+        BadParameter: names the nearest.
+    """
+    if backend not in BACKENDS:
+        raise BadParameter(f"backend is {backend!r}: {choices(str(backend), BACKENDS)}")
+
+
+def unsupported_reason(q: torch.Tensor, blocks: BlockIndex, backend: str) -> str | None:
+    """Why a backend cannot attend with these queries, so that a caller can fall back and say so.
+
+    Args:
+        q: the queries, (B, S, H, D).
+        blocks: which pairs to keep.
+        backend: one of `BACKENDS`; "auto" always finds one.
+
+    Returns:
+        The reason in words, or None if the backend can.
+
+    Raises:
+        BadParameter: there is no such backend.
+    """
+    check_backend(backend)
+    return None if backend == "auto" else ROWS[backend].reason(q, blocks)
+
+
+def choose_backend(
+    operator: Operator, backend: str, blocks: BlockIndex, *inputs: torch.Tensor
+) -> str:
+    """The backend that a call of an operator runs on: one of `BACKENDS`, not "auto".
+
+    Args:
+        operator: what is computed.
+        backend: what was asked for, one of `BACKENDS`.
+        blocks: the tiles of the call, and the pairs of them that it visits.
+        inputs: the tensors of the call, (B, S, heads, D) each.
+
+    Raises:
+        BadParameter: there is no such backend.
+        BackendUnavailable: the backend asked for cannot run this call; the message says why.
+    """
+    check_backend(backend)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if backend != "auto":
+        reason = _reason(ROWS[backend], operator, blocks, inputs, gradients)
+        if reason:
+            raise BackendUnavailable(
+                f"backend {backend!r} cannot run: {reason}; use backend='auto'."
+            )
+        return backend
+    if operator.fp32_by_torch and any(x.dtype.itemsize > 2 for x in inputs):
+        return "torch"
+    able = (
+        row.name
+        for row in ROWS.values()
+        if row.unasked and not _reason(row, operator, blocks, inputs, gradients)
+    )
+    return next(able)  # torch can always
+
+
+def beside(backend: str) -> str:
+    """What the other operators of a call are asked for, where this backend computes its exact part.
+
+    Kernels on GPUs leave it to "auto", as not all of them exist for every operator.
+    """
+    return ROWS[backend].beside
+
+
+def _reason(
+    row: Backend,
+    operator: Operator,
+    blocks: BlockIndex,
+    inputs: tuple[torch.Tensor, ...],
+    gradients: bool,
+) -> str | None:
+    if operator.name not in row.operators:
+        lacking = "has no 8-bit scores for" if row.int8 else "does not compute"
+        return f"it {lacking} {operator.words}"
+    reason = row.operators[operator.name](inputs[0]) if gradients else None
+    found = (row.reason(x, blocks) for x in inputs)
+    return reason or next((x for x in found if x), None)
