@@ -20,6 +20,7 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.gpu.device import on_device_of
+from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Call, Method, MethodLike, make_method
 from diffpatch.patching import composition
 from diffpatch.patching.schedule import Amount, BoundSchedule, Schedule
@@ -108,8 +109,9 @@ class EngineAttention:
         place: Place,
         dense: Callable[[], torch.Tensor],
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One self-attention call, (B, S, H, D) in and out, without a mask.
+        """One self-attention call, (B, S, H, D) in and out.
 
         Args:
             q: queries; k and v likewise, perhaps with fewer heads.
@@ -119,6 +121,10 @@ class EngineAttention:
             place: where the call stands.
             dense: what the engine computes without diffpatch.
             scale: the factor on q·k; None means 1 / sqrt(D).
+            key_mask: bool (B, S), True where a key may be attended to; None allows all.
+
+        Raises:
+            BadParameter: what the method carries from step to step passes its limit.
         """
         found = self._choose(q, k, grid, place)
         if isinstance(found, str):
@@ -128,9 +134,23 @@ class EngineAttention:
             logger.info("%s attention on %s, %.3f kept", self.method.name, grid, found.kept)
         self.reasons[""] += 1
         state = self._state(place, grid)
-        call = Call(found, scale, None, self.backend, place.step, place.steps, state)
+        call = Call(found, scale, key_mask, self.backend, place.step, place.steps, state)
         with on_device_of(q):
-            return self.method.attend(q, k, v, call).out
+            out = self.method.attend(q, k, v, call).out
+        self._check_state()
+        return out
+
+    def summary(self) -> str:
+        """What the calls since `begin` did, in one line."""
+        dense = ", ".join(f"{why} ({count})" for why, count in self.reasons.items() if why)
+        sparse, total = self.reasons[""], sum(self.reasons.values())
+        return f"{self.method.name}: {sparse} of {total} attention calls" + (
+            f"; dense: {dense}" if dense else ""
+        )
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.reasons = Counter()
 
     def dense_because(self, reason: str) -> None:
         """Count a dense call, and say once why there are such."""
@@ -172,8 +192,22 @@ class EngineAttention:
         state: dict[str, Any] = of_run[place.layer, place.branch, grid]
         return state
 
+    def _check_state(self) -> None:
+        """Refuse politely before the state of the runs outgrows what the method may hold."""
+        limit = self.method.state_limit()
+        if limit == float("inf"):
+            return
+        kept = (x for run in self._states.values() for one in run.values() for x in one.values())
+        held = sum(x.numel() * x.element_size() for x in kept if isinstance(x, torch.Tensor))
+        if held > limit:
+            self._states.clear()
+            raise BadParameter(
+                f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
+                f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"
+            )
+
     def _make_pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
-        with torch.device("cpu"):  # whatever torch.set_default_device says
+        with neutral():
             return self.method.pattern(grid, variant)
 
     def _bind(self, steps: int | None, layers: int | None) -> BoundSchedule:
