@@ -24,9 +24,9 @@ from diffpatch.cli.arguments import Parser, add_generation_options, add_model_op
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.eval.table import describe
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.render import sheets as media
-from diffpatch.cli.render.resume import Process
+from diffpatch.eval import files, media
 from diffpatch.eval.environment import environment
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items
 from diffpatch.eval.quality import scores as quality
 from diffpatch.eval.quality.distances import FeatureSet, compare, halves
@@ -66,14 +66,15 @@ def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     output.keep_settings(args.output / f"{args.method}.json", made)
     output.keep_settings(args.output / "dense.json", made | {"method": "dense", "set": []})
     process = Process.current()
-    mine = [list(captions)[number] for number in process.share(len(captions))]
+    mine = [list(captions)[number] for number in process.mine(range(len(captions)))]
     rows = ["dense", args.method]
     missing = {row: [n for n in mine if not (args.output / row / f"{n}.png").exists()]
                for row in rows}  # fmt: skip
     progress.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
     if not any(missing.values()):
         return
-    pipe = generation.load(args, source, process.device(args.device))
+    options = generation.load_options(args)
+    pipe = generation.load(source, options | {"device": process.device(args.device)})
     numbers = {name: number for number, name in enumerate(captions)}
     for row in rows:
         applied: Any = contextlib.nullcontext()
@@ -83,7 +84,7 @@ def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
             for name in missing[row]:
                 prompt = {"prompt": captions[name]}
                 frames = sampling.sample(pipe, call | prompt, args.seed + numbers[name]).frames
-                with output.staged(args.output / row) as stage:
+                with files.staged(args.output / row) as stage:
                     media.save(media.to_images(frames[:1]), stage / f"{name}.png", 1)
 
 
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         render(args, captions)
         if Process.current().count == 1:
             result = evaluate(args, captions)
-            output.write_text(args.output / "scores.json", output.to_json(result))
+            output.write_text(args.output / "scores.json", files.to_json(result))
             print(describe(result))
     except (UsageError, diffpatch.DiffpatchError) as error:
         print(error, file=sys.stderr)

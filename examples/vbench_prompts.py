@@ -25,42 +25,43 @@ from diffpatch.cli.arguments import Parser, add_generation_options, add_model_op
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.eval import vbench as eval_vbench
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.render import sheets as media
-from diffpatch.cli.render.resume import Process
+from diffpatch.cli.render.sheets import check_format
+from diffpatch.eval import files, media
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import vbench
 from diffpatch.pipelines.running import loading, sampling
+from diffpatch.pipelines.running.calls import fitted_call, frames_per_second
 
 
 def render(args: argparse.Namespace) -> None:
     """Renders what is missing, every video from a seed of its own."""
     parameters = {} if args.method == "dense" else method_parameters(args.method, args.set)
     source = loading.find(args.model)
-    media.check_format("mp4", source.is_video)
+    check_format("mp4", source.is_video)
     call = generation.call_arguments(args, source)
     made = {key: getattr(args, key) for key in ("model", "dtype", "method", "set", "seed")}
     output.keep_settings(args.output / ".settings.json", made | {"call": call})
     process, wanted = Process.current(), vbench.videos(args.prompts, args.samples)
     missing = [
         (number, *wanted[number])
-        for number in process.share(len(wanted))
+        for number in process.mine(range(len(wanted)))
         if not (args.output / vbench.file_name(*wanted[number])).exists()
     ]
     progress.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
     if not missing:
         return
-    pipe = generation.load(args, source, process.device(args.device))
+    options = generation.load_options(args)
+    pipe = generation.load(source, options | {"device": process.device(args.device)})
     applied: Any = contextlib.nullcontext()
     if args.method != "dense":
         applied = diffpatch.patched(pipe, args.method, **parameters)
     with applied:
         for number, prompt, index in missing:
-            arguments = generation.fit(call, pipe) | {"prompt": prompt}
+            arguments = fitted_call(call, pipe) | {"prompt": prompt}
             frames = sampling.sample(pipe, arguments, args.seed + number).frames
-            with output.staged(args.output) as stage:
+            with files.staged(args.output) as stage:
                 path = stage / vbench.file_name(prompt, index)
-                media.save(
-                    media.to_images(frames), path, generation.frames_per_second(args, source)
-                )
+                media.save(media.to_images(frames), path, args.fps or frames_per_second(source))
             progress.say(path.name)
 
 
@@ -69,7 +70,7 @@ def read(args: argparse.Namespace) -> None:
     results = [vbench.read_result([path]) for path in args.results]
     names = [path.name.removesuffix("_eval_results.json") for path in args.results]
     if args.json:
-        print(output.to_json(dict(zip(names, results, strict=True))), end="")
+        print(files.to_json(dict(zip(names, results, strict=True))), end="")
         return
     print(eval_vbench.describe(dict(zip(names, results, strict=True))))
 

@@ -20,8 +20,6 @@ MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with one-line errors, which reads --dense_steps as --dense-steps."""
 
-    passes_on = False  # whether `rest` gets all words as they are, for another parser
-
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
@@ -29,10 +27,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; unknown options are reported here, where the known ones are at hand."""
         args = sys.argv[1:] if args is None else args
-        words = [] if self.passes_on else [_dashes(arg) for arg in args]
-        parsed, unknown = super().parse_known_args(words, namespace)
-        if self.passes_on:
-            parsed.rest = list(args)
+        parsed, unknown = super().parse_known_args([_dashes(arg) for arg in args], namespace)
         for word in unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             hint = choices(word.partition("=")[0], known) if word.startswith("-") else ""

@@ -8,9 +8,10 @@ from typing import Any
 
 import diffpatch
 from diffpatch.cli import arguments, generation, progress
-from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import method_parameters
+from diffpatch.eval.files import to_json
 from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import fitted_call
 
 EXAMPLES = """\
 examples:
@@ -53,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
-    pipe = generation.load(args, source, args.device)
+    pipe = generation.load(source, generation.load_options(args))
     found = diffpatch.calibrate(
         pipe,
         args.method,
         prompt=args.prompt,
-        call=generation.fit(call, pipe),
+        call=fitted_call(call, pipe),
         max_error=args.max_error,
         spread=args.spread,
         seed=args.seed,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffpatch
-from diffpatch.cli.output import to_json
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
 from diffpatch.pipelines.families.info import FamilyInfo
 
 EXAMPLES = """\

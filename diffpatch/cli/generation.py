@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
 from diffpatch.cli.errors import UsageError
 from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import preset_call, too_many_dense
 from diffpatch.pipelines.running.loading import Source
 
 OPTIONS = (
@@ -22,7 +23,6 @@ OPTIONS = (
     "guidance_scale",
 )
 SIDE_MULTIPLE = 16  # what every video pipeline accepts as a side in pixels
-DEMO_FPS, DEFAULT_FPS = 8, 16
 
 
 def prompts(args: argparse.Namespace) -> list[str]:
@@ -46,7 +46,7 @@ def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         UsageError: an option that the pipeline does not have.
     """
     known = source.arguments
-    call = _preset(source)
+    call = preset_call(source)
     for name in OPTIONS:
         value = getattr(args, name)
         if value is None:
@@ -58,73 +58,30 @@ def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     return call | _image(args, source)
 
 
-def load(args: argparse.Namespace, source: Source, device: str | None) -> Any:
-    """The pipeline as the model options want it, on its device, taking an image if one is given."""
-    pipe = loading.load_pipeline(
-        source,
-        dtype=loading.DTYPES.get(args.dtype),
-        device=device,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        compile=args.compile,
-    )
-    if args.image is not None:
-        pipe = loading.with_image_input(pipe)
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How the model options want a pipeline loaded, as `load_pipeline` takes it."""
+    return {
+        "dtype": loading.DTYPES.get(args.dtype),
+        "device": args.device,
+        "offload": args.offload,
+        "vae_tiling": args.vae_tiling,
+        "compile": args.compile,
+        "image_input": args.image is not None,
+    }
+
+
+def load(source: Source, options: Mapping[str, Any]) -> Any:
+    """A pipeline that shows no bars of its own."""
+    pipe = loading.load_pipeline(source, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def steps_of(call: dict[str, Any], source: Source) -> int | None:
-    """The number of denoising steps a call asks for, None if the pipeline decides."""
-    return call.get("num_inference_steps") or source.arguments.get("num_inference_steps")
-
-
-def check_dense_steps(args: argparse.Namespace, steps: int | None) -> None:
+def check_dense_steps(options: Mapping[str, Any], steps: int | None) -> None:
     """Refuse more dense steps than there are steps, before anything is computed."""
-    for name in ("dense_steps", "dense_last_steps"):
-        count = getattr(args, name)
-        if isinstance(count, int) and steps is not None and count > steps:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} {count} is more than the {steps} steps; lower it")
-
-
-def frames_per_second(args: argparse.Namespace, source: Source) -> float:
-    """--fps, or what suits the model."""
-    if args.fps is not None:
-        return float(args.fps)
-    if source.kind == "demo":
-        return DEMO_FPS
-    return float(source.arguments.get("frame_rate") or DEFAULT_FPS)
-
-
-def fit(call: dict[str, Any], pipe: Any) -> dict[str, Any]:
-    """The call as this very pipeline wants it: some Wan models count frames differently."""
-    if type(pipe).__name__.startswith("Wan") and "num_frames" in call:
-        from diffpatch.pipelines.demo.model import pipeline_num_frames
-
-        return call | {"num_frames": pipeline_num_frames(pipe, call["num_frames"])}
-    return dict(call)
-
-
-def settings(call: dict[str, Any], source: Source) -> dict[str, Any]:
-    """Every plain setting of a call, defaults of the pipeline included, for the result file."""
-    plain = (str, int, float, bool)
-    used = {
-        name: value for name, value in (source.arguments | call).items() if isinstance(value, plain)
-    }
-    for name in ("prompt", "output_type", "return_dict"):  # ours, or told elsewhere
-        used.pop(name, None)
-    return used
-
-
-def _preset(source: Source) -> dict[str, Any]:
-    if source.kind != "demo":
-        return {}
-    from diffpatch.pipelines.demo.model import PRESETS
-
-    preset = dataclasses.asdict(PRESETS[source.name])
-    del preset["name"]
-    return preset
+    if name := too_many_dense(options, steps):
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} {options[name]} is more than the {steps} steps; lower it")
 
 
 def _image(args: argparse.Namespace, source: Source) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 import diffpatch
-from diffpatch.cli.output import to_json
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
 from diffpatch.methods import MethodInfo
 
 EXAMPLES = """\

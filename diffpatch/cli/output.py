@@ -1,34 +1,16 @@
-"""Files appear whole or not at all: written under a temporary name, then moved into place."""
+"""Where a command may write: what is in the way is said before any work is done."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffpatch.cli.errors import UsageError
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose entries move into `folder` if the block ends without an exception.
-
-    Entries of the same name are replaced. After an exception, Ctrl-C included, nothing remains.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
-        stage = Path(name)
-        yield stage
-        for entry in sorted(stage.iterdir()):
-            target = folder / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
+from diffpatch.eval import files
+from diffpatch.eval.files import to_json
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -47,28 +29,50 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def to_json(data: Any) -> str:
-    """JSON as every command writes it; a method in a method becomes its text."""
-    return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step; a folder of that name stays and is an error."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
-    with staged(path.parent) as stage:
-        (stage / path.name).write_text(text, encoding="utf-8")
+    files.write_text(path, text)
 
 
 def check_free(paths: list[Path], overwrite: bool, option: str = "-o") -> None:
-    """Refuse to replace results, and folders that cannot be written, before any work is done."""
+    """Refuse to replace results, before any work is done."""
     taken = [path for path in paths if path.exists()]
     if taken and not overwrite:
         more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
         raise UsageError(f"{taken[0]}{more} exists; add --overwrite or choose another {option}")
-    for folder in {path.parent for path in paths}:
-        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not nearest.is_dir():
-            raise UsageError(f"{nearest} is not a folder; choose another {option}")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UsageError(f"{nearest} cannot be written to; choose another {option}")
+    tried: set[Path] = set()
+    for folder in dict.fromkeys(path.parent for path in paths):
+        if (nearest := _nearest(folder)) not in tried:  # one try a place, of thousands of folders
+            check_writable(folder, option)
+            tried.add(nearest)
+
+
+def check_writable(folder: Path, option: str = "-o") -> None:
+    """Refuse a folder that files cannot be written into, by trying; nothing is left of the try.
+
+    Raises:
+        UsageError: the folder cannot be made, or a file in it.
+    """
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise UsageError(f"{nearest} is not a folder; choose another {option}")
+    made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written to ({error.strerror}); choose another {option}"
+        ) from None
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself or the closest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -9,9 +9,9 @@ from typing import Any
 import diffpatch
 from diffpatch.cli import arguments
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.output import to_json
 from diffpatch.cli.parameters import field_names, method_parameters
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
 from diffpatch.patterns.drawing import KINDS
 from diffpatch.pipelines.running.loading import DTYPES
 from diffpatch.pipelines.shapes.find import find_shape

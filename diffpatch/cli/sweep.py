@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffpatch.cli import output, progress
+from diffpatch.cli import progress
 from diffpatch.cli.errors import UsageError
+from diffpatch.eval.files import to_json
 
 EXAMPLES = """\
 keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
@@ -88,18 +89,18 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe_plan(plan, args.output))
         return 0
+    from diffpatch.eval.processes import Process
     from diffpatch.eval.sweep.drive import run_sweep
-    from diffpatch.eval.sweep.session import Worker
     from diffpatch.eval.sweep.store import Store
 
-    worker = Worker.of_environment(args.device)
+    process = Process.current()
     store = Store(args.output)
     if args.retry_failed:
         store.forget_failures(before=started)
     try:
         say = functools.partial(progress.say, quiet=args.quiet)
-        run_sweep(spec, plan, store, worker, say, rescore=args.rescore)
-        if worker.rank:  # the first process waits for all runs, and reports
+        run_sweep(spec, plan, store, process, say, device=args.device, rescore=args.rescore)
+        if process.rank:  # the first process waits for all runs, and reports
             return 0
         with store.alone():
             return _report(args, args.output)
@@ -120,7 +121,7 @@ def _report(args: argparse.Namespace, folder: Path) -> int:
     summary = summarize(folder)
     files = write_reports(summary, folder)
     if args.json:
-        print(output.to_json(summary.to_dict()), end="")
+        print(to_json(summary.to_dict()), end="")
     else:
         from diffpatch.eval.sweep.report.files import describe
 

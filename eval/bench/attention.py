@@ -6,59 +6,25 @@ are paired: dense and all methods take turns, and the speedup is the median of t
 
 from __future__ import annotations
 
-import functools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
+from diffpatch.eval.bench.case import AttentionCase, Tensors
+from diffpatch.eval.bench.checking import TOLERANCE, WrongResult, error_on_rows
+from diffpatch.eval.bench.timing import dense_call, dense_times, interleaved
 from diffpatch.eval.environment import environment
+from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.pipelines.running.loading import choose_device
 
-DENSE = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-CHECKED_ROWS = 64
-SHORTEST = 0.02  # seconds a timing should last, so that the clock does not matter
-MATH_LIMIT = 2**31  # bytes of scores above which the unfused dense attention is not even tried
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class WrongResult(RuntimeError):
-    """A method's output is not what its own pattern says; its speed means nothing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """The call that is measured; q, k and v are normal noise, (batch, tokens, heads, head_dim)."""
-
-    grid: diffpatch.TokenGrid
-    heads: int = 3
-    head_dim: int = 64
-    batch: int = 1
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    seed: int = 0
-
-    def tensors(self) -> Tensors:
-        """q, k and v; the same on every device."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.batch, self.grid.num_tokens, self.heads, self.head_dim)
-        q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-        place: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        return q.to(**place), k.to(**place), v.to(**place)
-
 
 def bench_attention(
-    case: Case,
+    case: AttentionCase,
     methods: Mapping[str, diffpatch.Method],
     *,
     repeats: int = 5,
@@ -71,9 +37,9 @@ def bench_attention(
     """
     device = choose_device(case.device)
     qkv = case.tensors()
-    dense_times = _dense_times(case, qkv)
-    fastest = min(dense_times, key=lambda name: dense_times[name])
-    calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense_call(fastest, *qkv)}
+    tried = dense_times(case, qkv)
+    fastest = min(tried, key=lambda name: tried[name])
+    calls: dict[str, Callable[[], Any]] = {"dense": dense_call(fastest, qkv)}
     entries: list[dict[str, Any]] = []
     for name, method in methods.items():
         start = time.perf_counter()
@@ -91,12 +57,12 @@ def bench_attention(
     for entry in entries:
         own = times[entry["name"]]
         ratios = [d / m for d, m in zip(times["dense"], own, strict=True)]
-        entry |= {"seconds": spread(own), "speedup": spread(ratios)}
+        entry |= {"seconds": quartiles(own), "speedup": quartiles(ratios)}
     shape = {"grid": str(case.grid), "tokens": case.grid.num_tokens, "dtype": str(case.dtype)}
     return {
         "case": {**asdict(case), **shape},
         "repeats": repeats,
-        "dense": {"backend": fastest, "tried": dense_times, "seconds": spread(times["dense"])},
+        "dense": {"backend": fastest, "tried": tried, "seconds": quartiles(times["dense"])},
         "methods": entries,
         "environment": environment(device),
     }
@@ -105,7 +71,7 @@ def bench_attention(
 def check(
     name: str,
     method: diffpatch.Method,
-    case: Case,
+    case: AttentionCase,
     qkv: Tensors,
     pattern: diffpatch.BlockPattern,
     backend: str,
@@ -138,103 +104,7 @@ def check(
     return error
 
 
-def error_on_rows(out: torch.Tensor, qkv: Tensors, pattern: diffpatch.BlockPattern) -> float:
-    """The relative L1 distance to a masked fp64 softmax, on some query rows of the first batch."""
-    q, k, v = (tensor[:1].double().cpu().transpose(1, 2) for tensor in qkv)  # (1, H, S, D)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(q.shape[2], generator=generator)[:CHECKED_ROWS]
-    mask = visible(pattern, rows, heads=q.shape[1])
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    expected = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask)
-    return relative_l1(out[:1].cpu()[:, rows].transpose(1, 2), expected)
-
-
-def visible(pattern: diffpatch.BlockPattern, rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """bool (H, R, S): the keys that some query rows see, read off the block lists one by one."""
-    b = pattern.blocks
-    place = torch.empty_like(b.order)
-    place[b.order] = torch.arange(len(place))
-    starts = b.starts.long()
-    seen = torch.zeros(b.num_patterns, len(rows), len(place), dtype=torch.bool)
-    for p in range(b.num_patterns):
-        for i, where in enumerate(place[rows].tolist()):
-            tile = int(torch.searchsorted(starts, where, right=True)) - 1
-            line = p * b.num_tiles + tile
-            for entry in range(int(b.row_ptr[line]), int(b.row_ptr[line + 1])):
-                first, last = starts[b.cols[entry]], starts[b.cols[entry] + 1]
-                mask_id = int(b.mask_ids[entry])
-                row = b.masks[mask_id, where - starts[tile]] if mask_id >= 0 else None
-                keys = b.order[first:last]
-                seen[p, i, keys] = True if row is None else row[: last - first]
-    choice = torch.zeros(heads, dtype=torch.long) if b.head_pattern is None else b.head_pattern
-    return seen[choice.long()]
-
-
-def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds a call, `repeats` times each, in turns: all calls see the same machine."""
-    counts = {}
-    for name, call in calls.items():
-        _seconds(call, 1, device)  # warm-up
-        counts[name] = max(1, math.ceil(SHORTEST / _seconds(call, 1, device)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(_seconds(call, counts[name], device))
-    return times
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    return {"median": median(values), "low": low, "high": high}
-
-
-def _seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def _method_call(
     qkv: Tensors, grid: diffpatch.TokenGrid, method: diffpatch.Method, backend: str
 ) -> Callable[[], torch.Tensor]:
     return lambda: diffpatch.attention(*qkv, grid, method, backend=backend)
-
-
-def dense_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense attention by one of torch's backends, (B, S, H, D) in and (B, H, S, D) out."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    with sdpa_kernel(getattr(SDPBackend, name)):
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def fastest_dense(case: Case, qkv: Tensors) -> str:
-    """The dense backend that is fastest on these tensors."""
-    times = _dense_times(case, qkv)
-    return min(times, key=lambda name: times[name])
-
-
-def _dense_times(case: Case, qkv: Tensors) -> dict[str, float]:
-    """Seconds of every dense implementation that accepts these tensors."""
-    scores = case.batch * case.heads * case.grid.num_tokens**2 * 4
-    times: dict[str, float] = {}
-    for name in DENSE:
-        if name == "MATH" and times and scores > MATH_LIMIT:
-            continue
-        try:
-            call = functools.partial(dense_call, name, *qkv)
-            times[name] = median(interleaved({name: call}, 3, qkv[0].device)[name])
-        except RuntimeError:  # torch has no such kernel for this device, dtype or head size
-            continue
-    return times

@@ -20,32 +20,26 @@ limit keeps a run in its slot whatever it really takes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from diffpatch.eval.bench.attention import spread
-from diffpatch.eval.bench.row import DeviceLost, Tensors, dense_times, failure, measure
-from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL, Shape
-from diffpatch.eval.bench.variants import LAYOUTS, LOADS, Variants
+from diffpatch.eval.bench.case import Tensors
+from diffpatch.eval.bench.row import DeviceLost, dense_times, failure, measure
+from diffpatch.eval.bench.shapes import SHAPES, Shape
+from diffpatch.eval.bench.variants import Variants
 from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.environment import environment
-from diffpatch.eval.sweep.store import write_text
-from diffpatch.pipelines.running.loading import choose_device
+from diffpatch.eval.medians import quartiles
+from diffpatch.pipelines.running.loading import DTYPES, choose_device
 from diffpatch.planning.fit import fit_kept
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REACHED = 1.25  # times the wanted pairs: a window beyond it stands for something else
 
 Result = dict[str, Any]
@@ -94,7 +88,7 @@ class _Bench:
         os._exit(1)
 
     def _end(self, outcome: Result) -> None:
-        reason = _reason(outcome)
+        reason = reason_of(outcome)
         if reason:
             self.say(f"  {reason}")
         self.result["rows"].append(self.row | outcome)
@@ -146,7 +140,7 @@ class _Bench:
             "tokens": shape.grid.num_tokens,
             "heads": shape.heads,
             "head_dim": shape.head_dim,
-            "dense": {call: spread(times) for call, times in tried.items()},
+            "dense": {call: quartiles(times) for call, times in tried.items()},
             **measure(shape, method, pattern, qkv, fastest, self.variants, self.repeats, watch),
         }
 
@@ -210,109 +204,8 @@ def _tensors(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     return q, k, v
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: the table, and with ``--json`` everything, to a file or to stdout.
-
-    Returns 1 if something was wrong or failed.
-    """
-    options = _parser().parse_args(argv)
-    device = choose_device(options.device)
-    small = device.type == "cpu"
-    file = None if options.json in (None, "-") else Path(options.json)
-    result = bench_kernels(
-        device,
-        options.shapes or (SMALL if small else LARGE),
-        dtypes=options.dtype,
-        kept=(() if small else KEPT) if options.kept is None else options.kept,
-        layouts=options.layout,
-        loads=options.loads,
-        int8=options.int8,
-        gluon=options.gluon,
-        repeats=options.repeats,
-        limit_seconds=options.limit_seconds,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-        save=partial(_write, file) if file else lambda result: None,
-    )
-    print(_json(result) if options.json == "-" else _table(result))
-    if file:
-        print(f"wrote {file}")
-    every = [each for row in result["rows"] for each in (row, *row.get("sparse", {}).values())]
-    return int(any("failed" in each for each in every))
-
-
-def _parser() -> argparse.ArgumentParser:
-    from diffpatch.cli.arguments import fraction, number
-
-    parser = argparse.ArgumentParser(
-        prog="diffpatch bench kernels", description="Measure the block-sparse kernels alone."
-    )
-    parser.add_argument("--device", default=None, help="cpu, cuda, … (a GPU, if there is one)")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument(
-        "--kept", nargs="*", type=fraction, help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU"
-    )
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
-    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
-    parser.add_argument("--gluon", action="store_true", help="and the kernel made for Hopper")
-    parser.add_argument("--repeats", type=number(int, 1), default=5)
-    parser.add_argument(
-        "--limit-seconds",
-        type=number(float, 1),
-        metavar="S",
-        help="begin no row that may end later",
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
-        help="JSON to a file, which has every row as soon as it is measured, or - for stdout",
-    )  # fmt: skip
-    return parser
-
-
-def _json(result: Result) -> str:
-    return json.dumps(result, indent=1)
-
-
-def _write(file: Path, result: Result) -> None:
-    write_text(file, _json(result) + "\n")
-
-
-def _reason(row: Result) -> str:
+def reason_of(row: Result) -> str:
     """Why a row or an entry of it has no speed, or nothing."""
     if "failed" in row:
         return f"failed: {row['failed']}"
     return f"not measured: {row['not_measured']}" if "not_measured" in row else ""
-
-
-def _table(result: Result) -> str:
-    lines = [
-        f"{'shape':18}{'dtype':6}{'tokens':>8}{'kept':>7}  "
-        f"{'backend':24}{'ms':>10}{'speedup':>9}{'TFLOP/s':>9}{'of bound':>9}{'host ms':>9}"
-    ]
-    for row in result["rows"]:
-        start = f"{row['shape']:18}{row['dtype']:6}"
-        reason = _reason(row)
-        if reason:
-            wanted = "" if row["wanted"] is None else f"{row['wanted']:.3f}"
-            lines.append(f"{start}{'':8}{wanted:>7}  {reason}")
-            continue
-        start += f"{row['tokens']:8}{row['kept']:7.3f}  "
-        dense = 1e3 * row["dense_seconds"]["median"]
-        lines.append(f"{start}{'dense':24}{dense:10.2f}{1.0:9.2f}{row['dense_tflops']:9.2f}")
-        for name, entry in row["sparse"].items():
-            reason = _reason(entry)
-            lines.append(f"{start}{name:24}{'  ' + reason if reason else _numbers(entry)}")
-        lines.append(f"{start}{'(permuting)':24}{1e3 * row['permuting']['median']:10.2f}")
-    return "\n".join(lines)
-
-
-def _numbers(entry: Result) -> str:
-    seconds, speedup = entry["seconds"]["median"], entry["speedup"]["median"]
-    numbers = f"{1e3 * seconds:10.2f}{speedup:9.2f}{entry['tflops']:9.2f}{entry['of_bound']:9.0%}"
-    host = entry["host_seconds"]
-    return numbers if host is None else f"{numbers}{1e3 * host:9.2f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,15 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.errors import BadParameter
-from diffpatch.eval.bench.attention import (
-    DENSE,
-    MATH_LIMIT,
-    TOLERANCE,
-    WrongResult,
-    error_on_rows,
-    spread,
-)
+from diffpatch.eval.bench.checking import TOLERANCE, WrongResult, error_on_rows
+from diffpatch.eval.bench.timing import DENSE, MATH_LIMIT
 from diffpatch.eval.environment import environment
+from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.methods.base import Attended, Call
 from diffpatch.pipelines.shapes import random_models
@@ -135,7 +130,7 @@ def bench_model(
     times, peaks = stage.rounds(fastest, made, repeats, say)
     for name, entry in entries.items():
         ratios = [d / m for d, m in zip(times["dense"], times[name], strict=True)]
-        entry |= {"seconds": spread(times[name]), "speedup": spread(ratios)}
+        entry |= {"seconds": quartiles(times[name]), "speedup": quartiles(ratios)}
         entry["peak_gib"] = peaks[name]
     return {
         "case": case.to_dict(),
@@ -144,7 +139,7 @@ def bench_model(
         "dense": {
             "attention": fastest,
             "tried": tried,
-            "seconds": spread(times["dense"]),
+            "seconds": quartiles(times["dense"]),
             "peak_gib": peaks["dense"],
         },
         "methods": entries,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 import diffpatch
-from diffpatch.eval.bench.attention import Case, Tensors, dense_call, fastest_dense, interleaved
+from diffpatch.eval.bench.case import AttentionCase, Tensors
+from diffpatch.eval.bench.timing import dense_call, fastest_dense, interleaved
 from diffpatch.eval.environment import environment
 from diffpatch.kernels.block_sparse.torch_plan.grouping import (
     CALL_COST,
@@ -126,7 +127,7 @@ def measure(
     dense = ""
     for shape in (*sizes.grids, *sizes.held_out):
         held_out = shape in sizes.held_out
-        case = Case(
+        case = AttentionCase(
             diffpatch.TokenGrid(*shape), sizes.heads, head_dim, dtype=DTYPES[dtype], device=device
         )
         say(f"{dtype}, heads of {head_dim}: {case.grid}")
@@ -137,10 +138,10 @@ def measure(
     return rows
 
 
-def _measure_case(case: Case, methods: Methods, repeats: int, dense: str) -> list[Row]:
+def _measure_case(case: AttentionCase, methods: Methods, repeats: int, dense: str) -> list[Row]:
     """One row for dense attention and one for each method on a grid."""
     qkv = case.tensors()
-    calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense_call(dense, *qkv)}
+    calls: dict[str, Callable[[], Any]] = {"dense": dense_call(dense, qkv)}
     rows: list[Row] = [{"method": "dense", "params": {}}]
     for name, params in methods:
         calls[f"{name} {params}"] = _call(qkv, case.grid, diffpatch.make_method(name, **params))

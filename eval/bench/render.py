@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from diffpatch import patched, report
-from diffpatch.eval.bench.attention import spread
 from diffpatch.eval.environment import environment
+from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import psnr, ssim
 from diffpatch.internals import execution_device
 from diffpatch.pipelines.running.sampling import Sample, sample, warm_up
-
-CLOCKS = ("total", "denoising", "step_median")
 
 
 def bench_render(
@@ -75,22 +72,13 @@ def _applied(
     return patched(pipe, name, **options)
 
 
-def _clock(run: Sample) -> dict[str, float]:
-    """The clocks of one run; those that the pipeline does not allow are missing."""
-    clocks = {"total": run.total_seconds}
-    if run.step_seconds:
-        clocks |= {"denoising": sum(run.step_seconds), "step_median": median(run.step_seconds)}
-    return clocks
-
-
 def _entry(runs: Sequence[Sample], dense: Sequence[Sample]) -> dict[str, Any]:
-    own, base = [_clock(run) for run in runs], [_clock(run) for run in dense]
-    clocks = [name for name in CLOCKS if name in own[0]]
+    own, base = [run.clocks for run in runs], [run.clocks for run in dense]
     return {
-        "seconds": {name: spread([clock[name] for clock in own]) for name in clocks},
+        "seconds": {name: quartiles([clock[name] for clock in own]) for name in own[0]},
         "speedup": {
-            name: spread([b[name] / o[name] for o, b in zip(own, base, strict=True)])
-            for name in clocks
+            name: quartiles([b[name] / o[name] for o, b in zip(own, base, strict=True)])
+            for name in own[0]
         },
         "psnr": psnr(runs[0].frames, dense[0].frames).mean,
         "ssim": ssim(runs[0].frames, dense[0].frames).mean,

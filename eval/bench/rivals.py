@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from diffpatch.eval.bench.case import Tensors
+from diffpatch.eval.bench.timing import Call
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Method
 from diffpatch.methods.neighborhood import Neighborhood
 from diffpatch.patterns.grid import TokenGrid
 
 FLEX_BLOCK = 128  # queries and keys of FlexAttention's blocks
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Call = Callable[[], torch.Tensor]
 
 
 def flex_call(qkv: Tensors, blocks: BlockIndex, compiled: bool) -> Call:

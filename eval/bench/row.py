@@ -7,28 +7,21 @@ GPU that answers no more ends a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
-from diffpatch.eval.bench.attention import (
-    CHECKED_ROWS,
-    DENSE,
-    TOLERANCE,
-    interleaved,
-    spread,
-    visible,
-)
+from diffpatch.eval.bench.case import Tensors
+from diffpatch.eval.bench.checking import TOLERANCE, exact_rows
 from diffpatch.eval.bench.rivals import flex_call, natten_call
 from diffpatch.eval.bench.shapes import Shape
+from diffpatch.eval.bench.timing import DENSE, Call, dense_call, interleaved
 from diffpatch.eval.bench.variants import Variants, variant_calls
 from diffpatch.eval.bench.watch import Watch
+from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
@@ -36,9 +29,6 @@ from diffpatch.kernels.blocks import BlockIndex
 
 INT8_TOLERANCE = 4e-2  # of 8-bit scores on normal noise
 PERMUTING = "permuting"
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Call = Callable[[], torch.Tensor]
 
 
 class DeviceLost(RuntimeError):
@@ -89,9 +79,9 @@ def measure(
     for name, call in calls.items():
         ratios = [d / s for d, s in zip(times[dense], times[name], strict=True)]
         entries[name] |= {
-            "seconds": spread(times[name]),
+            "seconds": quartiles(times[name]),
             "host_seconds": host_seconds(call, device),
-            "speedup": spread(ratios),
+            "speedup": quartiles(ratios),
             "tflops": flops * visited / median(times[name]) / 1e12,
             "of_bound": median(ratios) * pattern.kept,
         }
@@ -99,9 +89,9 @@ def measure(
         "kept": pattern.kept,
         "visited": visited / blocks.num_tokens**2,
         "fastest_dense": dense,
-        "dense_seconds": spread(times[dense]),
+        "dense_seconds": quartiles(times[dense]),
         "dense_tflops": flops * blocks.num_tokens**2 / median(times[dense]) / 1e12,
-        "permuting": spread(times[PERMUTING]),
+        "permuting": quartiles(times[PERMUTING]),
         "sparse": entries,
         "unsupported": {
             name: unsupported_reason(qkv[0], blocks, name) for name in ("triton", "gluon")
@@ -156,25 +146,6 @@ def host_seconds(call: Call, device: torch.device, repeats: int = 5) -> float | 
         call()
         times.append(time.perf_counter() - start)
     return median(times)
-
-
-def exact_rows(qkv: Tensors, pattern: diffpatch.BlockPattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some query rows of the first batch entry, and the fp64 attention they should have.
-
-    Returns:
-        int64 (R,) and fp64 (R, H, D), on the device of q if that knows fp64.
-    """
-    q, k, v = (x[0] for x in qkv)
-    chosen = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:CHECKED_ROWS]
-    device = q.device if q.device.type == "cuda" else torch.device("cpu")
-    mask = visible(pattern, chosen, heads=q.shape[1])
-    heads = []
-    for h in range(q.shape[1]):  # one at a time: fp64 copies of everything would fill the memory
-        query = q[chosen.to(q.device), h].to(device, torch.float64)
-        key, value = (x[:, h].to(device, torch.float64) for x in (k, v))
-        seen = mask[h].to(device)
-        heads.append(F.scaled_dot_product_attention(query, key, value, attn_mask=seen))
-    return chosen.to(q.device), torch.stack(heads, 1)
 
 
 def visited_pairs(blocks: BlockIndex) -> int:
@@ -237,17 +208,3 @@ def dense_times(qkv: Tensors, repeats: int = 3) -> dict[str, list[float]]:
     if not calls:
         raise RuntimeError(f"no dense attention of torch runs on {tuple(qkv[0].shape)}")
     return interleaved(calls, repeats, qkv[0].device)
-
-
-def dense_call(name: str, qkv: Tensors) -> Call:
-    """A dense attention by the name it has in `dense_times`."""
-    q, k, v = (x.transpose(1, 2) for x in qkv)
-    backend, _, by_head = name.partition(", ")
-    if by_head:
-        q, k, v = (x.contiguous() for x in (q, k, v))
-
-    def call() -> torch.Tensor:
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return call

@@ -7,7 +7,6 @@ there, as they would be if a model's tokens were permuted once per forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -16,14 +15,13 @@ import torch
 
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
+from diffpatch.eval.bench.case import Tensors
+from diffpatch.eval.bench.timing import Call
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support
 
 LAYOUTS = ("permuted", "gather", "ordered")
 LOADS = ("auto", "pointer", "tma")
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffpatch import patched, report
 from diffpatch.eval.environment import environment
-from diffpatch.eval.processes import Team
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items
 from diffpatch.eval.quality.distances import compare, halves
 from diffpatch.eval.quality.scores import Tools
@@ -39,7 +39,7 @@ def evaluate_folders(
     *,
     floor: Path | None = None,
     captions: Mapping[str, str] | None = None,
-    team: Team = Team(),  # noqa: B008
+    process: Process = Process(),  # noqa: B008
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Compare folders of pictures or clips with a reference folder, file by file and as sets.
@@ -52,7 +52,7 @@ def evaluate_folders(
             the distance between the two halves of the reference, and there is none for pairs.
         captions: prompts by the names in the reference folder; missing ones are looked up in the
             render.json beside a file.
-        team: the processes that share the files; all of them return the whole result.
+        process: one of those that share the files; each returns the whole result.
         say: told what comes next.
 
     Raises:
@@ -66,9 +66,9 @@ def evaluate_folders(
     prompts = {name: texts.get(name) or items.prompt_beside(path) for name, path in dense.items()}
     used = {path: name for name, path in dense.items()}
     say(f"measuring {len(dense)} of {reference}")
-    base = _together(team, [
+    base = _together(process, [
         measure(name, items.read_frames(path), tools, prompt=prompts[name])
-        for name, path in team.mine(list(dense.items()))
+        for name, path in process.mine(list(dense.items()))
     ])  # fmt: skip
     rows = [base.row("reference", role="reference")]
     if floor is None and len(dense) > 1:
@@ -76,7 +76,7 @@ def evaluate_folders(
     for row, found in pairs.items():
         say(f"measuring {len(found)} of {chosen[row]}")
         parts = []
-        for own, other in team.mine(list(found.values())):
+        for own, other in process.mine(list(found.values())):
             name = used[other]
             frames, wanted = items.read_frames(own), items.read_frames(other)
             if frames.shape != wanted.shape:
@@ -85,7 +85,7 @@ def evaluate_folders(
                 )
             parts.append(measure(name, frames, tools, prompt=prompts[name], reference=wanted))
         role = "floor" if row == "floor" and floor is not None else "candidate"
-        rows.append(_together(team, parts).row(row, base, role=role, folder=str(chosen[row])))
+        rows.append(_together(process, parts).row(row, base, role=role, folder=str(chosen[row])))
     notes.append(_lossy({p for found in pairs.values() for pair in found.values() for p in pair}))
     if floor is None:
         notes.append(NO_FLOOR)
@@ -100,7 +100,7 @@ def evaluate_model(
     tools: Tools,
     *,
     seed: int = 0,
-    team: Team = Team(),  # noqa: B008
+    process: Process = Process(),  # noqa: B008
     keep: Keep = lambda row, number, frames: None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def evaluate_model(
         methods: method name -> options for `diffpatch.patch`.
         tools: the networks.
         seed: of the first clip.
-        team: the processes that share the prompts; all of them return the whole result.
+        process: one of those that share the prompts; each returns the whole result.
         keep: given the row, the number of the prompt and the frames of every clip.
         say: told what comes next.
     """
@@ -128,7 +128,7 @@ def evaluate_model(
             warm_up(pipe, call | {"prompt": prompts[0]}, seed)
     tallies: dict[str, list[Tally]] = {n: [] for n in ("dense", ARITHMETIC, NOISE, *methods)}
     kept: dict[str, dict[int, float]] = {name: {} for name in methods}
-    mine, started = team.mine(list(enumerate(prompts))), time.monotonic()
+    mine, started = process.mine(list(enumerate(prompts))), time.monotonic()
     for done, (number, prompt) in enumerate(mine):
         name, one = f"{number:04d}", call | {"prompt": prompt}
         reference: torch.Tensor | None = None
@@ -143,8 +143,8 @@ def evaluate_model(
             keep(row, number, frames)
             parts.append(measure(name, frames, tools, prompt=prompt, reference=reference))
             reference = frames if reference is None else reference
-    merged = {row: _together(team, parts) for row, parts in tallies.items()}
-    shares = {row: {n: s for part in team.gather(own) for n, s in part.items()}
+    merged = {row: _together(process, parts) for row, parts in tallies.items()}
+    shares = {row: {n: s for part in process.gather(own) for n, s in part.items()}
               for row, own in kept.items()}  # fmt: skip
     base = merged["dense"]
     rows = [base.row("dense", role="reference", kept=1.0)]
@@ -173,9 +173,9 @@ def _variant(pipe: Any, row: str, methods: Mapping[str, Mapping[str, Any]]) -> I
         yield
 
 
-def _together(team: Team, parts: Sequence[Tally]) -> Tally:
+def _together(process: Process, parts: Sequence[Tally]) -> Tally:
     """The clips of all processes."""
-    return Tally().merge(*team.gather(Tally().merge(*parts)))
+    return Tally().merge(*process.gather(Tally().merge(*parts)))
 
 
 def _left(done: int, total: int, started: float) -> str:

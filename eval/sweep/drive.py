@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpatch.eval.sweep.plan import Run
-from diffpatch.eval.sweep.session import Session, Worker
+from diffpatch.eval.files import read_json, write_json
+from diffpatch.eval.processes import Process
+from diffpatch.eval.sweep.plan import Rendering
+from diffpatch.eval.sweep.session import Session
 from diffpatch.eval.sweep.spec import BadSweep, SweepSpec
-from diffpatch.eval.sweep.store import Store, read_json, write_json
+from diffpatch.eval.sweep.store import Store
 
 Say = Callable[[str], None]
 
@@ -30,7 +32,7 @@ class Progress:
     workers: int = 1
     durations: list[float] = field(default_factory=list)
 
-    def finished(self, run: Run, result: Mapping[str, Any], seconds: float) -> None:
+    def finished(self, run: Rendering, result: Mapping[str, Any], seconds: float) -> None:
         """A run of this process ended well."""
         self.durations.append(seconds)
         facts = []
@@ -43,12 +45,12 @@ class Progress:
             facts.append(f"{result['quality']['psnr']:.1f} dB")
         self._line(run, ", ".join(facts))
 
-    def failed(self, run: Run, error: BaseException) -> None:
+    def failed(self, run: Rendering, error: BaseException) -> None:
         """A run of this process failed."""
         lines = str(error).strip().splitlines() or [""]
         self._line(run, f"FAILED, {type(error).__name__}: {lines[0]}")
 
-    def _line(self, run: Run, text: str) -> None:
+    def _line(self, run: Rendering, text: str) -> None:
         width = len(str(self.total))
         left = f" | {_duration(self.left)} left" if self.durations and self.left else ""
         self.say(f"[{self.done:{width}}/{self.total}] {run.title}: {text}{left}")
@@ -62,21 +64,23 @@ class Progress:
 
 def run_sweep(
     spec: SweepSpec,
-    plan: Mapping[str, list[Run]],
+    plan: Mapping[str, list[Rendering]],
     store: Store,
-    worker: Worker,
+    process: Process,
     say: Say,
     *,
+    device: str | None = None,
     rescore: bool = False,
-) -> list[Run]:
+) -> list[Rendering]:
     """Do every run of a plan that is neither done nor failed.
 
     Args:
         spec: what is swept.
         plan: its runs by model.
         store: where they go.
-        worker: which of several processes this is.
+        process: which of several processes this is.
         say: told about progress.
+        device: the one that the user asked for.
         rescore: whether the quality of earlier runs is computed anew afterwards.
 
     Returns:
@@ -93,7 +97,7 @@ def run_sweep(
     for model, found in plan.items():
         if any(store.is_pending(run) for run in found):
             say(f"loading {model}")
-            session = Session(store, spec, model, worker)
+            session = Session(store, spec, model, process, device)
             session.check(found)
             _write_plan(store, spec, runs)
             _work(session, found, runs, progress)
@@ -101,12 +105,14 @@ def run_sweep(
     return [run for run in runs if store.failure(run) is not None]
 
 
-def _work(session: Session, found: list[Run], runs: list[Run], progress: Progress) -> None:
+def _work(
+    session: Session, found: list[Rendering], runs: list[Rendering], progress: Progress
+) -> None:
     """Do the runs of one model: first those that nobody else does, then wait for the others."""
-    store, worker = session.store, session.worker
+    store, process = session.store, session.process
     # Processes begin at different cases, so that each has its own dense run and clock.
     cases = list(dict.fromkeys(run.dense.key for run in found))
-    start = len(cases) * worker.rank // worker.world
+    start = len(cases) * process.rank // process.count
     rank = {case: number for number, case in enumerate(cases[start:] + cases[:start])}
     ordered = sorted(found, key=lambda run: rank[run.dense.key])
     for wait in (False, True):
@@ -118,7 +124,7 @@ def _work(session: Session, found: list[Run], runs: list[Run], progress: Progres
                     _attempt(session, run, runs, progress)
 
 
-def _attempt(session: Session, run: Run, runs: list[Run], progress: Progress) -> None:
+def _attempt(session: Session, run: Rendering, runs: list[Rendering], progress: Progress) -> None:
     store, start = session.store, time.monotonic()
     result: dict[str, Any] | None = None
     failure: Exception | None = None
@@ -146,7 +152,7 @@ def _check_networks(store: Store, spec: SweepSpec) -> None:
         )
 
 
-def _write_plan(store: Store, spec: SweepSpec, runs: list[Run]) -> None:
+def _write_plan(store: Store, spec: SweepSpec, runs: list[Rendering]) -> None:
     """What the report is about; the same from every process."""
     about = {"title": spec.title, "bar": dict(spec.bar), "networks": dict(spec.networks)}
     write_json(store.root / "sweep.json", about | {"runs": [run.name for run in runs]})

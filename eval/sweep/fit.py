@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import diffpatch
-from diffpatch.eval.sweep.plan import Run
+from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.spec import BadSweep
 from diffpatch.planning.fit import fit_kept, kept_of
 
 
-def fit_run(pipe: Any, run: Run) -> diffpatch.Method:
+def fit_run(pipe: Any, run: Rendering) -> diffpatch.Method:
     """The method of a run, set so that the run keeps about the fraction that is wanted.
 
     The fraction is of the whole run, dense steps and layers and refreshes included: what they keep
@@ -34,7 +34,7 @@ def fit_run(pipe: Any, run: Run) -> diffpatch.Method:
     return fit_kept(made, plan.grid, (wanted - always) / (1 - always))
 
 
-def _plan(pipe: Any, run: Run, method: diffpatch.Method) -> diffpatch.Plan:
+def _plan(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.Plan:
     variant, call = run.variant, run.case.call
     options: dict[str, Any] = {
         **variant.options,

@@ -15,7 +15,7 @@ from typing import Any
 from diffpatch.errors import choices
 from diffpatch.eval.sweep.spec import BadSweep, MethodSpec, Prompt, SweepSpec
 from diffpatch.pipelines.running import loading
-from diffpatch.pipelines.running.calls import preset_call
+from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ _DENSE = {"dense": "dense", "kernel": "dense, other kernel", "seed": "dense, oth
 
 
 @dataclass(frozen=True)
-class Run:
+class Rendering:
     """One entry of a sweep: a case rendered in one way.
 
     Attributes:
@@ -103,14 +103,14 @@ class Run:
     errors: bool = False
 
     @property
-    def dense(self) -> Run:
+    def dense(self) -> Rendering:
         """The run that this one is compared with."""
-        return Run(self.case, Variant("dense"))
+        return Rendering(self.case, Variant("dense"))
 
     @property
-    def other_seed(self) -> Run:
+    def other_seed(self) -> Rendering:
         """Dense from other noise: seeds 0 and 1 serve each other, so do 2 and 3, and so on."""
-        return Run(replace(self.case, seed=self.case.seed ^ 1), Variant("dense"))
+        return Rendering(replace(self.case, seed=self.case.seed ^ 1), Variant("dense"))
 
     @cached_property
     def key(self) -> str:
@@ -142,7 +142,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:32].rstrip("-")
 
 
-def plan_sweep(spec: SweepSpec) -> dict[str, list[Run]]:
+def plan_sweep(spec: SweepSpec) -> dict[str, list[Rendering]]:
     """All runs by model, those of one case together and dense first; loads no weights.
 
     Raises:
@@ -151,7 +151,7 @@ def plan_sweep(spec: SweepSpec) -> dict[str, list[Run]]:
     return {model: _runs(spec, model) for model in spec.model}
 
 
-def _runs(spec: SweepSpec, model: str) -> list[Run]:
+def _runs(spec: SweepSpec, model: str) -> list[Rendering]:
     source = loading.find(model)
     _check_call(spec, source)
     variants = _variants(spec)
@@ -160,14 +160,14 @@ def _runs(spec: SweepSpec, model: str) -> list[Run]:
         call = preset_call(source) | dict(spec.call) | dict(size)
         if steps is not None:
             call["num_inference_steps"] = steps
-        total = call.get("num_inference_steps") or source.arguments.get("num_inference_steps")
+        total = steps_of(call, source)
         _check_steps(variants, total)
         for (number, prompt), seed in itertools.product(enumerate(spec.prompts), spec.seeds):
             case = Case(
                 model, spec.dtype, prompt, number, seed, call, total, spec.offload, spec.vae_tiling
             )
             wanted = number < spec.attention_error
-            runs += [Run(case, v, errors=wanted and v.kind == "method") for v in variants]
+            runs += [Rendering(case, v, errors=wanted and v.kind == "method") for v in variants]
     return runs
 
 
@@ -203,13 +203,11 @@ def _check_call(spec: SweepSpec, source: loading.Source) -> None:
 def _check_steps(variants: list[Variant], steps: int | None) -> None:
     for variant in variants:
         options = {**variant.options, **(variant.method.options if variant.method else {})}
-        for key in ("dense_steps", "dense_last_steps"):
-            count = options.get(key)
-            if isinstance(count, int) and steps is not None and count > steps:
-                raise BadSweep(f"{variant.label}: {key}={count} is more than the {steps} steps")
+        if key := too_many_dense(options, steps):
+            raise BadSweep(f"{variant.label}: {key}={options[key]} is more than the {steps} steps")
 
 
-def describe_plan(plan: Mapping[str, list[Run]], folder: Path) -> str:
+def describe_plan(plan: Mapping[str, list[Rendering]], folder: Path) -> str:
     """What a dry run prints."""
     runs = [run for found in plan.values() for run in found]
     cases = {run.dense.key for run in runs}

@@ -7,9 +7,7 @@ import dataclasses
 import hashlib
 import os
 import socket
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,82 +15,55 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.eval.environment import environment
+from diffpatch.eval.media import load_frames, save_clip, save_frames
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality.scores import load_tools
 from diffpatch.eval.sweep.fit import fit_run
-from diffpatch.eval.sweep.plan import Case, Run
-from diffpatch.eval.sweep.report.clips import save_clip
+from diffpatch.eval.sweep.plan import Case, Rendering
 from diffpatch.eval.sweep.scores import has_features, save_features, score
 from diffpatch.eval.sweep.spec import Prompt, SweepSpec
-from diffpatch.eval.sweep.store import Store, load_frames, save_frames
+from diffpatch.eval.sweep.store import Store
 from diffpatch.pipelines.running import loading, sampling
-from diffpatch.pipelines.running.calls import fitted_call
+from diffpatch.pipelines.running.calls import fitted_call, frames_per_second, settings_of
 
 SCHEMA = 1
-CLOCKS = ("total", "denoising", "step_median")
-DEMO_FPS, DEFAULT_FPS = 8.0, 16.0
 
 
 class DenseFailed(RuntimeError):
     """The dense run that a run is compared with has failed."""
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which of several processes this is.
-
-    Attributes:
-        rank: number of the process, from 0.
-        world: number of processes.
-        device: where it computes.
-        crowded: whether several of the processes compute on the same device.
-    """
-
-    rank: int
-    world: int
-    device: torch.device
-    crowded: bool
-
-    @classmethod
-    def of_environment(cls, device: str | None = None) -> Worker:
-        """As `accelerate launch` (or torchrun) tells it; else the only process."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local, beside = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("LOCAL_WORLD_SIZE")
-        chosen = loading.choose_device(device)
-        on_host = int(beside or world)
-        count = 1 if chosen.type == "cpu" else torch.accelerator.device_count()
-        if device is None and chosen.type != "cpu":
-            chosen = torch.device(chosen.type, local % count)
-        return cls(rank, world, chosen, crowded=on_host > (count if device is None else 1))
-
-
 class Session:
     """One process at work on the runs of one model."""
 
-    def __init__(self, store: Store, spec: SweepSpec, model: str, worker: Worker) -> None:
-        """Loads the model.
+    def __init__(
+        self, store: Store, spec: SweepSpec, model: str, process: Process, device: str | None = None
+    ) -> None:
+        """Loads the model; `device` is the one that the user asked for.
 
         Raises:
             ModelError: it cannot be loaded.
         """
-        self.store, self.spec, self.worker = store, spec, worker
+        self.store, self.spec, self.process = store, spec, process
+        self.device = torch.device(process.device(device))
+        self._crowded = process.crowded(device)
         self.source = loading.find(model)
         self.pipe = loading.load_pipeline(
             self.source,
             dtype=loading.DTYPES.get(spec.dtype),
-            device=worker.device,
+            device=self.device,
             offload=spec.offload,
             vae_tiling=spec.vae_tiling,
+            image_input=spec.prompts[0].image is not None,
         )
-        if spec.prompts[0].image is not None:
-            self.pipe = loading.with_image_input(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
         self.tools = load_tools(**spec.networks)
         self._methods: dict[Any, diffpatch.Method | None] = {}
         self._warm: set[Any] = set()
         self._clock: dict[str, tuple[dict[str, Any], int]] = {}  # dense: clocks, runs since
-        self._environment = environment(worker.device)
+        self._environment = environment(self.device)
 
-    def check(self, runs: list[Run]) -> None:
+    def check(self, runs: list[Rendering]) -> None:
         """Patch once with every method, so that what cannot work is known before anything runs.
 
         Raises:
@@ -106,7 +77,7 @@ class Session:
             with self._applied(run):
                 pass
 
-    def do(self, run: Run) -> dict[str, Any]:
+    def do(self, run: Rendering) -> dict[str, Any]:
         """Render a run that this process claimed and store the result; returns it."""
         with self.store.stage(run) as stage:
             if run.variant.kind == "seed":
@@ -118,13 +89,10 @@ class Session:
             self.store.finish(run, self.facts(run) | result, stage)
         return self.facts(run) | result
 
-    def facts(self, run: Run) -> dict[str, Any]:
+    def facts(self, run: Rendering) -> dict[str, Any]:
         """What there is to know about a run before it starts."""
         case, variant = run.case, run.variant
-        arguments = self.source.arguments | dict(case.call) | {"num_inference_steps": case.steps}
-        for key in ("prompt", "output_type", "return_dict"):
-            arguments.pop(key, None)
-        plain = (str, int, float, bool)
+        call = {**case.call, "num_inference_steps": case.steps}
         return {
             "schema": SCHEMA,
             "name": run.name,
@@ -140,20 +108,20 @@ class Session:
             "image": _image_facts(case.prompt.image),
             "seed": case.seed,
             "call": dict(case.call),
-            "settings": {k: v for k, v in arguments.items() if isinstance(v, plain)},
+            "settings": settings_of(call, self.source),
             "method": variant.method.name if variant.method else None,
             "parameters": dict(variant.method.parameters) if variant.method else {},
             "options": _options(run),
             "wanted": variant.wanted,
             "judged_by": self.tools.names(),
             "process": {
-                "rank": self.worker.rank, "world": self.worker.world,
+                "rank": self.process.rank, "world": self.process.count,
                 "host": socket.gethostname(), "pid": os.getpid(),
             },
             "environment": self._environment,
         }  # fmt: skip
 
-    def _render_dense(self, run: Run, stage: Path) -> dict[str, Any]:
+    def _render_dense(self, run: Rendering, stage: Path) -> dict[str, Any]:
         sample, _ = self._sample(run)
         self._clock[run.key] = clocks(sample), 0
         frames = self._keep(sample, stage)
@@ -164,7 +132,7 @@ class Session:
             "quality": score(frames, None, run.case.prompt.text, self.tools),
         }
 
-    def _render(self, run: Run, stage: Path) -> dict[str, Any]:
+    def _render(self, run: Rendering, stage: Path) -> dict[str, Any]:
         reference = self._dense_frames(run.dense)
         dense = self._dense_clock(run.dense)
         sample, facts = self._sample(run)
@@ -173,7 +141,9 @@ class Session:
             "seconds": own,
             "dense": {"name": run.dense.name, **dense},
             "speedup": {
-                key: dense["seconds"][key] / own[key] for key in CLOCKS if own[key] is not None
+                key: dense["seconds"][key] / own[key]
+                for key in sampling.CLOCKS
+                if own[key] is not None
             },
             "shared": self._shared(),
             "kept": 1.0,
@@ -186,7 +156,7 @@ class Session:
             result["attention_error"] = self._attention_error(run)
         return result
 
-    def _compare_seeds(self, run: Run) -> dict[str, Any]:
+    def _compare_seeds(self, run: Rendering) -> dict[str, Any]:
         """The floor that another seed gives; no frames of its own."""
         reference = self._dense_frames(run.dense)
         frames = self._dense_frames(run.other_seed)
@@ -198,7 +168,7 @@ class Session:
             "quality": score(frames, reference, text, self.tools),
         }
 
-    def _sample(self, run: Run) -> tuple[sampling.Sample, dict[str, Any]]:
+    def _sample(self, run: Rendering) -> tuple[sampling.Sample, dict[str, Any]]:
         """Warm up where this process did not yet, then one timed call; and what the patch did."""
         call = self._call(run.case)
         place = _place(run)
@@ -213,12 +183,12 @@ class Session:
             report = diffpatch.report(self.pipe)
         return sample, {"kept": report.kept, "fitted": str(method), "report": report.to_dict()}
 
-    def _attention_error(self, run: Run) -> dict[str, Any]:
+    def _attention_error(self, run: Rendering) -> dict[str, Any]:
         with self._applied(run), diffpatch.attention_error(self.pipe) as errors:
             sampling.sample(self.pipe, self._call(run.case), run.case.seed)
         return {"mean": errors.mean, "per_layer": errors.per_layer}
 
-    def _dense_frames(self, dense: Run) -> torch.Tensor:
+    def _dense_frames(self, dense: Rendering) -> torch.Tensor:
         """The frames of a dense run, which is rendered here unless somebody did already."""
         if not self.store.is_done(dense):
             with self.store.claim(dense, wait=True):
@@ -234,7 +204,7 @@ class Session:
                         ) from error
         return self.store.frames(dense)
 
-    def _dense_clock(self, dense: Run) -> dict[str, Any]:
+    def _dense_clock(self, dense: Rendering) -> dict[str, Any]:
         """Dense seconds from this process, at most `dense_every` timed runs old."""
         every = self.spec.dense_every
         if dense.key in self._clock:
@@ -251,27 +221,22 @@ class Session:
 
     def _shared(self) -> bool:
         """Whether other processes computed on the same device, which spoils the clocks."""
-        if self.worker.device.type == "cpu":
-            return self.worker.crowded or self.store.others() > 0
-        alone = self.worker.world == 1  # else the processes were dealt to devices
-        return self.worker.crowded or (alone and self.store.others() > 0)
+        if self.device.type == "cpu":
+            return self._crowded or self.store.others() > 0
+        alone = self.process.count == 1  # else the processes were dealt to devices
+        return self._crowded or (alone and self.store.others() > 0)
 
     def _keep(self, sample: sampling.Sample, stage: Path) -> torch.Tensor:
         """Write frames, clip and features; returns the frames as they can be read back."""
         save_frames(sample.frames, stage / "frames.npz")
         frames = load_frames(stage / "frames.npz")
-        save_clip(frames, stage, self._fps())
+        save_clip(frames, stage, frames_per_second(self.source))
         if has_features(self.source.name, self.spec.networks):
             save_features(frames, stage, self.tools)
         return frames
 
-    def _fps(self) -> float:
-        if self.source.kind == "demo":
-            return DEMO_FPS
-        return float(self.source.arguments.get("frame_rate") or DEFAULT_FPS)
-
     def _call(self, case: Case) -> dict[str, Any]:
-        call = fitted_call(dict(case.call), self.pipe) | {"prompt": case.prompt.text}
+        call = fitted_call(case.call, self.pipe) | {"prompt": case.prompt.text}
         if case.prompt.image is not None:
             from PIL import Image
 
@@ -280,11 +245,11 @@ class Session:
         return call
 
     @contextlib.contextmanager
-    def _applied(self, run: Run, **changes: Any) -> Any:
+    def _applied(self, run: Rendering, **changes: Any) -> Any:
         """The pipeline as the run wants it, for the length of a with block; yields the method."""
         variant = run.variant
         if variant.kind == "kernel":
-            with sdpa_kernel(other_kernels(self.worker.device)):
+            with sdpa_kernel(other_kernels(self.device)):
                 yield None
             return
         if variant.method is None:
@@ -300,7 +265,7 @@ class Session:
             with diffpatch.patched(self.pipe, method, **options):
                 yield method
 
-    def _fitted(self, run: Run) -> diffpatch.Method | None:
+    def _fitted(self, run: Rendering) -> diffpatch.Method | None:
         """The method of a run with a kept fraction, fitted to it; None without one."""
         place = _place(run)
         if run.variant.wanted is None:
@@ -312,12 +277,9 @@ class Session:
 
 def clocks(sample: sampling.Sample) -> dict[str, Any]:
     """The times of one run in seconds, and its peak memory."""
-    steps = sample.step_seconds
     return {
-        "total": sample.total_seconds,
-        "denoising": sum(steps) if steps else None,
-        "step_median": median(steps) if steps else None,
-        "steps": steps,
+        **{name: sample.clocks.get(name) for name in sampling.CLOCKS},
+        "steps": sample.step_seconds,
         "peak_gib": None if sample.peak_bytes is None else sample.peak_bytes / 2**30,
     }
 
@@ -328,12 +290,12 @@ def other_kernels(device: torch.device) -> list[SDPBackend]:
     return [*fused, SDPBackend.MATH]
 
 
-def _options(run: Run) -> dict[str, Any]:
+def _options(run: Rendering) -> dict[str, Any]:
     method = run.variant.method
     return {**run.variant.options, **(method.options if method else {})}
 
 
-def _place(run: Run) -> str:
+def _place(run: Rendering) -> str:
     """What a warm-up, a check or a fitted method holds for: everything but prompt and seed."""
     case = dataclasses.replace(run.case, prompt=Prompt(""), number=0, seed=0)
     return dataclasses.replace(run, case=case, errors=False).key

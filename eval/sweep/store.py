@@ -11,7 +11,6 @@ ends: nothing is left locked after a `kill -9`, and nobody does what another pro
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import traceback
@@ -19,10 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from diffpatch.eval.sweep.plan import Run
+from diffpatch.eval.files import read_json, write_json
+from diffpatch.eval.media import load_frames
+from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.spec import BadSweep
 
 SLOTS = 64  # processes that can be told apart; their bytes follow those of all runs
@@ -62,28 +62,28 @@ class Store:
         """Lift all claims."""
         os.close(self._locks)
 
-    def result(self, run: Run) -> dict[str, Any] | None:
+    def result(self, run: Rendering) -> dict[str, Any] | None:
         """What a finished run found out; None if it is not finished."""
         return read_json(self.runs / run.name / "run.json")
 
-    def is_done(self, run: Run) -> bool:
+    def is_done(self, run: Rendering) -> bool:
         """Whether the run is finished."""
         return (self.runs / run.name).is_dir()
 
-    def failure(self, run: Run) -> dict[str, Any] | None:
+    def failure(self, run: Rendering) -> dict[str, Any] | None:
         """How a run failed; None if it did not."""
         return read_json(self.failures / f"{run.name}.json")
 
-    def is_pending(self, run: Run) -> bool:
+    def is_pending(self, run: Rendering) -> bool:
         """Whether the run has neither finished nor failed."""
         return not self.is_done(run) and not (self.failures / f"{run.name}.json").exists()
 
-    def frames(self, run: Run) -> torch.Tensor:
+    def frames(self, run: Rendering) -> torch.Tensor:
         """The frames of a finished run: float32 (F, 3, H, W) in [0, 1], in steps of 1/255."""
         return load_frames(self.runs / run.name / "frames.npz")
 
     @contextlib.contextmanager
-    def claim(self, run: Run, wait: bool = False) -> Iterator[bool]:
+    def claim(self, run: Rendering, wait: bool = False) -> Iterator[bool]:
         """Keep others from a run; yields whether that worked, which it does if we `wait`."""
         byte = int(run.key, 16)
         mine = self._lock(byte, wait)
@@ -115,14 +115,14 @@ class Store:
                 count += 1
         return count
 
-    def finish(self, run: Run, data: Mapping[str, Any], stage: Path) -> None:
+    def finish(self, run: Rendering, data: Mapping[str, Any], stage: Path) -> None:
         """Add run.json to the files in `stage` and make them the result of the run, in one step."""
         write_json(stage / "run.json", data)
         os.replace(stage, self.runs / run.name)
         (self.failures / f"{run.name}.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def stage(self, run: Run) -> Iterator[Path]:
+    def stage(self, run: Rendering) -> Iterator[Path]:
         """An empty folder for the files of a run that we claimed; gone afterwards."""
         folder = self.root / f".partial-{run.name}"
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
@@ -132,7 +132,7 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def fail(self, run: Run, error: BaseException, facts: Mapping[str, Any]) -> None:
+    def fail(self, run: Rendering, error: BaseException, facts: Mapping[str, Any]) -> None:
         """Record why a run failed."""
         text = "".join(traceback.format_exception(error))
         summary = f"{type(error).__name__}: {error}"
@@ -163,39 +163,3 @@ class Store:
 
         with contextlib.suppress(OSError):  # the store was closed, which lifted everything
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
-
-
-def save_frames(frames: torch.Tensor, path: Path) -> None:
-    """Keep frames (F, 3, H, W) in [0, 1] with 8 bits a channel, compressed without loss."""
-    pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    np.savez_compressed(path, frames=pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def load_frames(path: Path) -> torch.Tensor:
-    """The frames that `save_frames` wrote, as float32 (F, 3, H, W) in [0, 1]."""
-    with np.load(path, allow_pickle=False) as data:
-        pixels = torch.from_numpy(data["frames"])
-    return pixels.permute(0, 3, 1, 2).float() / 255
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one step."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step, safe on the disk before it has its name."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_json(path: Path) -> Any:
-    """JSON from a file, None if there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None

@@ -107,6 +107,7 @@ def load_pipeline(
     offload: str = "none",
     vae_tiling: bool = False,
     compile: bool = False,
+    image_input: bool = False,
 ) -> Pipeline:
     """Load a pipeline, ready to be called.
 
@@ -118,6 +119,7 @@ def load_pipeline(
             and "sequential" single layers, each slower and smaller than the one before.
         vae_tiling: decode in tiles, which takes less memory.
         compile: compile the repeated blocks of the denoiser.
+        image_input: give its image-to-image form where the pipeline itself takes no image.
 
     Raises:
         ModelError: the model, or one of the settings, cannot work.
@@ -139,7 +141,7 @@ def load_pipeline(
         for denoiser in denoisers(pipe):
             denoiser.compile_repeated_blocks()
     _place(pipe, device, offload)
-    return pipe
+    return with_image_input(pipe) if image_input else pipe
 
 
 def with_image_input(pipe: Pipeline) -> Pipeline:

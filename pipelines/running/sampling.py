@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from diffpatch.pipelines.running.loading import Pipeline, call_arguments, denoisers
+
+CLOCKS = ("total", "denoising", "step_median")  # of a run
 
 OnStep = Callable[[int, float], None]
 
@@ -37,9 +40,11 @@ class Sample:
     peak_bytes: int | None
 
     @property
-    def denoising_seconds(self) -> float | None:
-        """All denoising steps together."""
-        return sum(self.step_seconds) if self.step_seconds else None
+    def clocks(self) -> dict[str, float]:
+        """Seconds by clock, of `CLOCKS`; those of steps are missing where nobody tells of them."""
+        steps = self.step_seconds
+        timed = {"denoising": sum(steps), "step_median": median(steps)} if steps else {}
+        return {"total": self.total_seconds, **timed}
 
 
 def sample(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffpatch.cli import main
-from diffpatch.cli.render import sheets as media
+from diffpatch.eval import media
 from diffpatch.eval.quality import items
 from diffpatch.eval.quality.metrics import psnr
 from tests import tiny

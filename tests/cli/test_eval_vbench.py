@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffpatch.cli import main
-from diffpatch.cli.render import sheets as media
+from diffpatch.eval import media
 from diffpatch.eval.quality import items, vbench
 
 pytest.importorskip("imageio_ffmpeg")

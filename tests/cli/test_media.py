@@ -11,7 +11,9 @@ from PIL import Image, ImageSequence
 
 from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render import sheets
+from diffpatch.eval import media
+from diffpatch.eval.files import staged
 
 
 def frames(count: int = 5, height: int = 36, width: int = 50) -> torch.Tensor:
@@ -40,9 +42,9 @@ def read(path: Path) -> np.ndarray:
     [("mp4", 0.1), ("gif", 0.1), ("webp", 0.05), ("apng", 0.002), ("png", 0.002)],
 )
 def test_every_video_format_reads_back(tmp_path: Path, format: str, tolerance: float) -> None:
-    media.check_format(format, video=True)
+    sheets.check_format(format, video=True)
     clip = frames()
-    path = tmp_path / media.file_name("clip", format, video=True)
+    path = tmp_path / sheets.file_name("clip", format, video=True)
     media.save(media.to_images(clip), path, fps=8)
     assert read(path) == pytest.approx(clip.permute(0, 2, 3, 1).numpy(), abs=tolerance)
 
@@ -55,30 +57,30 @@ def test_odd_sizes_keep_every_pixel_in_mp4(tmp_path: Path) -> None:
     assert back[:, :35, :49] == pytest.approx(clip.permute(0, 2, 3, 1).numpy(), abs=0.1)
 
 
-@pytest.mark.parametrize("format", media.IMAGE_FORMATS)
+@pytest.mark.parametrize("format", sheets.IMAGE_FORMATS)
 def test_images_are_lossless(tmp_path: Path, format: str) -> None:
-    path = tmp_path / media.file_name("image", format, video=False)
+    path = tmp_path / sheets.file_name("image", format, video=False)
     media.save(media.to_images(frames(1)), path, fps=1)
     assert read(path) == pytest.approx(frames(1).permute(0, 2, 3, 1).numpy(), abs=0.002)
 
 
 def test_formats_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="cannot hold images"):
-        media.check_format("mp4", video=False)
-    monkeypatch.setattr(media, "_has_ffmpeg", lambda: False)
-    assert media.default_format(video=True) == "webp"
+        sheets.check_format("mp4", video=False)
+    monkeypatch.setattr(sheets, "has_ffmpeg", lambda: False)
+    assert sheets.default_format(video=True) == "webp"
     with pytest.raises(UsageError, match=r"diffpatch\[video\]"):
-        media.check_format("mp4", video=True)
+        sheets.check_format("mp4", video=True)
 
 
 def test_side_by_side_holds_both_clips_and_labels() -> None:
     dense, fast = media.to_images(frames()), media.to_images(1 - frames())
-    joined = media.side_by_side([dense, fast], ["dense", "radial"])
+    joined = sheets.side_by_side([dense, fast], ["dense", "radial"])
     assert len(joined) == 5
-    scale = -(-media.SMALLEST // 36)
+    scale = -(-sheets.SMALLEST // 36)
     width, height = 50 * scale, 36 * scale
-    bar = joined[0].height - height - media.GAP
-    corners = [(media.GAP, bar), (2 * media.GAP + width, bar)]
+    bar = joined[0].height - height - sheets.GAP
+    corners = [(sheets.GAP, bar), (2 * sheets.GAP + width, bar)]
     for source, (left, top) in zip((dense, fast), corners, strict=True):
         picture = joined[2].crop((left, top, left + width, top + height))
         small = np.asarray(picture.resize((50, 36), Image.Resampling.NEAREST))
@@ -89,25 +91,25 @@ def test_side_by_side_holds_both_clips_and_labels() -> None:
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_contact_sheet_has_a_row_a_clip(count: int) -> None:
     clip = media.to_images(frames(count))
-    sheet = media.contact_sheet([clip, clip, clip], ["a", "b", "c"])
-    single = media.contact_sheet([clip], ["a"])
+    sheet = sheets.contact_sheet([clip, clip, clip], ["a", "b", "c"])
+    single = sheets.contact_sheet([clip], ["a"])
     assert sheet.size == (single.width, 3 * single.height)
 
 
 def test_labels_shrink_to_their_picture() -> None:
     label = "a label that is far too long for its picture"
-    assert media._font(label, 120, 40).getlength(label) < media._font(label, 9999, 40).getlength(
+    assert sheets._font(label, 120, 40).getlength(label) < sheets._font(label, 9999, 40).getlength(
         label
     )
 
 
 def test_staged_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with output.staged(target) as stage:
+    with staged(target) as stage:
         (stage / "a.txt").write_text("new")
         assert not (target / "a.txt").exists()
     assert [path.name for path in target.iterdir()] == ["a.txt"]
-    with pytest.raises(KeyboardInterrupt), output.staged(target) as stage:
+    with pytest.raises(KeyboardInterrupt), staged(target) as stage:
         (stage / "a.txt").write_text("newer")
         raise KeyboardInterrupt
     assert [path.read_text() for path in target.iterdir()] == ["new"]
@@ -115,7 +117,7 @@ def test_staged_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
     for count in (4, 2):
-        with output.staged(tmp_path) as stage:
+        with staged(tmp_path) as stage:
             media.save(media.to_images(frames(count)), stage / "clip", fps=8)
     assert len(list((tmp_path / "clip").iterdir())) == 2
 

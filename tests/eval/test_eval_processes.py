@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffpatch.cli import main
-from diffpatch.eval.processes import Team
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality.tally import Tally
 from tests import tiny
 
@@ -93,10 +93,10 @@ def test_two_processes_measure_what_one_does(
     assert files[0] == files[1] and len(files[0]) == 4 * 3  # dense, two floors, the method
 
 
-def test_a_team_shares_everything_once() -> None:
+def test_processes_share_everything_once() -> None:
     items = list(range(7))
     for count in (1, 2, 3, 9):
-        shares = [list(Team(rank, count).mine(items)) for rank in range(count)]
+        shares = [list(Process(rank, count).mine(items)) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == items
-    assert Team().gather("part") == ["part"]
+    assert Process().gather("part") == ["part"]
     assert Tally().merge(Tally(), Tally({"a": {"x": 1.0}}), Tally()).means() == {"x": 1.0}

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffpatch.eval.files import write_json
+from diffpatch.eval.media import save_clip
 from diffpatch.eval.quality.distances import compare
 from diffpatch.eval.sweep.report import plot as report_plot
-from diffpatch.eval.sweep.report.clips import save_clip
 from diffpatch.eval.sweep.report.files import write_reports
 from diffpatch.eval.sweep.report.summary import Row, Summary, summarize, verdict
 from diffpatch.eval.sweep.scores import FEATURES
-from diffpatch.eval.sweep.store import write_json
 
 HOSTILE = '<script>alert("x")</script> & a "cat" | dog'
 ENVIRONMENT = {

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from diffpatch.cli import main
+from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.eval.sweep.plan import plan_sweep
 from diffpatch.eval.sweep.spec import (
@@ -30,7 +31,7 @@ from diffpatch.eval.sweep.spec import (
     BadSweep,
     check_spec,
 )
-from diffpatch.eval.sweep.store import Store, load_frames, save_frames
+from diffpatch.eval.sweep.store import Store
 from tests import tiny
 
 HOSTILE = '<script>alert("x")</script> & a cat'

@@ -16,7 +16,7 @@ import torch
 
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
-from diffpatch.cli.render.resume import Process
+from diffpatch.eval.processes import Process
 from diffpatch.patching import parallel
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_resuming_renders_what_is_missing(
 
 def test_every_prompt_is_rendered_by_exactly_one_process() -> None:
     for count in (1, 2, 3, 8):
-        shares = [Process(rank, count, rank).share(5) for rank in range(count)]
+        shares = [Process(rank, count, rank).mine(range(5)) for rank in range(count)]
         assert sorted(itertools.chain.from_iterable(shares)) == list(range(5))
 
 

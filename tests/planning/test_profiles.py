@@ -125,7 +125,7 @@ def test_the_command_writes_a_profile_that_a_plan_reads(
 ) -> None:
     monkeypatch.setattr(device_costs, "ON_CPU", TINY)
     monkeypatch.setattr(device_costs, "METHODS", (("window", {}), ("linear", {})))
-    monkeypatch.setattr("diffpatch.eval.bench.attention.SHORTEST", 0.0)
+    monkeypatch.setattr("diffpatch.eval.bench.timing.SHORTEST", 0.0)
     path = str(tmp_path / "here.json")
     command = ["bench", "profile", "--json", path, "--dtype", "fp32", "--head-dim", "64",
                "--repeats", "1", "--device", "cpu", "--quiet"]  # fmt: skip

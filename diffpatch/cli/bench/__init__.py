@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 from typing import Any
 
 import diffpatch
 from diffpatch.cli import arguments, generation, progress
+from diffpatch.cli.bench import kernels as bench_kernels
 from diffpatch.cli.bench import model as bench_model
 from diffpatch.cli.bench import profile as bench_profile
 from diffpatch.cli.bench.output import add_common, chosen, finish, times
 from diffpatch.cli.errors import RunError
 from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import fitted_call, steps_of
 
 __all__ = ["add_parser", "chosen"]  # other commands choose methods in the same way
 
@@ -43,9 +44,7 @@ def add_parser(commands: Any) -> None:
     _add_render(kinds)
     bench_model.add_parser(kinds)
     bench_profile.add_parser(kinds)
-    kernels = kinds.add_parser("kernels", help="the kernels alone", add_help=False)
-    kernels.passes_on = True
-    kernels.set_defaults(run=run_kernels)
+    bench_kernels.add_parser(kinds)
 
 
 def _add_attention(kinds: Any) -> None:
@@ -102,11 +101,13 @@ def grid(text: str) -> diffpatch.TokenGrid:
 
 def run_attention(args: argparse.Namespace) -> int:
     """Measure one attention call; returns the exit code."""
-    from diffpatch.eval.bench.attention import Case, WrongResult, bench_attention
+    from diffpatch.eval.bench.attention import bench_attention
+    from diffpatch.eval.bench.case import AttentionCase
+    from diffpatch.eval.bench.checking import WrongResult
 
     found = chosen(args)
     made = {name: diffpatch.make_method(name, **values) for name, values in found.items()}
-    case = Case(
+    case = AttentionCase(
         grid=dataclasses.replace(args.grid, text_after=args.text),
         heads=args.heads,
         head_dim=args.head_dim,
@@ -141,11 +142,11 @@ def run_render(args: argparse.Namespace) -> int:
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
-    generation.check_dense_steps(args, generation.steps_of(call, source))
-    pipe = generation.load(args, source, args.device)
+    generation.check_dense_steps(shared, steps_of(call, source))
+    pipe = generation.load(source, generation.load_options(args))
     result = bench_render(
         pipe,
-        generation.fit(call, pipe) | {"prompt": args.prompt},
+        fitted_call(call, pipe) | {"prompt": args.prompt},
         {name: shared | values for name, values in methods.items()},
         repeats=args.repeats,
         seed=args.seed,
@@ -156,12 +157,6 @@ def run_render(args: argparse.Namespace) -> int:
     rows += [_render_row(name, entry) for name, entry in result["variants"].items()]
     finish(args, result, rows)
     return 0
-
-
-def run_kernels(args: argparse.Namespace) -> int:
-    """Hand over to the kernel benchmark; returns the exit code."""
-    bench_kernels = importlib.import_module("diffpatch.eval.bench.kernels")
-    return int(bench_kernels.main(args.rest) or 0)
 
 
 def _render_row(name: str, entry: dict[str, Any]) -> list[str]:

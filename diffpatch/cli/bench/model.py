@@ -50,7 +50,7 @@ def add_parser(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure one forward of a model; returns the exit code."""
-    from diffpatch.eval.bench.attention import WrongResult
+    from diffpatch.eval.bench.checking import WrongResult
     from diffpatch.eval.bench.model import ModelCase, bench_model
 
     methods = chosen(args)

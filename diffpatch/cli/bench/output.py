@@ -11,7 +11,8 @@ import diffpatch
 from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import field_names, method_parameters
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
 
 
 def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -55,12 +56,12 @@ def times(seconds: dict[str, float]) -> list[str]:
 def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Sequence[str]]) -> None:
     """The table on stdout, the JSON where it was asked for."""
     if args.json == "-":
-        print(output.to_json(result), end="")
+        print(to_json(result), end="")
         return
     print(table(rows))
     environment = result["environment"]
     print(f"{environment['device']}, {environment['threads']} threads, "
           f"torch {environment['versions']['torch']}")  # fmt: skip
     if args.json is not None:
-        output.write_text(Path(args.json), output.to_json(result))
+        output.write_text(Path(args.json), to_json(result))
         print(f"wrote {args.json}")

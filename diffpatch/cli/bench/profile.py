@@ -8,7 +8,8 @@ from typing import Any
 
 from diffpatch.cli import arguments, output, progress
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
 from diffpatch.pipelines.running import loading
 
 EXAMPLES = """\
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         say=lambda text: progress.say(text, args.quiet),
     )
-    output.write_text(args.json, output.to_json(result))
+    output.write_text(args.json, to_json(result))
     found = device_costs.check(result)
     rows = [["method", "grid", "dtype", "head", "measured", "predicted", "off by"]]
     for row in found:

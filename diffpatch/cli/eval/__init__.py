@@ -13,9 +13,15 @@ from diffpatch.cli import arguments, bench, generation, output, progress
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.eval import vbench as eval_vbench
 from diffpatch.cli.eval.table import describe
-from diffpatch.cli.render.resume import Process
-from diffpatch.eval.processes import Team
+from diffpatch.eval.files import to_json
+from diffpatch.eval.processes import Process
 from diffpatch.pipelines.running import loading, sampling
+from diffpatch.pipelines.running.calls import (
+    DEMO_FPS,
+    fitted_call,
+    frames_per_second,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from diffpatch.eval.quality.scores import Tools
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, Any]) -> int:
-    text = output.to_json(result | ({"vbench": vbench} if vbench else {}))
+    text = to_json(result | ({"vbench": vbench} if vbench else {}))
     if args.json == "-":
         print(text, end="")
         return 0
@@ -142,17 +148,18 @@ def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         names = [str(path) for path in args.folders]
     folders = dict(zip(names, args.folders, strict=True))
     captions = None if args.captions is None else items.read_captions(args.captions)
-    team = Team(process.rank, process.count)
     if args.vbench_export is not None:
-        fps = float(args.fps or generation.DEMO_FPS)
-        eval_vbench.export_folders(args.vbench_export, folders, args.reference, captions, fps, team)
+        fps = float(args.fps or DEMO_FPS)
+        eval_vbench.export_folders(
+            args.vbench_export, folders, args.reference, captions, fps, process
+        )
     return evaluate.evaluate_folders(
         folders,
         args.reference,
         _tools(args, process.device(args.device)),
         floor=args.floor,
         captions=captions,
-        team=team,
+        process=process,
         say=_say(args, process),
     )
 
@@ -166,21 +173,23 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     shared = arguments.method_options(args)
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
-    generation.check_dense_steps(args, generation.steps_of(call, source))
+    generation.check_dense_steps(shared, steps_of(call, source))
     prompts, device = _prompts(args, source), process.device(args.device)
-    team, tools = Team(process.rank, process.count), _tools(args, device)
-    options: dict[str, Any] = {"seed": args.seed, "team": team, "say": _say(args, process)}
+    tools = _tools(args, device)
+    options: dict[str, Any] = {"seed": args.seed, "process": process, "say": _say(args, process)}
     if args.vbench_export is not None:
         if not source.is_video:
             raise UsageError(f"--vbench-export is for videos; {args.model} makes images")
-        fps = generation.frames_per_second(args, source)
+        fps = args.fps or frames_per_second(source)
         rows = ["dense", evaluate.ARITHMETIC, evaluate.NOISE, *methods]
-        options["keep"] = eval_vbench.Export.of(args.vbench_export, prompts, fps, rows, team).write
-    pipe = generation.load(args, source, device)
+        options["keep"] = eval_vbench.Export.of(
+            args.vbench_export, prompts, fps, rows, process
+        ).write
+    pipe = generation.load(source, generation.load_options(args) | {"device": device})
     applied = {name: shared | values for name, values in methods.items()}
     try:
         result = evaluate.evaluate_model(
-            pipe, generation.fit(call, pipe), prompts, applied, tools, **options
+            pipe, fitted_call(call, pipe), prompts, applied, tools, **options
         )
     except sampling.NonFiniteOutput as error:
         raise RunError(f"{error}; check the weights, or try --dtype bf16 or fp32") from error

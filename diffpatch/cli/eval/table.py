@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.cli.render.summary import table
+from diffpatch.eval.tables import table
 
 SCORES: tuple[tuple[str, str, str], ...] = (
     ("psnr", "PSNR", ".2f"),

@@ -15,10 +15,10 @@ import torch
 
 from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.render import sheets as media
-from diffpatch.cli.render.summary import table
-from diffpatch.eval.processes import Team
+from diffpatch.eval import files, media
+from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items, vbench
+from diffpatch.eval.tables import table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ class Export:
 
     @classmethod
     def of(
-        cls, folder: Path, prompts: Sequence[str], fps: float, rows: Sequence[str], team: Team
+        cls, folder: Path, prompts: Sequence[str], fps: float, rows: Sequence[str], process: Process
     ) -> Export:
         """Names for all prompts; a prompt that comes again gets the next index.
 
@@ -91,14 +91,14 @@ class Export:
             UsageError: there are clips of an earlier export, or there is no ffmpeg.
             VBenchError: a prompt cannot be a file name.
         """
-        if media.default_format(video=True) != "mp4":
+        if not media.has_ffmpeg():
             raise UsageError("--vbench-export writes mp4: pip install 'diffpatch[video]'")
         seen: Counter[str] = Counter()
         names = []
         for prompt in prompts:
             names.append(vbench.file_name(prompt, seen[prompt]))
             seen[prompt] += 1
-        export = cls(folder, dict(team.mine(list(enumerate(names)))), fps)
+        export = cls(folder, dict(process.mine(list(enumerate(names)))), fps)
         paths = [export.path(row, number) for row in rows for number in export.names]
         if taken := next((path for path in paths if path.exists()), None):
             raise UsageError(f"{taken} exists; choose another --vbench-export")
@@ -112,7 +112,7 @@ class Export:
     def write(self, row: str, number: int, frames: torch.Tensor) -> None:
         """A clip (F, 3, H, W) in [0, 1]."""
         path = self.path(row, number)
-        with output.staged(path.parent) as stage:
+        with files.staged(path.parent) as stage:
             media.save(media.to_images(frames), stage / path.name, self.fps)
 
     def copy(self, row: str, number: int, source: Path) -> None:
@@ -120,7 +120,7 @@ class Export:
         if source.suffix != ".mp4":
             return self.write(row, number, items.read_frames(source))
         path = self.path(row, number)
-        with output.staged(path.parent) as stage:
+        with files.staged(path.parent) as stage:
             shutil.copyfile(source, stage / path.name)
 
 
@@ -130,7 +130,7 @@ def export_folders(
     reference: Path,
     captions: Mapping[str, str] | None,
     fps: float,
-    team: Team,
+    process: Process,
 ) -> None:
     """Everything in the folders and the reference, under the prompts of the reference.
 
@@ -146,7 +146,7 @@ def export_folders(
             raise UsageError(f"--vbench-export: no prompt is known for {name}; give --captions")
         prompts.append(prompt)
     rows = {"reference": reference, **folders}
-    export = Export.of(folder, prompts, fps, list(rows), team)
+    export = Export.of(folder, prompts, fps, list(rows), process)
     numbers = {path: number for number, path in enumerate(dense.values())}
     for row, place in rows.items():
         for own, other in items.match(items.find_items(place), dense).values():

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 import diffpatch
-from diffpatch.cli import arguments, generation, output, progress
+from diffpatch.cli import arguments, generation, progress
 from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.cli.render import resume as shares
-from diffpatch.cli.render import sheets as media
-from diffpatch.cli.render import summary
-from diffpatch.cli.render.job import Job, Variant, check_variants, describe, plan, request
+from diffpatch.cli.render import sheets, summary
+from diffpatch.cli.render.job import Job, RenderVariant, check_variants, describe, plan, request
+from diffpatch.eval import media
 from diffpatch.eval.environment import environment
+from diffpatch.eval.files import staged, to_json
+from diffpatch.eval.processes import Process
 from diffpatch.pipelines.running import sampling
+from diffpatch.pipelines.running.calls import fitted_call
 
 EXAMPLES = """\
 examples:
@@ -59,7 +61,7 @@ def add_parser(commands: Any) -> None:
     again.add_argument("--overwrite", action="store_true", help="replace earlier results")
     again.add_argument("--resume", action="store_true", help="render only what is missing")
     group.add_argument(
-        "--format", choices=media.VIDEO_FORMATS,
+        "--format", choices=sheets.VIDEO_FORMATS,
         help="of the files (mp4, or webp without ffmpeg; png for images)",
     )  # fmt: skip
     group.add_argument("--fps", type=arguments.number(float, 0.1), help="frames per second")
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     variants = check_variants(args)
     texts = generation.prompts(args)
     progress.hush_libraries()
-    process = shares.Process.current()
+    process = Process.current()
     if args.json and process.count > 1:
         raise UsageError(
             f"--json prints one document and there are {process.count} processes; drop it and read"
@@ -86,50 +88,41 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe(job))
         return 0
-    args.device, printing = process.device(args.device), not (args.quiet or args.json)
-    args.quiet |= process.rank > 0  # one bar on a screen
     if not job.prompts:
-        progress.say("nothing is left to render", args.quiet)
-    results = render_all(args, job, printing) if job.prompts else []
+        progress.say("nothing is left to render", job.quiet)
+    results = render_all(job, printing=not (args.quiet or args.json)) if job.prompts else []
     if args.json:
-        print(output.to_json(results[0] if results and len(texts) == 1 else results), end="")
+        print(to_json(results[0] if results and len(texts) == 1 else results), end="")
     return 0
 
 
-def render_all(args: argparse.Namespace, job: Job, printing: bool) -> list[dict[str, Any]]:
+def render_all(job: Job, printing: bool) -> list[dict[str, Any]]:
     """Load the pipeline and render every prompt of the job; returns the results."""
-    pipe = load(args, job)
-    call = generation.fit(job.call, pipe)
+    progress.say(f"loading {job.source.name}", job.quiet)
+    pipe = generation.load(job.source, job.load)
+    call = fitted_call(job.call, pipe)
     # The method warms up first, so that settings that cannot work fail before the dense run.
     for variant in reversed(job.variants):
-        progress.say(f"warming up {variant.name}", args.quiet)
-        _warm_up(args, pipe, variant, call | {"prompt": job.prompts[0]})
+        progress.say(f"warming up {variant.name}", job.quiet)
+        _warm_up(job, pipe, variant, call | {"prompt": job.prompts[0]})
     results = []
     for prompt, folder in zip(job.prompts, job.folders, strict=True):
-        result = render(args, job, pipe, call | {"prompt": prompt}, folder)
+        result = render(job, pipe, call | {"prompt": prompt}, folder)
         results.append(result)
         if printing:
             print(summary.describe(result), flush=True)
     return results
 
 
-def load(args: argparse.Namespace, job: Job) -> Any:
-    """The pipeline, on its device."""
-    progress.say(f"loading {job.source.name}", args.quiet)
-    return generation.load(args, job.source, args.device)
-
-
-def render(
-    args: argparse.Namespace, job: Job, pipe: Any, call: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run every variant on one prompt and write its files; returns the result."""
     from diffpatch.internals import execution_device
 
     device = execution_device(pipe)
     samples, runs = {}, {}
     for variant in job.variants:
-        samples[variant.name], runs[variant.name] = _timed(args, pipe, variant, call, job.steps)
-    result = request(job, args, call["prompt"]) | {
+        samples[variant.name], runs[variant.name] = _timed(job, pipe, variant, call)
+    result = request(job, call["prompt"]) | {
         "pipeline": type(pipe).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(device),
@@ -139,7 +132,7 @@ def render(
         dense, fast = (variant.name for variant in job.variants)
         result["speedup"] = summary.speedup(runs[dense]["seconds"], runs[fast]["seconds"])
         result["quality"] = summary.quality(samples[fast], samples[dense])
-    result["measured"] = summary.MEASURED + (summary.COMPILED if args.compile else "")
+    result["measured"] = summary.MEASURED + (summary.COMPILED if job.compiled else "")
     result["environment"] = environment(device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
@@ -147,11 +140,11 @@ def render(
     return result
 
 
-def _warm_up(args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[str, Any]) -> None:
+def _warm_up(job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> None:
     # Two steps must show the method at work, so none of them is dense.
     with _explained(variant.name), variant.applied(pipe, dense_steps=0, dense_last_steps=0):
         try:
-            sampling.warm_up(pipe, call, args.seed)
+            sampling.warm_up(pipe, call, job.seed)
         except diffpatch.DiffpatchError:
             raise
         except ValueError as error:
@@ -160,15 +153,15 @@ def _warm_up(args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[s
 
 
 def _timed(
-    args: argparse.Namespace, pipe: Any, variant: Variant, call: dict[str, Any], steps: int | None
+    job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]
 ) -> tuple[sampling.Sample, dict[str, Any]]:
     """One measured run: what it made, and its entry in the result."""
     with _explained(variant.name), variant.applied(pipe):
-        if args.compile:  # compiled code belongs to this very patch
-            sampling.sample(pipe, call, args.seed)
+        if job.compiled:  # compiled code belongs to this very patch
+            sampling.sample(pipe, call, job.seed)
         kept = None if variant.is_dense else lambda: diffpatch.report(pipe).kept
-        with progress.steps(variant.name, steps, kept, args.quiet) as advance:
-            sample = sampling.sample(pipe, call, args.seed, advance)
+        with progress.steps(variant.name, job.steps, kept, job.quiet) as advance:
+            sample = sampling.sample(pipe, call, job.seed, advance)
         entry: dict[str, Any] = {"seconds": summary.timing(sample), "kept": 1.0}
         if not variant.is_dense:
             report = diffpatch.report(pipe)
@@ -198,17 +191,17 @@ def _write(
     """All files of one prompt, at once."""
     clips = {name: media.to_images(sample.frames) for name, sample in samples.items()}
     names = {key: path.name for key, path in job.files(folder).items()}
-    with output.staged(folder) as stage:
+    with staged(folder) as stage:
         for name, clip in clips.items():
             media.save(clip, stage / names[name], job.fps)
         if len(clips) > 1:
             labels = _labels(result)
-            pair = media.side_by_side(list(clips.values()), labels)
+            pair = sheets.side_by_side(list(clips.values()), labels)
             media.save(pair, stage / names["side_by_side"], job.fps)
             if "contact_sheet" in names:
-                sheet = media.contact_sheet(list(clips.values()), labels)
+                sheet = sheets.contact_sheet(list(clips.values()), labels)
                 media.save([sheet], stage / names["contact_sheet"], job.fps)
-        (stage / names["result"]).write_text(output.to_json(result), encoding="utf-8")
+        (stage / names["result"]).write_text(to_json(result), encoding="utf-8")
 
 
 def _labels(result: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from diffpatch import patched
 from diffpatch.cli import arguments, generation, output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.render import resume as shares
-from diffpatch.cli.render import sheets as media
+from diffpatch.cli.render import sheets
+from diffpatch.cli.render.resume import is_finished
+from diffpatch.eval.processes import Process
+from diffpatch.eval.tables import table
 from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import frames_per_second, settings_of, steps_of
 
 
 @dataclass(frozen=True)
-class Variant:
+class RenderVariant:
     """One way to run the pipeline: a method with its options, or dense."""
 
     name: str
@@ -39,18 +43,40 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a rendering needs besides the pipeline itself."""
+    """Everything a rendering needs besides the pipeline itself.
+
+    Attributes:
+        source: the pipeline, found but not loaded.
+        load: how it is loaded, as `load_pipeline` takes it.
+        variants: dense first, if it is asked for.
+        prompts: those of this process.
+        call: every other argument of the pipeline's call.
+        seed: of the noise.
+        steps: denoising steps; None if the pipeline does not tell.
+        fps: of the clips.
+        format: of the files.
+        folders: one a prompt.
+        quiet: whether nothing is told while it works.
+    """
 
     source: loading.Source
-    variants: list[Variant]
+    load: Mapping[str, Any]
+    variants: list[RenderVariant]
     prompts: list[str]
     call: dict[str, Any]
+    seed: int
     steps: int | None
     fps: float
     format: str
     folders: list[Path]
+    quiet: bool = False
 
-    def only(self, which: list[int]) -> Job:
+    @property
+    def compiled(self) -> bool:
+        """Whether the denoiser is compiled."""
+        return bool(self.load["compile"])
+
+    def only(self, which: Sequence[int]) -> Job:
         """The same for some of its prompts."""
         prompts, folders = [self.prompts[i] for i in which], [self.folders[i] for i in which]
         return dataclasses.replace(self, prompts=prompts, folders=folders)
@@ -59,19 +85,19 @@ class Job:
         """What is written for one prompt."""
         video = self.source.is_video
         stems = {v.name: v.name.replace("+", "_") for v in self.variants}
-        names = {name: media.file_name(stem, self.format, video) for name, stem in stems.items()}
+        names = {name: sheets.file_name(stem, self.format, video) for name, stem in stems.items()}
         if len(self.variants) > 1:
             pair = f"{stems[self.variants[-1].name]}_vs_dense"
-            names["side_by_side"] = media.file_name(pair, self.format, video)
+            names["side_by_side"] = sheets.file_name(pair, self.format, video)
             if video:
                 names["contact_sheet"] = f"{pair}.png"
         names["result"] = "render.json"
         return {key: folder / name for key, name in names.items()}
 
 
-def check_variants(args: argparse.Namespace) -> list[Variant]:
+def check_variants(args: argparse.Namespace) -> list[RenderVariant]:
     """What to run, in order: dense first if asked for; checks the method and its parameters."""
-    dense = Variant("dense", {})
+    dense = RenderVariant("dense", {})
     if args.method == "dense":
         if args.set or args.quality:
             option = "--set" if args.set else "--quality"
@@ -80,12 +106,12 @@ def check_variants(args: argparse.Namespace) -> list[Variant]:
             )
         return [dense]
     parameters = method_parameters(args.method, args.set)
-    fast = Variant(args.method, arguments.method_options(args) | parameters)
+    fast = RenderVariant(args.method, arguments.method_options(args) | parameters)
     return [dense, fast] if args.compare == "dense" else [fast]
 
 
 def plan(
-    args: argparse.Namespace, variants: list[Variant], texts: list[str], process: shares.Process
+    args: argparse.Namespace, variants: list[RenderVariant], texts: list[str], process: Process
 ) -> Job:
     """Everything that can be found out, and go wrong, before weights are loaded.
 
@@ -94,53 +120,60 @@ def plan(
     """
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
-    steps = generation.steps_of(call, source)
-    generation.check_dense_steps(args, steps)
-    form = args.format or media.default_format(source.is_video)
-    media.check_format(form, source.is_video)
+    steps = steps_of(call, source)
+    generation.check_dense_steps(vars(args), steps)
+    form = args.format or sheets.default_format(source.is_video)
+    sheets.check_format(form, source.is_video)
     folders = [args.output]
     if len(texts) > 1:
         folders = [args.output / f"{i:03d}-{_slug(text)}" for i, text in enumerate(texts, 1)]
-    fps = generation.frames_per_second(args, source)
-    job = Job(source, variants, texts, call, steps, fps, form, folders)
-    job = job.only(process.share(len(texts)))
+    job = Job(
+        source=source,
+        load=generation.load_options(args) | {"device": process.device(args.device)},
+        variants=variants,
+        prompts=texts,
+        call=call,
+        seed=args.seed,
+        steps=steps,
+        fps=args.fps or frames_per_second(source),
+        format=form,
+        folders=folders,
+        quiet=args.quiet or process.rank > 0,  # one bar on a screen
+    ).only(process.mine(range(len(texts))))
     if args.resume:
-        return job.only([i for i in range(len(job.prompts)) if not _is_finished(job, args, i)])
+        return job.only([i for i in range(len(job.prompts)) if not _is_finished(job, i)])
     files = [path for folder in job.folders for path in job.files(folder).values()]
     output.check_free(files, args.overwrite)
     return job
 
 
-def request(job: Job, args: argparse.Namespace, prompt: str) -> dict[str, Any]:
+def request(job: Job, prompt: str) -> dict[str, Any]:
     """What was asked for, as the result file says it."""
     return {
         "prompt": prompt,
-        "seed": args.seed,
+        "seed": job.seed,
         "model": job.source.name,
-        "settings": generation.settings(job.call, job.source),
-        "options": {n: getattr(args, n) for n in ("offload", "vae_tiling", "compile")},
+        "settings": settings_of(job.call, job.source),
+        "options": {name: job.load[name] for name in ("offload", "vae_tiling", "compile")},
     }
 
 
-def _is_finished(job: Job, args: argparse.Namespace, index: int) -> bool:
+def _is_finished(job: Job, index: int) -> bool:
     runs = {v.name: v.options for v in job.variants}
-    return shares.is_finished(
-        job.files(job.folders[index]), request(job, args, job.prompts[index]), runs
-    )
+    return is_finished(job.files(job.folders[index]), request(job, job.prompts[index]), runs)
 
 
 def describe(job: Job) -> str:
     """What a dry run prints: the call, the variants and the files."""
     rows = [["model", f"{job.source.name} ({job.source.pipeline.__name__})"]]
-    rows += [[key, str(value)] for key, value in generation.settings(job.call, job.source).items()]
+    rows += [[key, str(value)] for key, value in settings_of(job.call, job.source).items()]
     for variant in job.variants:
         given = {key: value for key, value in variant.options.items() if value is not None}
         rows.append(["run", " ".join([variant.name, *(f"{k}={v}" for k, v in given.items())])])
     for prompt, folder in zip(job.prompts, job.folders, strict=True):
         rows.append(["prompt", prompt])
         rows += [["file", str(path)] for path in job.files(folder).values()]
-    width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in rows)
+    return table(rows, left=2)
 
 
 def _slug(text: str) -> str:

@@ -1,55 +1,14 @@
-"""Many prompts over many processes and many attempts: which of them are left for this process.
-
-Started by ``accelerate launch`` or ``torchrun``, processes take turns in the list of prompts, each
-on the accelerator of its own local rank. Nothing is exchanged: every prompt has a folder of its
-own, whose files appear whole or not at all.
-"""
+"""Whether an earlier attempt at a rendering finished, and was asked for the same."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of the processes that share a command.
-
-    Attributes:
-        rank: its number, from 0.
-        count: how many there are.
-        local_rank: its number on this machine.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def current(cls, environment: Mapping[str, str] = os.environ) -> Process:
-        """This process, as its launcher describes it; alone without one."""
-        rank, count = (int(environment.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-        return cls(rank, count, int(environment.get("LOCAL_RANK", rank)))
-
-    def device(self, asked: str | None) -> str | None:
-        """The device asked for, or this process's own accelerator where there are several."""
-        accelerator = torch.accelerator.current_accelerator()
-        if asked is not None or self.count == 1 or accelerator is None:
-            return asked
-        return f"{accelerator.type}:{self.local_rank}"
-
-    def share(self, total: int) -> list[int]:
-        """Which of so many prompts are rendered here."""
-        return list(range(self.rank, total, self.count))
+from diffpatch.eval.files import to_json
 
 
 def is_finished(
@@ -69,7 +28,7 @@ def is_finished(
         return False
     result = json.loads(files["result"].read_text(encoding="utf-8"))
     result["runs"] = {name: run.get("options", {}) for name, run in result["runs"].items()}
-    wanted = json.loads(output.to_json({**expected, "runs": runs}))
+    wanted = json.loads(to_json({**expected, "runs": runs}))
     other = next((key for key in wanted if result.get(key) != wanted[key]), None)
     if other is not None:
         raise UsageError(

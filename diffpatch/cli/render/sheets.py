@@ -1,17 +1,14 @@
-"""Frames to files: video, animation or images, side by side and as a contact sheet."""
+"""Pictures of a rendering: the names of its files, clips side by side, a contact sheet."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffpatch.cli.errors import UsageError
+from diffpatch.eval.media import has_ffmpeg
 
 VIDEO_FORMATS = ("mp4", "gif", "webp", "apng", "png")
 IMAGE_FORMATS = ("png", "webp")
@@ -25,7 +22,7 @@ def default_format(video: bool) -> str:
     """mp4 where ffmpeg came with the `video` extra, else webp; png for images."""
     if not video:
         return "png"
-    return "mp4" if _has_ffmpeg() else "webp"
+    return "mp4" if has_ffmpeg() else "webp"
 
 
 def check_format(name: str, video: bool) -> None:
@@ -34,38 +31,10 @@ def check_format(name: str, video: bool) -> None:
     if name not in known:
         kind = "videos" if video else "images"
         raise UsageError(f"--format {name} cannot hold {kind}; choose one of {', '.join(known)}")
-    if name == "mp4" and not _has_ffmpeg():
+    if name == "mp4" and not has_ffmpeg():
         raise UsageError(
             "--format mp4 needs ffmpeg: pip install 'diffpatch[video]', or choose --format webp"
         )
-
-
-def to_images(frames: torch.Tensor) -> list[Image.Image]:
-    """Frames (F, 3, H, W) in [0, 1] as pictures."""
-    pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels.cpu()]
-
-
-def save(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """Write pictures in the format that the suffix of the path names; without one, as a folder."""
-    if len(images) == 1 and path.suffix in (".png", ".webp"):
-        images[0].save(path, lossless=True)
-    elif path.suffix == ".mp4":
-        _save_mp4(images, path, fps)
-    elif path.suffix:
-        options: dict[str, dict[str, Any]] = {".webp": {"quality": 90, "method": 4}}
-        images[0].save(
-            path,
-            save_all=True,
-            append_images=images[1:],
-            duration=round(1000 / fps),
-            loop=0,
-            **options.get(path.suffix, {}),
-        )
-    else:
-        path.mkdir()
-        for number, image in enumerate(images):
-            image.save(path / f"{number:04d}.png")
 
 
 def file_name(stem: str, format: str, video: bool) -> str:
@@ -122,27 +91,3 @@ def _font(text: str, width: int, bar: int) -> ImageFont.FreeTypeFont | ImageFont
         size -= 1
         font = ImageFont.load_default(size)
     return font
-
-
-def _save_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    from diffusers.utils.export_utils import export_to_video
-
-    # Pictures, as export_to_video inverts uint8 arrays; even sizes, as it rescales others.
-    even = [_even(image) for image in images]
-    rate: Any = fps  # annotated as int there; fractions work
-    export_to_video(even, str(path), fps=rate, quality=8, macro_block_size=2)
-
-
-def _even(image: Image.Image) -> Image.Image:
-    """The picture with its last row and column repeated where a side is odd."""
-    width, height = image.size
-    if width % 2 == 0 and height % 2 == 0:
-        return image
-    out = Image.new("RGB", (width + width % 2, height + height % 2))
-    for x, y in ((width % 2, height % 2), (0, height % 2), (width % 2, 0), (0, 0)):
-        out.paste(image, (x, y))
-    return out
-
-
-def _has_ffmpeg() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("imageio", "imageio_ffmpeg"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from diffpatch.eval.quality.metrics import Score, psnr, ssim
-from diffpatch.pipelines.running.sampling import Sample
+from diffpatch.eval.tables import table
+from diffpatch.pipelines.running.sampling import CLOCKS, Sample
 
 MEASURED = (
     "Wall-clock seconds, with the device synchronised before every reading. denoising: all steps, "
@@ -24,12 +23,10 @@ QUALITY = (
 
 def timing(sample: Sample) -> dict[str, Any]:
     """The times of one run."""
-    steps = sample.step_seconds
+    found = {name: sample.clocks.get(name) for name in CLOCKS}
     times: dict[str, Any] = {
-        "total": round(sample.total_seconds, 4),
-        "denoising": round(sum(steps), 4) if steps else None,
-        "step_median": round(median(steps), 4) if steps else None,
-        "steps": [round(seconds, 4) for seconds in steps],
+        **{name: None if value is None else round(value, 4) for name, value in found.items()},
+        "steps": [round(seconds, 4) for seconds in sample.step_seconds],
     }
     if sample.peak_bytes is not None:
         times["peak_gib"] = round(sample.peak_bytes / 2**30, 3)
@@ -57,23 +54,8 @@ def quality(sample: Sample, reference: Sample) -> dict[str, Any]:
 def speedup(dense: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
     """How many times faster, by each of the clocks."""
     return {
-        name: round(dense[name] / fast[name], 3)
-        for name in ("total", "denoising", "step_median")
-        if dense[name] and fast[name]
+        name: round(dense[name] / fast[name], 3) for name in CLOCKS if dense[name] and fast[name]
     }
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns: the first `left` of them to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def describe(result: dict[str, Any]) -> str:

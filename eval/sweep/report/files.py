@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.sweep.report.summary import KD, MEASURED, METRICS, QUALITY, Row, Summary
-from diffpatch.eval.sweep.store import write_json, write_text
+from diffpatch.eval.files import write_json, write_text
+from diffpatch.eval.sweep.report.page import page
+from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Row, Summary
+from diffpatch.eval.sweep.report.table import cells, circumstances, columns
+from diffpatch.eval.tables import table
 
 
 def write_reports(summary: Summary, folder: Path) -> list[Path]:
     """Write every report into the folder of the sweep; returns their paths."""
-    from diffpatch.eval.sweep.report.page import page
-
     texts = {
         "report.html": page(summary, folder),
         "summary.md": markdown(summary),
@@ -28,55 +29,14 @@ def write_reports(summary: Summary, folder: Path) -> list[Path]:
     return [folder / name for name in (*texts, "summary.json")]
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """The headings of a table of these rows; what nobody measured has no column."""
-    found = ["method", "kept", "time", "speedup", "denoising"]
-    if any(row.facts.get("wanted") is not None for row in rows):
-        found.insert(1, "wanted")
-    if any(row.peak_gib is not None for row in rows):
-        found.append("GiB")
-    if any(row.attention_error is not None for row in rows):
-        found.append("attention error")
-    known = {key for row in rows for key in row.quality}
-    found += [metric.heading for key, metric in METRICS.items() if key in known]
-    if any("kd" in row.distances for row in rows):
-        found.append(KD)
-    return [*found, "runs"]
-
-
-def cells(row: Row, headings: Sequence[str]) -> list[str]:
-    """One line of a table."""
-    values: dict[str, str] = {
-        "method": row.label,
-        "wanted": _number(row.facts.get("wanted"), "{:.0%}"),
-        "kept": f"{row.kept:.1%}",
-        "time": _number(row.seconds.get("total", {}).get("median"), "{:.2f} s"),
-        "speedup": _number(row.speedup.get("total", {}).get("median"), "{:.2f}×"),
-        "denoising": _number(row.speedup.get("denoising", {}).get("median"), "{:.2f}×"),
-        "GiB": _number(row.peak_gib, "{:.2f}"),
-        "attention error": _number(row.attention_error, "{:.1%}"),
-        KD: _number(row.distances.get("kd"), "{:.2f}", 1000),
-        "runs": str(row.runs),
-    }
-    for key, metric in METRICS.items():
-        values[metric.heading] = _number(row.quality.get(key), metric.form)
-    return [values[heading] for heading in headings]
-
-
 def describe(summary: Summary) -> str:
     """Tables and verdicts for a terminal."""
     lines = []
     for verdict in summary.verdicts:
         rows = [row for row in summary.rows if row.setting == verdict.setting]
         headings = columns(rows)
-        table = [headings, *(cells(row, headings) for row in rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(headings))]
-        lines.append(verdict.setting)
-        for line in table:
-            padded = [line[0].ljust(widths[0])]
-            padded += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            lines.append("  ".join(padded).rstrip())
-        lines += [verdict.text, verdict.rule, ""]
+        shown = table([headings, *(cells(row, headings) for row in rows)])
+        lines += [verdict.setting, shown, verdict.text, verdict.rule, ""]
     return "\n".join(lines[:-1])
 
 
@@ -96,21 +56,6 @@ def markdown(summary: Summary) -> str:
     if summary.failures or summary.missing:
         lines += [f"{len(summary.failures)} runs failed, {summary.missing} are missing.", ""]
     return "\n".join(lines)
-
-
-def circumstances(summary: Summary) -> str:
-    """Device, versions and commits, in one sentence each."""
-    found = dict.fromkeys(_circumstances(result) for result in summary.results)
-    return " ".join(found)
-
-
-def _circumstances(result: dict[str, Any]) -> str:
-    about = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['device']}, {about['threads']} threads, {result['dtype']}; {versions};"
-        f" commit {about['commit'] or 'unknown'}."
-    )
 
 
 def comma_separated(summary: Summary) -> str:
@@ -158,10 +103,6 @@ def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
         "diffpatch": about["versions"].get("diffpatch"),
         "commit": about["commit"],
     }
-
-
-def _number(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else form.format(scale * value)
 
 
 def _escape(text: str) -> str:

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.sweep.report.clips import TYPES, find_clip
-from diffpatch.eval.sweep.report.files import cells, circumstances, columns
+from diffpatch.eval.media import TYPES, find_clip
 from diffpatch.eval.sweep.report.plot import colours, pareto
 from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Row, Summary, Verdict
+from diffpatch.eval.sweep.report.table import cells, circumstances, columns
 
 HERE = Path(__file__).parent
 MOST_CLIPS = 64 * 2**20  # bytes of clips in one page; the rest stays in the folder

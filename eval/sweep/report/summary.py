@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from diffpatch.eval.bench.attention import spread
+from diffpatch.eval.files import read_json
+from diffpatch.eval.medians import quartiles
 from diffpatch.eval.sweep.scores import set_distances
-from diffpatch.eval.sweep.store import read_json
+from diffpatch.pipelines.running.sampling import CLOCKS
 
 
 class Metric(NamedTuple):
@@ -29,7 +30,6 @@ METRICS = {
 }
 KD = "KD ×1000"
 
-CLOCKS = ("total", "denoising", "step_median")
 MEASURED = (
     "Times are wall-clock seconds of whole pipeline calls (total) or of their denoising steps, the"
     " device synchronised before every reading; medians over prompts and seeds. Every method was"
@@ -276,7 +276,7 @@ def _ranked(row: Row, rows: Sequence[Row]) -> Row:
 
 def _spreads(clocks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     known = [name for name in CLOCKS if clocks and all(c.get(name) is not None for c in clocks)]
-    return {name: spread([clock[name] for clock in clocks]) for name in known}
+    return {name: quartiles([clock[name] for clock in clocks]) for name in known}
 
 
 def _mean_by_key(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,126 @@
+"""`diffpatch bench kernels`: the block-sparse kernels alone, at the shapes of known models."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffpatch.cli import output, progress
+from diffpatch.cli.arguments import fraction, number
+from diffpatch.eval.bench.kernels import bench_kernels, reason_of
+from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL
+from diffpatch.eval.bench.variants import LAYOUTS, LOADS
+from diffpatch.eval.files import to_json
+from diffpatch.eval.tables import table
+from diffpatch.pipelines.running.loading import DTYPES, choose_device
+
+EXAMPLES = """\
+examples:
+  diffpatch bench kernels --device cuda --limit-seconds 480 --json kernels.json
+  diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8 --gluon
+"""
+COLUMNS = (
+    "shape", "dtype", "backend", "tokens", "kept", "ms", "speedup", "TFLOP/s", "of bound",
+    "host ms",
+)  # fmt: skip
+
+
+def add_parser(kinds: Any) -> None:
+    """Add the command to `diffpatch bench`."""
+    parser = kinds.add_parser(
+        "kernels",
+        help="the kernels alone",
+        description="Time the block-sparse kernels at the shapes of known models, in turns with\n"
+        "dense attention and what others ship, after checking the results.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="(bf16)"
+    )
+    parser.add_argument(
+        "--kept", nargs="*", type=fraction, help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU"
+    )
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
+    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
+    parser.add_argument("--gluon", action="store_true", help="and the kernel made for Hopper")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="rounds (5)")
+    parser.add_argument(
+        "--limit-seconds",
+        type=number(float, 1),
+        metavar="S",
+        help="begin no row that may end later",
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="JSON to a file, which has every row as soon as it is measured, or - for stdout",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit code, 1 if something was wrong or failed."""
+    small = choose_device(args.device).type == "cpu"
+    file = None if args.json in (None, "-") else Path(args.json)
+    result = bench_kernels(
+        args.device,
+        args.shapes or (SMALL if small else LARGE),
+        dtypes=args.dtype,
+        kept=(() if small else KEPT) if args.kept is None else args.kept,
+        layouts=args.layout,
+        loads=args.loads,
+        int8=args.int8,
+        gluon=args.gluon,
+        repeats=args.repeats,
+        limit_seconds=args.limit_seconds,
+        say=lambda text: progress.say(text, args.quiet),
+        save=partial(_write, file) if file else lambda result: None,
+    )
+    print(to_json(result) if args.json == "-" else describe(result))
+    if file:
+        print(f"wrote {file}")
+    every = [each for row in result["rows"] for each in (row, *row.get("sparse", {}).values())]
+    return int(any("failed" in each for each in every))
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    output.write_text(file, to_json(result))
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Everything measured as a table, and below it why something has no speed."""
+    rows, reasons = [list(COLUMNS)], []
+    for row in result["rows"]:
+        name = f"{row['shape']}, {row['dtype']}"
+        if reason := reason_of(row):
+            wanted = "" if row["wanted"] is None else f", {row['wanted']:.1%} kept"
+            reasons.append(f"{name}{wanted}: {reason}")
+            continue
+        start = [row["shape"], row["dtype"]]
+        sizes = [str(row["tokens"]), f"{row['kept']:.3f}"]
+        dense = [f"{1e3 * row['dense_seconds']['median']:.2f}", "1.00"]
+        rows.append([*start, "dense", *sizes, *dense, f"{row['dense_tflops']:.2f}", "", ""])
+        for backend, entry in row["sparse"].items():
+            if reason := reason_of(entry):
+                reasons.append(f"{name}, {row['kept']:.1%} kept, {backend}: {reason}")
+            else:
+                rows.append([*start, backend, *sizes, *_numbers(entry)])
+        permuting = f"{1e3 * row['permuting']['median']:.2f}"
+        rows.append([*start, "(permuting)", *sizes, permuting, "", "", "", ""])
+    return "\n".join([table(rows, left=3), *reasons])
+
+
+def _numbers(entry: dict[str, Any]) -> list[str]:
+    host = entry["host_seconds"]
+    return [
+        f"{1e3 * entry['seconds']['median']:.2f}",
+        f"{entry['speedup']['median']:.2f}",
+        f"{entry['tflops']:.2f}",
+        f"{entry['of_bound']:.0%}",
+        "" if host is None else f"{1e3 * host:.2f}",
+    ]
