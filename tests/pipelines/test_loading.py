@@ -137,7 +137,7 @@ def test_sampling_times_every_step_and_repeats_itself() -> None:
     assert torch.equal(runs[0].frames, runs[1].frames)
     assert runs[0].frames.shape == (9, 3, 32, 64)
     assert len(runs[0].step_seconds) == 2
-    assert runs[0].denoising_seconds == sum(runs[0].step_seconds)
+    assert runs[0].clocks["denoising"] == sum(runs[0].step_seconds)
     assert 0 < sum(runs[0].step_seconds) < runs[0].total_seconds
     assert not model.pipe.transformer._forward_pre_hooks
 
