@@ -13,10 +13,10 @@ from itertools import product
 
 import torch
 
-from diffpatch.kernels.block_sparse.api import block_sparse_attention
-from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.eval.bench.case import Tensors
 from diffpatch.eval.bench.timing import Call
+from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support
 
