@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Call, Method, MethodLike, make_method
@@ -180,7 +180,7 @@ class EngineAttention:
         if pattern.kept >= 1 and not self.method.dynamic:
             return "pattern keeps everything"
         blocks = pattern.on(q.device)
-        return block_sparse.unsupported_reason(q, blocks, self.backend) or pattern
+        return backends.unsupported_reason(q, blocks, self.backend) or pattern
 
     def _state(self, place: Place, grid: TokenGrid | str) -> dict[str, Any]:
         if not self.method.needs_steps:

@@ -213,7 +213,8 @@ def sample(
     def loop(x: torch.Tensor) -> torch.Tensor:
         for now, then in itertools.pairwise(levels):
             step = torch.zeros_like(x)
-            parts: list[Any] = [*(windows or [None])]
+            everything: list[Any] = [None]
+            parts = windows or everything
             for frames in parts:
                 part = x if frames is None else x[:, :, frames]
                 moved = (now - then) * evaluate(part, now, frames)
