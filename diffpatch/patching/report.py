@@ -23,6 +23,9 @@ class Record:
     by_layer: dict[tuple[str, int], list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
+    by_place: dict[tuple[int, str, int], list[float]] = field(
+        default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
+    )
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
 
     def add(
@@ -45,7 +48,8 @@ class Record:
     def _count(self, where: str, layer: int, step: int, pairs: float, kept: float) -> None:
         self.pairs += pairs
         self.kept_pairs += pairs * kept
-        for bucket in (self.by_step[step], self.by_layer[(where, layer)]):
+        place = self.by_place[(step, where, layer)]
+        for bucket in (self.by_step[step], self.by_layer[(where, layer)], place):
             bucket[0] += pairs
             bucket[1] += pairs * kept
 
@@ -54,6 +58,12 @@ class Record:
         for where, layer, step, pairs, kept in self.waiting:
             self._count(where, layer, step, pairs, float(kept))
         self.waiting.clear()
+
+    def kept_map(self) -> list[list[float | None]]:
+        """Kept fraction by step and, in each, by layer."""
+        places = {place: kept / all_ for place, (all_, kept) in self.by_place.items()}
+        layers = sorted(self.by_layer)
+        return [[places.get((step, *layer)) for layer in layers] for step in sorted(self.by_step)]
 
     @classmethod
     def joined(cls, records: Mapping[str, Record]) -> Record:
@@ -67,6 +77,7 @@ class Record:
             out.reasons += one.reasons
             out.backends += one.backends
             out.by_layer |= {(name, layer): both for (_, layer), both in one.by_layer.items()}
+            out.by_place |= {(s, name, layer): b for (s, _, layer), b in one.by_place.items()}
             for step, (pairs, kept) in one.by_step.items():
                 out.by_step[step][0] += pairs
                 out.by_step[step][1] += kept
@@ -89,6 +100,8 @@ class Report:
         layers: patched attention layers, over all transformers.
         kept_per_step: kept fraction of every step.
         kept_per_layer: kept fraction of every layer.
+        kept_map: kept fraction of every layer in every step; None where a layer did not run, as
+            one of two experts.
         state_bytes: memory held across steps.
     """
 
@@ -102,6 +115,7 @@ class Report:
     layers: int
     kept_per_step: list[float]
     kept_per_layer: dict[str, float]
+    kept_map: list[list[float | None]]
     state_bytes: int = 0
 
     @classmethod
@@ -122,6 +136,7 @@ class Report:
                 f"{where}.{layer}": kept / all_
                 for (where, layer), (all_, kept) in sorted(record.by_layer.items())
             },
+            kept_map=record.kept_map(),
             state_bytes=state_bytes,
         )
 

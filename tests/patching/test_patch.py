@@ -83,9 +83,14 @@ def test_the_report_says_what_was_computed(tiny: Tiny) -> None:
 
 def test_dense_layers_stay_dense() -> None:
     tiny = wan(layers=3)
+    with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=1, dense_layers=[1]):
+        tiny.run()
+        by_step = diffpatch.report(tiny.pipe).kept_map
     with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=0, dense_layers=[1]):
         tiny.run()
         per_layer = diffpatch.report(tiny.pipe).kept_per_layer
+    assert by_step[0] == [1.0, 1.0, 1.0]
+    assert by_step[1] == list(per_layer.values()) == by_step[-1]
     assert per_layer["transformer.1"] == 1.0
     assert per_layer["transformer.0"] == per_layer["transformer.2"] < 1
 
@@ -97,6 +102,8 @@ def test_both_experts_share_one_step_count() -> None:
         report = diffpatch.report(tiny.pipe)
     assert report.steps == 4 and report.layers == 4
     assert [k == 1.0 for k in report.kept_per_step] == [True, True, False, False]
+    seen = [[kept is not None for kept in layers] for layers in report.kept_map]
+    assert [sum(layers) for layers in seen] == [2] * 4 and seen[0] != seen[-1]  # an expert at once
 
 
 def test_the_output_equals_diffusers_own_attention_with_the_same_mask(
