@@ -10,8 +10,9 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.gpu.device import on_device_of
-from diffpatch.methods.base import Call, Method, MethodLike, make_method
+from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
+from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching import composition
 from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
@@ -33,6 +34,7 @@ def attention(
     scale: float | None = None,
     layer: int = 0,
     step: int = 0,
+    branch: int = 0,
     backend: str = "auto",
     state: dict[str, Any] | None = None,
     **params: Any,
@@ -48,6 +50,7 @@ def attention(
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.
+        branch: guidance branch, for methods that treat them apart.
         backend: "auto", "triton", "torch", "reference", or "triton-int8", "torch-int8", "gluon" as
             `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         state: a dictionary of yours for each layer and guidance branch, for methods that carry
@@ -69,6 +72,14 @@ def attention(
             " those of one sequence"
         )
     pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
-    call = Call(pattern, scale, backend=backend, step=step, state={} if state is None else state)
+    call = AttentionCall(
+        pattern,
+        scale,
+        backend=backend,
+        step=step,
+        state={} if state is None else state,
+        layer=layer,
+        branch=branch,
+    )
     with on_device_of(q):
         return method.attend(q, k, v, call).out

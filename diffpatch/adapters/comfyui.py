@@ -42,7 +42,7 @@ import torch
 
 from diffpatch.adapters.engine import EngineAttention, Place, Told
 from diffpatch.errors import BadParameter, DiffpatchError
-from diffpatch.methods.base import list_methods, make_method
+from diffpatch.methods.registry import list_methods, make_method
 from diffpatch.patterns.grid import TokenGrid
 
 logger = logging.getLogger(__name__)

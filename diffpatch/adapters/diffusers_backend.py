@@ -42,7 +42,8 @@ from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from diffpatch import internals
 from diffpatch.adapters.engine import EngineAttention, Place, Told
 from diffpatch.errors import BadParameter, DiffpatchError
-from diffpatch.methods.base import Method, MethodLike
+from diffpatch.methods.base import Method
+from diffpatch.methods.registry import MethodLike
 from diffpatch.patterns.grid import TokenGrid
 
 _MODEL: Any = ModelMixin

@@ -21,7 +21,8 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import neutral
-from diffpatch.methods.base import Call, Method, MethodLike, make_method
+from diffpatch.methods.base import AttentionCall, Method
+from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching import composition
 from diffpatch.patching.schedule import Amount, BoundSchedule, Schedule
 from diffpatch.patterns.grid import TokenGrid
@@ -134,7 +135,9 @@ class EngineAttention:
             logger.info("%s attention on %s, %.3f kept", self.method.name, grid, found.kept)
         self.reasons[""] += 1
         state = self._state(place, grid)
-        call = Call(found, scale, key_mask, self.backend, place.step, place.steps, state)
+        call = AttentionCall(
+            found, scale, key_mask, self.backend, place.step, place.steps, state, layer=place.layer
+        )
         with on_device_of(q):
             out = self.method.attend(q, k, v, call).out
         self._check_state()

@@ -9,7 +9,7 @@ from typing import Any
 import diffpatch
 from diffpatch.cli import arguments
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.parameters import field_names, method_parameters
+from diffpatch.cli.parameters import method_parameters
 from diffpatch.eval.files import to_json
 from diffpatch.eval.tables import table
 from diffpatch.patterns.drawing import KINDS
@@ -136,7 +136,7 @@ def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:
 def _comparable() -> list[str]:
     """Every method, and those that wrap another one over radial and neighborhood."""
     known = diffpatch.list_methods()
-    wrappers = [n for n, info in known.items() if "over" in field_names(info.cls)]
+    wrappers = [n for n, info in known.items() if info.wraps]
     plain = [n for n in known if n not in wrappers and n != "dense"]
     return plain + [f"{n}+{w}" for w in wrappers for n in ("radial", "neighborhood")]
 

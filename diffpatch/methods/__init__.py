@@ -1,11 +1,12 @@
 """The methods, one file each, and their registry."""
 
-from diffpatch.methods.base import Method, MethodInfo, list_methods, make_method, register
+from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
 from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.neighborhood import Neighborhood
 from diffpatch.methods.radial.method import Radial
+from diffpatch.methods.registry import MethodInfo, list_methods, make_method, register
 from diffpatch.methods.sliding_tile import SlidingTile
 from diffpatch.methods.temporal.method import Temporal
 from diffpatch.methods.window import Window

@@ -1,15 +1,15 @@
-"""What a method is, and the registry of all of them."""
+"""What a method is, and what it sees of one attention call."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
-from diffpatch.errors import BadParameter, UnknownMethod, choices
+from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
 from diffpatch.kernels.block_sparse.work import Work, work_of
@@ -18,7 +18,7 @@ from diffpatch.patterns.pattern import BlockPattern
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One attention call, as a method sees it.
 
     Attributes:
@@ -30,6 +30,8 @@ class Call:
         total: model evaluations in the run; None where nothing tells.
         state: what the method keeps for this layer and guidance branch; it dies with the run.
         learned: what the layer learned, from the method's file of weights; empty without one.
+        layer: number of the layer among those that are patched, from 0.
+        branch: number of the transformer's forward in its step, from 0: the guidance branch.
     """
 
     pattern: BlockPattern
@@ -40,6 +42,8 @@ class Call:
     total: int | None = None
     state: dict[str, Any] = field(default_factory=dict)
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    layer: int = 0
+    branch: int = 0
 
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None
@@ -79,22 +83,64 @@ class Method:
 
     A static method overrides `pattern`; one whose pattern changes with the layer or the denoising
     step also overrides `variant`, which says what of the two the pattern really depends on, so that
-    patterns can be cached. A method that does more than skip overrides `attend`.
+    patterns can be cached. A method that does more than skip overrides `attend`, and says
+    ``only_skips = False`` beside it.
+
+    What a method says of itself are class attributes, such as ``kinds = ("video",)``, or properties
+    where it depends on a parameter.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]] = ("video", "image")  # what it makes sense for
-    needs_steps: ClassVar[bool] = False  # whether it carries something from step to step
-    dynamic: ClassVar[bool] = False  # whether calls leave out more than their pattern does
-    # How to hold less than `state_limit`.
-    state_advice: ClassVar[str] = "keep more layers dense, or use another method"
-    # What patch() uses when the caller and the family say nothing: the policy of the source.
-    default_dense_steps: ClassVar[int | float] = 0
-    default_dense_layers: ClassVar[int | float] = 0
-    # What says how much is kept; a quality level leaves a method alone where one of them is given.
-    kept_parameters: ClassVar[tuple[str, ...]] = ("kept",)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "attend" in vars(cls) and "only_skips" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} defines attend: write beside it only_skips = False, or True if it"
+                " computes the softmax over the pattern and nothing else"
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it makes sense for: "video", "image", or both."""
+        return ("video", "image")
+
+    @property
+    def only_skips(self) -> bool:
+        """Whether a call is the softmax over its pattern and nothing else."""
+        return True
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it carries something from step to step."""
+        return False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether calls leave out more than their pattern does."""
+        return False
+
+    @property
+    def state_advice(self) -> str:
+        """How to hold less than `state_limit`."""
+        return "keep more layers dense, or use another method"
+
+    @property
+    def default_dense_steps(self) -> int | float:
+        """What `patch` uses where the caller and the family say nothing: the source's policy."""
+        return 0
+
+    @property
+    def default_dense_layers(self) -> int | float:
+        """The same for layers."""
+        return 0
+
+    @property
+    def kept_parameters(self) -> tuple[str, ...]:
+        """Parameters that set how much is kept; if one of them is given, `quality` is ignored."""
+        return ("kept",)
 
     def variant(self, layer: int, step: int) -> Hashable:
         """What the pattern depends on besides the grid; equal variants share one pattern."""
@@ -104,7 +150,9 @@ class Method:
         """The pattern on a grid, for one of the values that `variant` returns."""
         raise TypeError(f"{type(self).__name__} does not define a pattern")
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
         used = choose_backend(BLOCK_SPARSE, call.backend, blocks, q, k, v)
@@ -130,9 +178,7 @@ class Method:
         A method that does more than attend to its pattern adds that here, or returns None if no
         model tells what it costs.
         """
-        if type(self).attend is not Method.attend:
-            return None
-        return work_of(pattern.blocks, backend)
+        return work_of(pattern.blocks, backend) if self.only_skips else None
 
     def at_most(self, pattern: BlockPattern) -> bool:
         """Whether `kept` is a bound, because the data decide how much less it is."""
@@ -147,7 +193,7 @@ class Method:
         return float("inf")
 
     def learned_from(self) -> str | None:
-        """The file of what the layers of a model learned, or None (see `diffpatch.adapter`)."""
+        """The file of what the layers of a model learned, or None (see `methods.learned`)."""
         return None
 
     @classmethod
@@ -169,7 +215,7 @@ class Method:
         Raises:
             BadParameter: the method has nothing that sets how much it keeps.
         """
-        if "kept" not in {f.name for f in dataclasses.fields(self)}:
+        if "kept" not in parameter_names(type(self)):
             raise BadParameter(f"{self.name} has no parameter that sets how much it keeps")
         changes: dict[str, Any] = {"kept": kept}
         return dataclasses.replace(self, **changes)
@@ -181,121 +227,11 @@ class Method:
             raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
 
 
-# A name, a combination of names such as "radial+temporal" or ["radial", "temporal"], or an object.
-MethodLike = str | Method | Sequence[str]
-
-
 def param(default: Any, help: str) -> Any:
     """A dataclass field of a method: its default and one line of help for the command line."""
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """A registered method, as listed by `diffpatch.list_methods()`.
-
-    Attributes:
-        name: what patch() and the command line call it.
-        summary: one line.
-        source: the paper or code it follows.
-        parameters: name -> (type as written, default, help).
-        cls: the frozen dataclass.
-    """
-
-    name: str
-    summary: str
-    source: str
-    parameters: dict[str, tuple[str, Any, str]]
-    cls: type[Method]
-
-
-_REGISTRY: dict[str, type[Method]] = {}  # filled at import by register(), constant afterwards
-
-M = TypeVar("M", bound=type[Method])
-
-
-def register(cls: M) -> M:
-    """Class decorator: make a method known by its `name`."""
-    _REGISTRY[cls.name] = cls
-    return cls
-
-
-def list_methods() -> dict[str, MethodInfo]:
-    """All methods by name, with their parameters and sources."""
-    out = {}
-    for name, cls in _REGISTRY.items():
-        parameters = {
-            f.name: (str(f.type), f.default, f.metadata.get("help", ""))
-            for f in dataclasses.fields(cls)
-        }
-        out[name] = MethodInfo(name, cls.summary, cls.source, parameters, cls)
-    return out
-
-
-def _combine(names: str, params: dict[str, Any]) -> Method:
-    inner, _, outer = names.partition("+")
-    wrapper = _REGISTRY.get(outer)
-    if wrapper is None or "over" not in {f.name for f in dataclasses.fields(wrapper)}:
-        able = [
-            n for n, c in _REGISTRY.items() if "over" in {f.name for f in dataclasses.fields(c)}
-        ]
-        raise UnknownMethod(
-            f"{names!r} does not combine: write a method, '+' and one of {', '.join(able)}"
-        )
-    own = {f.name for f in dataclasses.fields(wrapper)}
-    over = make_method(inner, **{k: v for k, v in params.items() if k not in own})
-    return wrapper(over=over, **{k: v for k, v in params.items() if k in own})  # type: ignore[call-arg]
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as tuples, so that methods can be compared and hashed."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
-def one_method(method: MethodLike) -> str | Method:
-    """A combination given as a list, by its name.
-
-    >>> one_method(["radial", "temporal"])
-    'radial+temporal'
-
-    Raises:
-        BadParameter: the list holds something else than names.
-    """
-    if isinstance(method, str | Method):
-        return method
-    names = [part for part in method if isinstance(part, str)]
-    if len(names) != len(method) or not names:
-        raise BadParameter(
-            f"{method!r} must be a list of names, such as ['radial', 'temporal']; objects are"
-            " combined as Temporal(over=Radial(decay=0.3))"
-        )
-    return "+".join(names)
-
-
-def make_method(method: MethodLike, **params: Any) -> Method:
-    """A method object from its name and parameters; an object passes through unless changed.
-
-    ``"radial+temporal"`` or ``["radial", "temporal"]`` is the second method over the first; each
-    parameter goes to the one of the two that has it.
-
-    Raises:
-        UnknownMethod: no method has that name.
-        BadParameter: the method has no such parameter, or its value cannot work.
-    """
-    method = one_method(method)
-    if isinstance(method, str) and "+" in method:
-        return _combine(method, params)
-    if isinstance(method, Method):
-        cls: type[Method] = type(method)
-    else:
-        if method not in _REGISTRY:
-            raise UnknownMethod(f"unknown method {method!r}: {choices(method, _REGISTRY)}")
-        cls = _REGISTRY[method]
-    known = [f.name for f in dataclasses.fields(cls)]
-    params = {k: _frozen(v) for k, v in params.items()}
-    for name in params:
-        if name not in known:
-            raise BadParameter(f"{cls.name} has no parameter {name!r}: {choices(name, known)}")
-    if isinstance(method, Method):
-        return dataclasses.replace(method, **params)
-    return cls(**cls.complete(params))
+def parameter_names(cls: type[Method]) -> list[str]:
+    """The parameters of a method."""
+    return [f.name for f in dataclasses.fields(cls)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffpatch.methods import axis
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.axes import distinct
 from diffpatch.patterns.build import from_masks
 from diffpatch.patterns.grid import TokenGrid

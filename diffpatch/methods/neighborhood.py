@@ -10,7 +10,8 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.methods import axis
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffpatch.methods import axis
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.axes import outer
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid

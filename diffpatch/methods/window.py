@@ -8,7 +8,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from diffpatch.methods import axis
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern

@@ -10,7 +10,7 @@ import torch
 
 from diffpatch.errors import BadParameter, NotPatched, UnknownFamily
 from diffpatch.kernels.block_sparse.backends import check_backend
-from diffpatch.methods.base import MethodLike
+from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.report import Record, Report
 from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle

@@ -41,6 +41,7 @@ from typing import Any
 
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
+from diffpatch.methods.wrapper import Wrapper
 
 CACHES = (
     "PyramidAttentionBroadcast",
@@ -64,9 +65,9 @@ def check_method(method: Method) -> None:
     Raises:
         BadParameter: says which parameter stands in the way.
     """
-    over = getattr(method, "over", None)
-    if over is None:
+    if not (isinstance(method, Wrapper) and method.needs_steps):
         return
+    over = method.over
     if any(over.variant(0, step) != over.variant(0, 0) for step in STEPS):
         raise BadParameter(
             f"{over} over {method.name}: its pattern changes from step to step, and what is carried"

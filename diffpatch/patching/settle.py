@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffpatch.errors import BadParameter, choices
-from diffpatch.methods.base import Method, MethodLike, make_method, one_method
+from diffpatch.methods.base import Method
+from diffpatch.methods.registry import MethodLike, make_method, one_method
 from diffpatch.patching import composition
 from diffpatch.patching.schedule import Amount, Schedule
 from diffpatch.pipelines.families.presets import Preset

@@ -16,7 +16,7 @@ from diffpatch.errors import DiffpatchError, UnknownFamily
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.patching import composition, parallel, rebind
 from diffpatch.patching import model_masks as masks
 from diffpatch.patching.frames import FrameClock
@@ -245,7 +245,10 @@ class PatchedTransformer:
         state = patch.state[self.name, layer, patch.tracker.branch, self._sample]
         learned = self._on(q.device, layer)
         total = patch.tracker.total
-        call = Call(pattern, scale, seen.keys, patch.backend, step, total, state, learned)
+        call = AttentionCall(
+            pattern, scale, seen.keys, patch.backend, step, total, state, learned, layer,
+            patch.tracker.branch,
+        )  # fmt: skip
         with on_device_of(q):
             done = patch.method.attend(q, k, v, call)
         patch.check_state()

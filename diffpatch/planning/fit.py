@@ -8,7 +8,8 @@ from typing import Any
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
-from diffpatch.methods.base import Method, make_method
+from diffpatch.methods.base import Method
+from diffpatch.methods.registry import make_method
 from diffpatch.patterns.grid import TokenGrid
 
 CLOSE = 0.01  # relative; nearer than this a search ends

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
-from diffpatch.methods.base import MethodLike
+from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
 from diffpatch.patterns.grid import TokenGrid

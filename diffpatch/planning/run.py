@@ -83,7 +83,7 @@ class Run:
 
     def visited(self) -> float | None:
         """Pairs in visited tiles, the mean over sparse calls; None if there is more than tiles."""
-        if type(self.method).attend is not Method.attend or not self.used:
+        if not self.method.only_skips or not self.used:
             return None
         areas = {id(p): p.blocks.derived("visited", _visited) for p in self.made.values()}
         return sum(areas[id(p)] for p in self.used) / len(self.used)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.methods.base import Method, MethodLike, one_method
+from diffpatch.methods.base import Method
+from diffpatch.methods.registry import MethodLike, one_method
 from diffpatch.methods.temporal.method import PHASES, Temporal, third_of
 from diffpatch.patching.api import owners, patched, report
 from diffpatch.tuning.attention_error import attention_error
@@ -109,7 +110,7 @@ def calibrate(
         return _of_thirds(errors.per_step, len(kept)), _of_thirds(kept, len(kept))
 
     bounds = tuple(max_error + spread * (third - 1) for third in range(PHASES))
-    trial = Trial(tuple(replace(base, threshold=t) for t in THRESHOLDS))
+    trial = Trial(base, THRESHOLDS)
     run(trial)
     chosen = [_loosest(trial, third, bound) for third, bound in enumerate(bounds)]
     while True:
@@ -126,7 +127,7 @@ def _loosest(trial: Trial, third: int, bound: float) -> int:
     errors = [float(torch.stack(trial.errors[third, i]).mean()) for i in range(len(THRESHOLDS))
               if trial.errors[third, i]]  # fmt: skip
     if errors and errors[0] > bound:
-        over = trial.candidates[0].over
+        over = trial.over.over
         raise BadParameter(
             f"{over} and a threshold of {THRESHOLDS[0]} are off by {errors[0]:.1%} in the"
             f" {NAMES[third]} and the bound is {bound:.1%}: allow more with max_error, or let"

@@ -21,12 +21,11 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.kernels import dense as dense_attention
 from diffpatch.methods import learned as adapter
-from diffpatch.methods.base import Attended, Call, Method
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.linear import distilled
 from diffpatch.methods.linear.method import Linear
+from diffpatch.methods.wrapper import Wrapper
 from diffpatch.patching.api import owners, patched
-from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern
 
 EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0}  # what is taught and tested
 Progress = Callable[[str, int, float], None]  # gets the stage, the step, and its loss
@@ -66,18 +65,17 @@ def _kept(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Watch(Method):
+class _Watch(Wrapper):
     """Dense attention that keeps what went in and came out of every call."""
 
-    like: Method
-    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call, torch.Tensor]]
-
     name = "watch"
+    only_skips = False
 
-    def pattern(self, grid: TokenGrid, variant: Any = None) -> BlockPattern:
-        return self.like.pattern(grid, variant)
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall, torch.Tensor]]
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
         out = dense_attention.attend(q, k, v, call.scale, call.key_mask)
         self.seen.append((q, k, v, call, out))
         return Attended(out, 1.0, "dense")

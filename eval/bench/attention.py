@@ -89,7 +89,7 @@ def check(
             f"{name} costs more in some steps than in others, which one call cannot show; "
             "use `diffpatch bench render`"
         )
-    if type(method).attend is diffpatch.Method.attend:
+    if method.only_skips:
         error = error_on_rows(out, qkv, pattern)
     else:
         # No mask says what it should give, so its own definition in fp64 does, on the first head.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from diffpatch.eval.bench.timing import DENSE, MATH_LIMIT
 from diffpatch.eval.environment import environment
 from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
+from diffpatch.methods.wrapper import Wrapper
 from diffpatch.pipelines.shapes import random_models
 from diffpatch.pipelines.shapes.table import ModelShape
 from diffpatch.planning.fit import fit_kept
@@ -315,7 +316,7 @@ class _Seen:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    call: Call
+    call: AttentionCall
     out: torch.Tensor
 
     def error(self, method: diffpatch.Method) -> float:
@@ -324,7 +325,7 @@ class _Seen:
         Methods that do more than skip have no such reference; but attention only ever averages
         values, so that values of one must give one.
         """
-        if type(method).attend is diffpatch.Method.attend:
+        if method.only_skips:
             return error_on_rows(self.out, (self.q, self.k, self.v), self.call.pattern)
         ones = torch.ones_like(self.v)
         out = method.attend(self.q, self.k, ones, self.call).out
@@ -332,34 +333,18 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Spy(diffpatch.Method):
+class _Spy(Wrapper):
     """A method that keeps the tensors of its first and its latest call, for a look at them."""
 
-    of: diffpatch.Method
+    name = "spy"
+    only_skips = False
+
     seen: list[_Seen] = field(default_factory=list, compare=False)
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.of.name
-
-    @property
-    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.of.kinds
-
-    @property
-    def needs_steps(self) -> bool:  # type: ignore[override]
-        return self.of.needs_steps
-
-    def variant(self, layer: int, step: int) -> Hashable:
-        return self.of.variant(layer, step)
-
-    def pattern(
-        self, grid: diffpatch.TokenGrid, variant: Hashable = None
-    ) -> diffpatch.BlockPattern:
-        return self.of.pattern(grid, variant)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
-        done = self.of.attend(q, k, v, call)
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
+        done = self.over.attend(q, k, v, call)
         self.seen[1:] = [_Seen(q, k, v, call, done.out)]
         return done
 

@@ -15,7 +15,7 @@ from diffpatch import BadParameter, Linear, TokenGrid
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import reference as linear_attention_reference
 from diffpatch.kernels.linear.groups import groups
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from tests.kernels.random_blocks import random_blocks, random_qkv, with_outliers
 from tests.tiny import wan
 
@@ -57,7 +57,7 @@ def by_definition(
 def test_a_window_and_a_state_are_their_formula(grid: TokenGrid, masked: bool) -> None:
     qkv, mask = inputs(grid), a_key_mask(grid) if masked else None
     expected = by_definition(qkv, grid, STATE, mask)
-    call = Call(STATE.pattern(grid), key_mask=mask, backend="torch")
+    call = AttentionCall(STATE.pattern(grid), key_mask=mask, backend="torch")
     assert (STATE.attend(*qkv, call).out - expected).abs().max() < 1e-10
     q, k, v = (x.float() for x in qkv)
     assert (STATE.attend(q, k, v, call).out - expected).abs().max() < 1e-5
@@ -66,7 +66,7 @@ def test_a_window_and_a_state_are_their_formula(grid: TokenGrid, masked: bool) -
 def test_masked_keys_are_not_in_the_state() -> None:
     grid = GRIDS[1]
     (q, k, v), mask = inputs(grid), a_key_mask(grid)
-    call = Call(STATE.pattern(grid), key_mask=mask)
+    call = AttentionCall(STATE.pattern(grid), key_mask=mask)
     out = STATE.attend(q, k, v, call).out
     hidden = ~mask[:, :, None, None]
     poisoned = STATE.attend(q, k.masked_fill(hidden, 1e6), v.masked_fill(hidden, 1e6), call).out
@@ -136,7 +136,7 @@ def cost(frames: int, method: Linear) -> tuple[int, int]:
     """Floating-point operations and the largest tensor of a call over frames×8×8 tokens."""
     grid = TokenGrid(frames, 8, 8)
     q, k, v = random_qkv(1, grid.num_tokens, 1, 16)
-    call = Call(method.pattern(grid))
+    call = AttentionCall(method.pattern(grid))
     method.attend(q, k, v, call)  # plans are made once
 
     def flash(query: Any, key: Any, *_: Any, **__: Any) -> int:

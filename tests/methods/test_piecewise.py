@@ -11,7 +11,7 @@ import torch
 import diffpatch
 from diffpatch import BadParameter, Linear, Temporal, TokenGrid, UnknownMethod, Window
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.patterns.build import complement
 from tests.tiny import wan
 
@@ -90,7 +90,7 @@ def test_masked_keys_do_not_enter_the_means() -> None:
     grid, method = GRIDS[0], Linear(kept=0.2, pool=7)
     q, k, v = structured(grid)
     key_mask = torch.rand(2, grid.num_tokens, generator=torch.Generator().manual_seed(0)) < 0.7
-    call = Call(method.pattern(grid), key_mask=key_mask, backend="reference")
+    call = AttentionCall(method.pattern(grid), key_mask=key_mask, backend="reference")
     out = method.attend(q, k, v, call).out
     assert error(out, by_formula(q, k, v, grid, method, key_mask)) < 1e-6
     poisoned = v.masked_fill(~key_mask[:, :, None, None], 1e6)

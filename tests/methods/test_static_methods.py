@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpatch import Disc, Method, Neighborhood, Radial, SlidingTile, TokenGrid, Window
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.radial import rules as radial_rules
 from diffpatch.patterns.tiles import choose_tile
 from tests.brute import Position, Rule, border, brute_force, gna, published_by_hand
@@ -44,7 +44,7 @@ def check(
     shape = (3, 2, grid.num_tokens, heads, 4)
     q, k, v = torch.randn(shape, generator=random, dtype=torch.float64)
     spread = pattern.for_heads(heads) if len(expected) > 1 else pattern
-    found = method.attend(q, k, v, Call(spread, backend="torch")).out
+    found = method.attend(q, k, v, AttentionCall(spread, backend="torch")).out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask, scale = expected.repeat_interleave(2, 0), method.softmax_factor() / 2
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -18,7 +18,7 @@ from diffpatch.kernels.active_tiles.api import tile_table
 from diffpatch.kernels.active_tiles.importance import tile_importance
 from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.temporal import mask as temporal_mask
 from diffpatch.methods.temporal.tiles import always
 from tests.kernels.random_blocks import random_blocks
@@ -125,7 +125,7 @@ def test_skip_is_the_rule_of_liteattention(
             rule, since = LiteAttention(grid, blocks, seen, frames), step
         reverse = order == "reverse" or (order == "alternate" and step % 2 == 1)
         expected, computed = rule(tensors, now, reverse)
-        done = method.attend(*tensors, Call(pattern, step=step, total=5, state=state))
+        done = method.attend(*tensors, AttentionCall(pattern, step=step, total=5, state=state))
         assert torch.allclose(done.out, expected, atol=1e-12)
         assert float(done.kept) == pytest.approx(computed.double().mean().item(), abs=1e-7)
         if step == since:
@@ -140,14 +140,14 @@ def test_skip_leaves_out_more_and_more_until_the_recheck() -> None:
     method = Temporal(over=Dense(tile=16), mode="skip", threshold=-1.0, refresh=3)
     pattern, state = method.pattern(grid), dict[str, Any]()
     kept = [
-        float(method.attend(*tensors, Call(pattern, step=step, state=state)).kept)
+        float(method.attend(*tensors, AttentionCall(pattern, step=step, state=state)).kept)
         for step, tensors in enumerate(drifting(grid, 4, seed=1))
     ]
     assert kept[0] == kept[3] == 1.0 > kept[1] > kept[2] > 0.1
     assert method.at_most(pattern) and method.kept_at(pattern, 1) == 1.0
     with pytest.raises(BadParameter, match="give only one"):
         Temporal(over=Dense(), mode="skip", threshold=(-3.0, -2.0, -1.0)).attend(
-            *drifting(grid, 1, seed=1)[0], Call(pattern)
+            *drifting(grid, 1, seed=1)[0], AttentionCall(pattern)
         )
 
 
@@ -238,7 +238,7 @@ def test_mask_chooses_now_and_keeps_to_it() -> None:
     pattern, state = method.pattern(grid), dict[str, Any]()
     table, chosen = tile_table(pattern.blocks), []
     for step, (q, k, v) in enumerate(drifting(grid, 4, seed=1, sharp=8.0)):
-        done = method.attend(q, k, v, Call(pattern, step=step, state=state))
+        done = method.attend(q, k, v, AttentionCall(pattern, step=step, state=state))
         active = active_tiles.unpack(state["bits"], table.length)
         chosen.append(active)
         expected, _ = active_tiles_reference.attend(
@@ -259,7 +259,7 @@ def test_tiles_of_different_sizes_bound_what_mask_keeps() -> None:
     least, most = temporal_mask.bounds(pattern, 0.3, 0)
     for seed in range(3):
         q, k, v = drifting(grid, 1, seed)[0]
-        done = method.attend(q, k, v, Call(pattern))
+        done = method.attend(q, k, v, AttentionCall(pattern))
         assert least <= float(done.kept) <= most == method.kept_at(pattern, 0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter, Temporal
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.patching.api import owners
 from tests import tiny_videos as videos
 from tests.tiny import Tiny, wan, wan22
@@ -129,7 +129,7 @@ class Spy:
     def __enter__(self) -> Spy:
         attend = Temporal.attend
 
-        def watched(method: Temporal, q: Any, k: Any, v: Any, call: Call) -> Attended:
+        def watched(method: Temporal, q: Any, k: Any, v: Any, call: AttentionCall) -> Attended:
             if id(call.state) not in self.steps:
                 self.states.append(call.state)
                 self.was_empty.append(not call.state)

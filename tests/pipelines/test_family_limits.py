@@ -13,7 +13,7 @@ import torch
 
 import diffpatch
 from diffpatch import Neighborhood, TokenGrid, UnknownFamily, Window, make_method
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.patching.schedule import Schedule
 from diffpatch.pipelines.families import grids
 from diffpatch.pipelines.families.table import FamilyInfo
@@ -243,10 +243,13 @@ def test_samples_that_are_called_one_by_one_are_one_forward() -> None:
 class Remember(Neighborhood):
     """Local attention that keeps the length of the sequence it saw."""
 
+    only_skips = True
     window: Any = (1, 3, 3)
     stride: Any = 1
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
         assert call.state.setdefault("tokens", q.shape[1]) == q.shape[1]
         return super().attend(q, k, v, call)
 

@@ -19,7 +19,7 @@ from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.linear import reference as linear_attention_reference
 from diffpatch.methods import learned as adapter
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.linear import distilled
 from diffpatch.tuning.distill import Distiller, recording
 from tests.kernels.random_blocks import random_qkv
@@ -69,7 +69,7 @@ def test_gates_start_as_one_softmax() -> None:
     q, k, v = random_qkv(1, grid.num_tokens, 2, 16, torch.float64)
     learned = {"gate": torch.tensor([[0.0, 0.0, -1e9]] * 2)}  # no features in the blend
     method = Linear(far="elu", near=60, allow_untrained=True)
-    out = method.attend(q, k, v, Call(method.pattern(grid), learned=learned)).out
+    out = method.attend(q, k, v, AttentionCall(method.pattern(grid), learned=learned)).out
     expected = diffpatch.attention(q, k, v, grid, Linear(far="state", near=60))
     assert (out - expected).abs().max() < 1e-10
 
@@ -77,9 +77,9 @@ def test_gates_start_as_one_softmax() -> None:
 def test_initial_parameters_change_nothing() -> None:
     grid = GRIDS[0]
     q, k, v = random_qkv(1, grid.num_tokens, 4, 16, torch.float64, key_heads=2)
-    call = Call(UNTRAINED.pattern(grid))
+    call = AttentionCall(UNTRAINED.pattern(grid))
     learned = distilled.initial(4, 2, 16, features=True, rank=3)
-    out = UNTRAINED.attend(q, k, v, Call(call.pattern, learned=learned)).out
+    out = UNTRAINED.attend(q, k, v, AttentionCall(call.pattern, learned=learned)).out
     assert (out - UNTRAINED.attend(q, k, v, call).out).abs().max() < 1e-6
 
 

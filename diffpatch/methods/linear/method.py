@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -19,8 +19,9 @@ from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods import axis
 from diffpatch.methods import learned as adapter
-from diffpatch.methods.base import Attended, Call, Method, param, register
+from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.linear import distilled
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -50,7 +51,8 @@ class Linear(Method):
     summary = "near tiles exactly, far tiles summarised in the same softmax; can be distilled"
     source = "PISA, arXiv 2602.01077; second order: PWT; distilled: SLA2, arXiv 2602.12675"
     default_dense_steps = 0.15
-    kept_parameters: ClassVar[tuple[str, ...]] = ("kept", "near", "weights")
+    kept_parameters = ("kept", "near", "weights")
+    only_skips = False
 
     kept: float = param(0.125, "fraction of the tiles that each query sees exactly")
     pool: int = param(64, "tokens that one virtual token stands for")
@@ -137,7 +139,9 @@ class Linear(Method):
         near = NEAR if self.near is None and self.far != "pool" else self.near
         return self.kept if near is None else min(1.0, near / grid.visual_tokens)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
         learned = call.learned
         if self.weights and not learned:
             raise BadParameter(

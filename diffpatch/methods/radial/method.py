@@ -6,8 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
 from diffpatch.methods.radial import rules as radial_rules
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern

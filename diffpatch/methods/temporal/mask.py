@@ -8,7 +8,7 @@ from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.api import tile_table
 from diffpatch.kernels.active_tiles.importance import tile_importance
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.temporal.tiles import always, remembered
 from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
@@ -18,7 +18,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    call: Call,
+    call: AttentionCall,
     *,
     refresh: int,
     kept: float,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.active_tiles.api import tile_table
-from diffpatch.methods.base import Attended, Call, Method, param, register
+from diffpatch.kernels.block_sparse.work import Work
+from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.radial.method import Radial
+from diffpatch.methods.registry import register
 from diffpatch.methods.temporal import mask as temporal_mask
 from diffpatch.methods.temporal import skip as temporal_skip
 from diffpatch.methods.temporal import tail as temporal_tail
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.methods.wrapper import Wrapper
 from diffpatch.patterns.pattern import BlockPattern
 
 REFRESH = {"tail": 4, "skip": 10, "mask": 5}  # each mode's own
@@ -26,7 +28,7 @@ PHASES = 3  # parts of a run that may have thresholds of their own
 
 @register
 @dataclass(frozen=True)
-class Temporal(Method):
+class Temporal(Wrapper):
     """Another static method, and what earlier denoising steps found out about it.
 
     ``mode="tail"``: every `refresh` steps the rest of the attention is computed too, so that the
@@ -54,6 +56,7 @@ class Temporal(Method):
         " with frozen shares it is Re-ttention, arXiv 2505.22918"
     )
     needs_steps = True
+    only_skips = False
 
     over: Method = param(
         Radial(), "the wrapped method, as in 'radial+temporal' or 'dense+temporal'"
@@ -93,7 +96,7 @@ class Temporal(Method):
         self._check_over()
 
     def _check_over(self) -> None:
-        nested = isinstance(self.over, Temporal) or type(self.over).attend is not Method.attend
+        nested = not self.over.only_skips
         if nested or (self.mode == "tail" and isinstance(self.over, Dense)):
             other = "use mode='skip' or mode='mask', or" if not nested else "so"
             raise BadParameter(
@@ -101,19 +104,19 @@ class Temporal(Method):
                 f" nothing out; {other} combine it with radial, neighborhood or window"
             )
 
-    @property
-    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the wrapped method makes sense for."""
-        return self.over.kinds
+    @classmethod
+    def claims(cls, name: str, params: Mapping[str, Any]) -> bool:
+        """`kept` is about the wrapped method's tiles in mode "mask" and the wrapped method's own
+        in the others."""
+        return name != "kept" or params.get("mode") == "mask"
 
     @property
-    def default_dense_steps(self) -> float:  # type: ignore[override]
+    def default_dense_steps(self) -> float:
         """Each mode's own."""
         return DENSE_STEPS[self.mode]
 
     @property
-    def dynamic(self) -> bool:  # type: ignore[override]
-        """Whether calls leave out more than the pattern does."""
+    def dynamic(self) -> bool:
         return self.mode != "tail"
 
     @property
@@ -122,21 +125,17 @@ class Temporal(Method):
         return REFRESH[self.mode] if self.refresh is None else self.refresh
 
     @property
-    def kept_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What sets how much is kept."""
+    def kept_parameters(self) -> tuple[str, ...]:
         return ("kept",) if self.mode == "mask" else self.over.kept_parameters
 
     def with_kept(self, kept: float, kind: str = "video") -> Temporal:
         if self.mode == "mask":
             return replace(self, kept=kept)
-        return replace(self, over=self.over.with_kept(kept, kind))
+        return super().with_kept(kept, kind)
 
     def variant(self, layer: int, step: int) -> Hashable:
         # A pattern that moved with the step would not fit what is remembered of it.
         return self.over.variant(layer, 0)
-
-    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
-        return self.over.pattern(grid, variant)
 
     def kept_at(self, pattern: BlockPattern, age: int) -> float:
         if self.mode == "mask":
@@ -159,14 +158,16 @@ class Temporal(Method):
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
 
+    def work(self, pattern: BlockPattern, age: int, backend: str) -> Work | None:
+        return None  # what the steps remember changes what they compute
+
     @property
-    def state_advice(self) -> str:  # type: ignore[override]
-        """What keeps less."""
+    def state_advice(self) -> str:
         if self.mode != "tail":
             return "keep more layers dense"
         return "use mode='skip' or mode='mask', which keep bits instead of results"
 
-    def phase_threshold(self, call: Call) -> float:
+    def phase_threshold(self, call: AttentionCall) -> float:
         """The threshold of the call's third of the run."""
         if not isinstance(self.threshold, Sequence):
             return self.threshold
@@ -174,7 +175,9 @@ class Temporal(Method):
             return self.threshold[0]
         return self.threshold[phase(call)]
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Attended:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
         factor = self.over.softmax_factor()
         if factor != 1:
             scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -191,7 +194,7 @@ class Temporal(Method):
         )  # fmt: skip
 
 
-def phase(call: Call) -> int:
+def phase(call: AttentionCall) -> int:
     """The third of the run that a call belongs to: 0, 1 or 2.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffpatch.kernels.active_tiles import api as active_tiles
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.temporal.tiles import always, remembered
 
 
@@ -13,7 +13,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    call: Call,
+    call: AttentionCall,
     *,
     refresh: int,
     threshold: float,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
-from diffpatch.methods.base import Attended, Call
+from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.patterns.build import rest
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, refresh: int) -> Attended:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, refresh: int
+) -> Attended:
     """The call's pattern now, merged with the rest as of the last refresh."""
     state = call.state
     near, near_lse, used = call.sparse(q, k, v)

@@ -6,7 +6,7 @@ import torch
 
 from diffpatch.kernels.active_tiles.api import tile_table
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.methods.base import Call
+from diffpatch.methods.base import AttentionCall
 from diffpatch.patterns.grid import Grid
 
 
@@ -33,7 +33,7 @@ def _any_in_tile(tokens: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
     return before[blocks.starts.long()].diff() > 0
 
 
-def remembered(call: Call, q: torch.Tensor) -> torch.Tensor | None:
+def remembered(call: AttentionCall, q: torch.Tensor) -> torch.Tensor | None:
     """The bits of an earlier step, uint8 (B, H, n), if they are about these tokens and heads."""
     bits = call.state.get("bits")
     if bits is None or call.state["pattern"] is not call.pattern:
