@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attend(
+def attend_dense(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels import dense as dense_attention
+from diffpatch.kernels.dense import attend_dense
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.linear import distilled
@@ -76,7 +76,7 @@ class _Watch(Wrapper):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
-        out = dense_attention.attend(q, k, v, call.scale, call.key_mask)
+        out = attend_dense(q, k, v, call.scale, call.key_mask)
         self.seen.append((q, k, v, call, out))
         return Attended(out, 1.0, "dense")
 

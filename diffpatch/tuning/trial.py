@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from diffpatch.kernels import dense as dense_attention
+from diffpatch.kernels.dense import attend_dense
 from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.temporal.method import Temporal, phase
 from diffpatch.methods.wrapper import Wrapper
@@ -38,7 +38,7 @@ class Trial(Wrapper):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
         """The dense answer; every candidate goes on with a state of its own."""
-        exact = dense_attention.attend(q, k, v, call.scale, call.key_mask)
+        exact = attend_dense(q, k, v, call.scale, call.key_mask)
         for i, threshold in enumerate(self.thresholds):
             candidate = replace(self.over, threshold=threshold)
             own = replace(call, state=call.state.setdefault(str(i), {}))

@@ -85,7 +85,7 @@ def _gluon_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
     size = qkv[0].shape[-1]
 
     def with_config(config: kernel.Config) -> Call:
-        return lambda: kernel.attend(*qkv, blocks, size**-0.5, None, False, config=config)[0]
+        return lambda: kernel.attend_gluon(*qkv, blocks, size**-0.5, None, False, config=config)[0]
 
     calls = {f"gluon {name}": with_config(c) for name, c in kernel.alternatives(size).items()}
     return {"gluon": partial(block_sparse_attention, *qkv, blocks, backend="gluon")} | calls
@@ -96,7 +96,7 @@ def _triton_call(name: str, qkv: Tensors, blocks: BlockIndex, loads: str) -> Cal
     from diffpatch.kernels.block_sparse.gpu import triton_forward as kernel
 
     q = qkv[0]
-    attend = kernel.attend_int8 if name == "triton-int8" else kernel.attend
+    attend = kernel.attend_triton_int8 if name == "triton-int8" else kernel.attend_triton
     try:
         kernel.configuration(
             q.dtype, q.shape[-1], blocks.max_tile, support.arch(q.device),

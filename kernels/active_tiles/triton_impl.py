@@ -15,32 +15,30 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.active_tiles.api import LOG2_E, Result, TileTable, tile_table
-from diffpatch.kernels.block_sparse.gpu.lists import in_tile_order, pack_words
-from diffpatch.kernels.block_sparse.gpu.triton_forward import (
-    ASYNC_TENSOR_CORE,
-    Config,
-    padded,
-)
+from diffpatch.kernels.bits import pack_words
+from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import ASYNC_TENSOR_CORE, padded
 from diffpatch.kernels.gpu.support import arch
+from diffpatch.kernels.tile_order import in_tile_order
 
 # A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
 START = tl.constexpr(-1.0e30)
 
 # (bytes an element, padded head size) -> configuration, chosen so that nothing spills.
 CONFIGS = {
-    (2, 64): Config(128, 64, 8, 3),
-    (2, 128): Config(128, 64, 8, 3),
-    (2, 256): Config(64, 32, 8, 2),
-    (4, 64): Config(64, 32, 8, 2),
-    (4, 128): Config(16, 32, 16, 2),
-    (4, 256): Config(32, 32, 16, 1),
+    (2, 64): ForwardConfig(128, 64, 8, 3),
+    (2, 128): ForwardConfig(128, 64, 8, 3),
+    (2, 256): ForwardConfig(64, 32, 8, 2),
+    (4, 64): ForwardConfig(64, 32, 8, 2),
+    (4, 128): ForwardConfig(16, 32, 16, 2),
+    (4, 256): ForwardConfig(32, 32, 16, 1),
 }
 # Other GPUs hold the operands of tensor cores in registers.
-CONFIGS_SMALL = CONFIGS | {(2, 128): Config(128, 32, 8, 3)}
+CONFIGS_SMALL = CONFIGS | {(2, 128): ForwardConfig(128, 32, 8, 3)}
 
 
-def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> Config:
+def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> ForwardConfig:
     """The configuration that ships for a dtype, head size, largest tile and compute capability."""
     table = CONFIGS if arch in ASYNC_TENSOR_CORE else CONFIGS_SMALL
     config = table[dtype.itemsize, padded(size)]

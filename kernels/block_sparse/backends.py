@@ -132,7 +132,7 @@ ROWS = {
     for row in (
         Backend(
             "triton",
-            "gpu.triton_backward:attend",
+            "gpu.triton_backward:attend_with_gradients",
             _triton,
             dict.fromkeys(_EVERY, _no_gradients) | {BLOCK_SPARSE.name: _triton_gradients},
             beside="auto",
@@ -140,7 +140,7 @@ ROWS = {
         ),
         Backend(
             "triton-int8",
-            "gpu.triton_forward:attend_int8",
+            "gpu.triton_forward:attend_triton_int8",
             _triton_int8,
             {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
             beside="auto",
@@ -148,14 +148,14 @@ ROWS = {
         ),
         Backend(
             "gluon",
-            "gpu.gluon_forward:attend",
+            "gpu.gluon_forward:attend_gluon",
             _gluon,
             {BLOCK_SPARSE.name: _no_gradients},
             beside="auto",
         ),
         Backend(
             "torch",
-            "torch_plan.attend:attend",
+            "torch_plan.attend:attend_torch",
             _anywhere,
             dict.fromkeys(_EVERY, _differentiable),
             beside="torch",
@@ -163,7 +163,7 @@ ROWS = {
         ),
         Backend(
             "torch-int8",
-            "int8.reference:attend",
+            "int8.reference:attend_torch_int8",
             _anywhere,
             {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
             beside="torch",
@@ -171,7 +171,7 @@ ROWS = {
         ),
         Backend(
             "reference",
-            "reference:attend",
+            "reference:attend_reference",
             _anywhere,
             dict.fromkeys(_EVERY, _differentiable),
             beside="reference",

@@ -23,7 +23,7 @@ def dense_mask(blocks: BlockIndex) -> torch.Tensor:
     return in_tile_order[:, place[:, None], place]
 
 
-def attend(
+def attend_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from diffpatch.kernels.block_sparse.torch_plan.calls import Plan, plans
+from diffpatch.kernels.block_sparse.torch_plan.calls import SdpaPlan, plans
 from diffpatch.kernels.block_sparse.torch_plan.grouping import ROW_COSTS
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -82,7 +82,7 @@ def _torch(blocks: BlockIndex) -> Work:
     return total
 
 
-def _of_plan(plan: Plan, tokens: int) -> Work:
+def _of_plan(plan: SdpaPlan, tokens: int) -> Work:
     pairs = [0.0] * len(ROW_COSTS)
     keys = masked = 0.0
     for call in plan.calls:
@@ -91,7 +91,7 @@ def _of_plan(plan: Plan, tokens: int) -> Work:
         pairs[kind] += area
         masked += area if call.mask is not None else 0.0
         keys += call.stack * call.num_keys
-    merged = sum(run.rows for run in plan.runs if run.common is not None)
+    merged = sum(band.rows for band in plan.bands if band.common is not None)
     copied = 2 * tokens * (plan.rows is not None) + 2 * tokens * (plan.keys is not None)
     work = Work(calls=len(plan.calls), keys=keys, rows=merged + copied, masked=masked)
     return replace(work, pairs=pairs[0], pairs_of_many=pairs[1], pairs_of_few=pairs[2])

@@ -17,17 +17,21 @@ from diffpatch.kernels.active_tiles import triton_impl as active
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
 from diffpatch.kernels.block_sparse.gpu import triton_backward as backward
 from diffpatch.kernels.block_sparse.gpu import triton_forward as forward
+from diffpatch.kernels.block_sparse.gpu.gluon_forward import HopperConfig
 from diffpatch.kernels.block_sparse.gpu.gluon_kernel import attend_kernel as gluon_kernel
+from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
-from diffpatch.kernels.block_sparse.int8.reference import RUN
+from diffpatch.kernels.block_sparse.int8.levels import STRIP
 from diffpatch.kernels.block_sparse.int8.triton_keys import quantize_kernel
+from diffpatch.kernels.gpu.common import padded
 from diffpatch.kernels.gpu.support import GPUS
 from diffpatch.kernels.linear import triton_impl as linear
+from diffpatch.kernels.linear.triton_impl import LinearConfig
 from diffpatch.kernels.linear.triton_kernel import apply_kernel, state_kernel
 from diffpatch.kernels.virtual_tokens import triton_impl as virtual
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Config = forward.Config | virtual.Config | linear.Config | gluon.Config
+Config = ForwardConfig | virtual.Config | LinearConfig | HopperConfig
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def configuration(case: Case) -> Config:
     if case.kernel == "gluon":
         return gluon.configuration(case.size, case.key_mask)
     if case.kernel == "quantize":
-        return forward.Config(RUN, RUN, num_warps=4, num_stages=3)
+        return ForwardConfig(STRIP, STRIP, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
         return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
     if case.kernel == "pool":
@@ -152,7 +156,7 @@ def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dic
     kernel, own, types = _of_kernel(case, config)
     constants = own | {
         "SIZE": case.size,
-        "SIZE_PADDED": forward.padded(case.size),
+        "SIZE_PADDED": padded(case.size),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
@@ -170,11 +174,11 @@ def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[st
     tensor = f"*{case.dtype}"
     if case.kernel in ("pool", "virtual"):
         return _virtual(case)
-    if isinstance(config, linear.Config):
+    if isinstance(config, LinearConfig):
         return _linear(case, config)
-    if isinstance(config, gluon.Config):
+    if isinstance(config, HopperConfig):
         return _gluon(case, config)
-    assert isinstance(config, forward.Config)
+    assert isinstance(config, ForwardConfig)
     if case.kernel == "quantize":
         types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
         return quantize_kernel, {}, types
@@ -196,7 +200,7 @@ def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[st
     return backward.gradient_kernel, {"KEYS": keys} | _none(not keys, "GRAD2"), types
 
 
-def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _forward(case: Case, config: ForwardConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
     int8 = case.kernel == "int8"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
     types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
@@ -207,7 +211,7 @@ def _forward(case: Case, config: forward.Config) -> tuple[Any, dict[str, Any], d
     return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
 
 
-def _gluon(case: Case, config: gluon.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _gluon(case: Case, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
     layout = gluon.boxes(config, case.size, DTYPES[case.dtype])
     box = f"tensordesc<{case.dtype}[{config.block_n},{case.size}],{layout!r}>"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
@@ -230,7 +234,7 @@ def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
     return virtual.virtual_kernel, {"group": 1}, types
 
 
-def _linear(case: Case, config: linear.Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _linear(case: Case, config: LinearConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
     types = dict.fromkeys(("Q", "K", "V", "LEFT", "RIGHT", "OUT"), f"*{case.dtype}")
     sums = ("STATE", "SQUARES", "LEFT_SUM", "RIGHT_SUM", "KEY_SUM", "VALUE_SUM", "COUNT", "LSE")
     centres = ("LEFT_CENTRE", "RIGHT_CENTRE", "CENTRE_K", "CENTRE_V")
@@ -240,7 +244,7 @@ def _linear(case: Case, config: linear.Config) -> tuple[Any, dict[str, Any], dic
         blocks = {"BLOCK_LEFT": config.block_m, "BLOCK_RIGHT": config.block_c}
         sizes = {"LEFT_SIZE": case.size, "RIGHT_SIZE": case.size}
         return state_kernel, constants | blocks | sizes, types
-    sizes = {"VALUE_SIZE": case.size, "VALUE_PADDED": forward.padded(case.size)}
+    sizes = {"VALUE_SIZE": case.size, "VALUE_PADDED": padded(case.size)}
     return apply_kernel, constants | sizes | {"BLOCK_C": config.block_c}, types
 
 

@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
-from diffpatch.kernels.block_sparse.gpu import triton_forward as forward
 from diffpatch.kernels.compile.cases import (
     DTYPES,
     Case,
@@ -36,6 +35,7 @@ from diffpatch.kernels.compile.cases import (
     configuration,
     specialization,
 )
+from diffpatch.kernels.gpu.common import ASYNC_TENSOR_CORE, padded
 from diffpatch.kernels.gpu.support import GPUS
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def compiled(case: Case) -> tuple[Result, Any]:
     if case.kernel in ("virtual", "state", "apply"):
         instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
-    buffers = _buffers(kernel.asm["ttgir"], config.block_n, forward.padded(case.size))
+    buffers = _buffers(kernel.asm["ttgir"], config.block_n, padded(case.size))
     result = Result(case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers)
     problems = list(_problems(result, instruction))
     if case.kernel == "gluon":
@@ -115,7 +115,7 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
         return
     # Tensor cores that do not read shared memory hold one stage in registers, unless the copy into
     # shared memory is that of a descriptor.
-    depth = config.num_stages - (GPUS[case.arch].like not in forward.ASYNC_TENSOR_CORE)
+    depth = config.num_stages - (GPUS[case.arch].like not in ASYNC_TENSOR_CORE)
     depth -= getattr(config, "loads", "") == "gather"  # the indices of keys are staged like keys
     older = case.arch == 103 or (case.arch == 100 and triton.__version__.startswith("3.6."))
     depth -= case.kernel == "int8" and older  # where 8-bit scores use the older instruction
@@ -132,7 +132,7 @@ def _compile(case: Case, config: Config) -> Any:
         signature[name] = "constexpr" if name in constants else types.get(name, plain)
     aligned = [n for n, t in signature.items() if t[0] == "*" or n.startswith("stride_")]
     position = kernel.arg_names.index
-    by_hand = isinstance(config, gluon.Config)
+    by_hand = isinstance(config, gluon.HopperConfig)
     source = (GluonASTSource if by_hand else ASTSource)(
         fn=kernel,
         signature=signature,

@@ -11,19 +11,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
-from diffpatch.kernels.block_sparse.gpu.lists import identity_order
-from diffpatch.kernels.block_sparse.int8.reference import mean_key
+from diffpatch.kernels.block_sparse.int8.levels import mean_key
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import MAX_HEAD_SIZE, padded
 from diffpatch.kernels.linear.triton_kernel import apply_kernel, state_kernel
+from diffpatch.kernels.tile_order import identity_order
 
 PROGRAMS = 512  # that the first pass is cut into, some for every multiprocessor
 LEAST = 512  # keys of one of them
-MAX_SIZE = 256  # channels, or features
+MAX_SIZE = MAX_HEAD_SIZE  # channels, or features
 
 
-class Config(NamedTuple):
+class LinearConfig(NamedTuple):
     """How the kernels are cut and scheduled.
 
     Attributes:
@@ -45,17 +45,17 @@ class Config(NamedTuple):
 
 # (bytes an element, padded head size) -> configuration of the second pass.
 CONFIGS = {
-    (2, 64): Config(64, 32, 16, 8, 2, "tf32"),
-    (2, 128): Config(32, 32, 16, 8, 2, "tf32"),
-    (2, 256): Config(16, 32, 16, 8, 1, "tf32"),
-    (4, 64): Config(32, 32, 16, 8, 1, "ieee"),
-    (4, 128): Config(16, 16, 16, 8, 1, "ieee"),
-    (4, 256): Config(16, 16, 16, 8, 1, "ieee"),
+    (2, 64): LinearConfig(64, 32, 16, 8, 2, "tf32"),
+    (2, 128): LinearConfig(32, 32, 16, 8, 2, "tf32"),
+    (2, 256): LinearConfig(16, 32, 16, 8, 1, "tf32"),
+    (4, 64): LinearConfig(32, 32, 16, 8, 1, "ieee"),
+    (4, 128): LinearConfig(16, 16, 16, 8, 1, "ieee"),
+    (4, 256): LinearConfig(16, 16, 16, 8, 1, "ieee"),
 }
 # Bytes an element -> configuration of the first pass: blocks of block_m × block_c of the state.
 STATE_CONFIGS = {
-    2: Config(64, 64, 64, 8, 2, "tf32"),
-    4: Config(32, 32, 32, 4, 1, "ieee"),
+    2: LinearConfig(64, 64, 64, 8, 2, "tf32"),
+    4: LinearConfig(32, 32, 32, 4, 1, "ieee"),
 }
 
 
@@ -75,14 +75,9 @@ class Near(NamedTuple):
     pool: torch.Tensor
 
 
-def configuration(dtype: torch.dtype, size: int) -> Config:
+def configuration(dtype: torch.dtype, size: int) -> LinearConfig:
     """The configuration of the second pass for a dtype and a number of channels up to 256."""
     return CONFIGS[dtype.itemsize, padded(size)]
-
-
-def padded(size: int) -> int:
-    """The channels the kernels compute for a head size: a power of two, 64 at least."""
-    return max(64, triton.next_power_of_2(size))
 
 
 def attend_cumulants(

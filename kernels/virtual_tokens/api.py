@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
-from diffpatch.kernels.block_sparse.gpu.lists import pack_words
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
+from diffpatch.kernels.merge import merge
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
 SCORE_BYTES = {"cpu": 2**20}
@@ -209,23 +210,3 @@ def _attend_torch(
         out[:, piece] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
         lse[:, piece] = (total.log() + top)[..., 0].transpose(1, 2)
     return out, lse
-
-
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two attentions over disjoint keys as one softmax over both.
-
-    Args:
-        out: (B, S, H, D).
-        lse: natural log-sum-exp (B, S, H); -inf where nothing was seen.
-        other: like out.
-        other_lse: like lse.
-
-    Returns:
-        The joint output in the dtype of `out` and its log-sum-exp.
-    """
-    total = torch.logaddexp(lse, other_lse)
-    safe = total.masked_fill(total == float("-inf"), 0.0)
-    a, b = ((x - safe).exp()[..., None] for x in (lse, other_lse))
-    return (out * a + other * b).to(out.dtype), total

@@ -136,6 +136,32 @@ def test_error_is_that_of_dense_attention(size: int, dtype: torch.dtype, inputs:
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_16_bits_go_through_scores_in_fp32(dtype: torch.dtype) -> None:
+    """Where SDPA returns no log-sum-exp, attention is written out, with a softmax in fp32."""
+    blocks = random_blocks([12, 8, 20], kept=0.7, seed=1)
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 40, 2, 16, dtype, seed=2))
+    scale = 2.0  # scores far apart and far from 0, which 16 bits hold to 1 in 100 only
+    out, lse = block_sparse_attention(
+        q, k, v, blocks, scale=scale, return_lse=True, backend="torch"
+    )
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = block_sparse_attention(
+        *wide, blocks, scale=scale, return_lse=True, backend="reference"
+    )
+    blind = expected_lse.isinf()
+    assert lse.dtype == torch.float32 and torch.equal(lse.isinf(), blind)
+    # The products that scores are made of are rounded once, to half a unit in the last place.
+    step = torch.finfo(dtype).eps * (expected_lse[~blind].abs() + scale)
+    assert ((lse.double() - expected_lse)[~blind].abs() <= step).all()
+    assert (out.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+    for results in ((out, lse), (expected, expected_lse)):
+        (results[0].sum() + results[1].masked_fill(blind, 0.0).sum()).backward()
+    for x, y in zip((q, k, v), wide, strict=True):
+        assert x.grad is not None and y.grad is not None and x.grad.isfinite().all()
+        assert (x.grad.double() - y.grad).norm() <= 8 * torch.finfo(dtype).eps * y.grad.norm()
+
+
 @pytest.mark.usefixtures("costs")
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_gradients_of_torch_equal_those_of_the_reference(return_lse: bool) -> None:
@@ -223,7 +249,7 @@ def test_keys_that_several_tiles_see_are_attended_together_and_the_rest_apart() 
     blocks = windows(tiles=64, edge=128, width=16, shared=1)
     (plan,) = plans(blocks, merging=True)
     pairs = sum(call.stack * call.rows * call.num_keys for call in plan.calls)
-    assert any(run.common is not None for run in plan.runs)
+    assert any(band.common is not None for band in plan.bands)
     assert pairs == 64 * 16 * 128**2 and all(call.mask is None for call in plan.calls)
     q, k, v = random_qkv(1, blocks.num_tokens, 1, 16)
     expected, expected_lse = attend(q, k, v, blocks, backend="reference")

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as block_sparse_gluon
 from diffpatch.kernels.block_sparse.gpu import gluon_kernel as block_sparse_gluon_kernel
-from diffpatch.kernels.block_sparse.gpu.gluon_forward import Config
+from diffpatch.kernels.block_sparse.gpu.gluon_forward import HopperConfig
 from diffpatch.kernels.blocks import BlockIndex
 from tests.exactness import Tensors, assert_exact, poisoned
 from tests.kernels.gluon_emulator import KernelError, emulated
@@ -32,12 +32,14 @@ def attend(
     key_mask: torch.Tensor | None = None,
     *,
     seed: int = 0,
-    config: Config | None = None,
+    config: HopperConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel, emulated, with outputs that are NaN unless it writes them."""
     scale = inputs[0].shape[-1] ** -0.5
     with emulated(block_sparse_gluon, "attend_kernel", seed), poisoned():
-        return block_sparse_gluon.attend(*inputs, blocks, scale, key_mask, True, config=config)
+        return block_sparse_gluon.attend_gluon(
+            *inputs, blocks, scale, key_mask, True, config=config
+        )
 
 
 def assert_exact_enough(
@@ -52,7 +54,7 @@ def assert_exact_enough(
 def test_head_sizes_and_dtypes(size: int, dtype: torch.dtype, block_n: int) -> None:
     blocks = random_blocks(SIZES, kept=0.7, partial=0.5, seed=1)
     inputs = random_qkv(1, sum(SIZES), 1, size, dtype)
-    assert_exact_enough(inputs, blocks, config=Config(block_n, 2))
+    assert_exact_enough(inputs, blocks, config=HopperConfig(block_n, 2))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -61,7 +63,7 @@ def test_head_sizes_and_dtypes(size: int, dtype: torch.dtype, block_n: int) -> N
 def test_any_order_of_events(seed: int, stages: int, turns: bool) -> None:
     blocks = random_blocks([128] * 7, kept=0.9, partial=0.4, seed=seed)
     inputs = random_qkv(1, 7 * 128, 1, 64, torch.bfloat16, seed=seed)
-    assert_exact_enough(inputs, blocks, seed=seed, config=Config(128, stages, turns))
+    assert_exact_enough(inputs, blocks, seed=seed, config=HopperConfig(128, stages, turns))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_it_launches(size: int) -> None:
     configs = [None, *block_sparse_gluon.alternatives(size).values()]
     with pretend_gpu(90) as gpu:
         for config in configs:
-            block_sparse_gluon.attend(*inputs, blocks, 0.1, None, True, config=config)
+            block_sparse_gluon.attend_gluon(*inputs, blocks, 0.1, None, True, config=config)
     assert [launch["grid"] for launch in gpu.launches] == [(4, 4, 1)] * len(configs)
 
 
@@ -190,11 +192,11 @@ def test_the_emulator_finds(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     blocks = random_blocks([128] * 7, kept=1.0, partial=0.4, seed=0)
     inputs = random_qkv(1, 7 * 128, 1, 64, torch.bfloat16)
     with pytest.raises((KernelError, AssertionError), match=words):
-        assert_exact_enough(inputs, blocks, config=Config(128, 2))
+        assert_exact_enough(inputs, blocks, config=HopperConfig(128, 2))
 
 
 def test_a_ring_of_one_hangs() -> None:
-    """Which is why `Config.num_stages` is at least 2."""
+    """Which is why `HopperConfig.num_stages` is at least 2."""
     blocks = random_blocks([128] * 4, kept=1.0, seed=0)
     with pytest.raises(KernelError, match="deadlock"):
-        attend(random_qkv(1, 512, 1, 64, torch.bfloat16), blocks, config=Config(128, 1))
+        attend(random_qkv(1, 512, 1, 64, torch.bfloat16), blocks, config=HopperConfig(128, 1))

@@ -46,7 +46,7 @@ def attend(
         poisoned(),
         mock.patch.object(block_sparse_triton, "arch", lambda device: arch),
     ):
-        return block_sparse_triton.attend(*inputs, blocks, scale, key_mask, True, **options)
+        return block_sparse_triton.attend_triton(*inputs, blocks, scale, key_mask, True, **options)
 
 
 def assert_exact_enough(
@@ -172,8 +172,8 @@ def test_tensors_of_more_than_two_billion_numbers(loads: str) -> None:
     q, k, v = far
     if loads == "int8":
         with interpreted():
-            out, _ = block_sparse_triton.attend_int8(q, k, v, blocks, 0.125, None, True)
-            expected, _ = block_sparse_triton.attend_int8(*near, blocks, 0.125, None, True)
+            out, _ = block_sparse_triton.attend_triton_int8(q, k, v, blocks, 0.125, None, True)
+            expected, _ = block_sparse_triton.attend_triton_int8(*near, blocks, 0.125, None, True)
     else:
         out, _ = attend((q, k, v), blocks, None, 90, loads=loads)
         expected, _ = attend(near, blocks, None, 90, loads=loads)
@@ -281,10 +281,12 @@ def test_gradients(size: int, dtype: torch.dtype) -> None:
     inputs = random_qkv(2, 50, 2, size, dtype, key_heads=1)
     q, k, v = (x.clone().requires_grad_() for x in inputs)
     with interpreted():
-        results = block_sparse_triton_backward.attend(q, k, v, blocks, 0.2, key_mask, True)
+        results = block_sparse_triton_backward.attend_with_gradients(
+            q, k, v, blocks, 0.2, key_mask, True
+        )
         gradients = torch.autograd.grad(_loss(*results, toward), (q, k, v))
     q, k, v = (x.double().requires_grad_() for x in inputs)
-    exact_results = block_sparse_reference.attend(q, k, v, blocks, 0.2, key_mask, True)
+    exact_results = block_sparse_reference.attend_reference(q, k, v, blocks, 0.2, key_mask, True)
     exact_gradients = torch.autograd.grad(_loss(*exact_results, toward), (q, k, v))
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
     for gradient, other in zip(gradients, exact_gradients, strict=True):
@@ -332,7 +334,9 @@ def test_launches_as_it_would_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None
     blocks = random_blocks([128, 100], edge=128, seed=1)
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 228, 3, 64, torch.bfloat16))
     with pretend_gpu(90) as gpu:
-        out, _ = block_sparse_triton_backward.attend(q, k, v, blocks, 0.125, None, True)
+        out, _ = block_sparse_triton_backward.attend_with_gradients(
+            q, k, v, blocks, 0.125, None, True
+        )
         torch.autograd.grad(out.sum(), (q, k, v))
     assert [(launch["name"], launch["grid"]) for launch in gpu.launches] == [
         ("attend_kernel", (2, 6, 1)),

@@ -12,7 +12,7 @@ from diffpatch.kernels.block_sparse.reference import dense_mask
 from diffpatch.kernels.block_sparse.torch_plan import attend as block_sparse_torch
 from diffpatch.kernels.block_sparse.torch_plan import grouping as block_sparse_grouping
 from diffpatch.kernels.block_sparse.torch_plan import views as block_sparse_views
-from diffpatch.kernels.block_sparse.torch_plan.calls import Plan, plans
+from diffpatch.kernels.block_sparse.torch_plan.calls import SdpaPlan, plans
 from diffpatch.kernels.block_sparse.torch_plan.views import Views
 from diffpatch.kernels.blocks import BlockIndex
 from tests.kernels.random_blocks import random_blocks, random_qkv
@@ -28,7 +28,7 @@ def table(blocks: BlockIndex) -> torch.Tensor:
     return torch.cat([blocks.masks, *(end.bool() for end in ends)])
 
 
-def shares(plan: Plan, tokens: int) -> tuple[float, float]:
+def shares(plan: SdpaPlan, tokens: int) -> tuple[float, float]:
     """Pairs that the calls compute, and those under a mask, as shares of all."""
     areas = {call: call.stack * call.rows * call.num_keys for call in plan.calls}
     masked = sum(area for call, area in areas.items() if call.mask is not None)

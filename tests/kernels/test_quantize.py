@@ -11,7 +11,8 @@ import torch
 import diffpatch
 from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
-from diffpatch.kernels.block_sparse.int8 import reference as quantize
+from diffpatch.kernels.block_sparse.int8 import levels as quantize
+from diffpatch.kernels.block_sparse.int8.reference import attend_torch_int8
 from diffpatch.kernels.blocks import BlockIndex
 from tests.kernels.random_blocks import random_blocks, random_qkv
 from tests.tiny import wan
@@ -39,7 +40,7 @@ def exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of attention, in fp64."""
     q, k, v = (x.double() for x in tensors)
-    out, lse = block_sparse_reference.attend(q, k, v, blocks, 0.125, key_mask, True)
+    out, lse = block_sparse_reference.attend_reference(q, k, v, blocks, 0.125, key_mask, True)
     assert lse is not None
     return out, lse
 
@@ -69,8 +70,8 @@ def test_keys_are_rounded_run_by_run_of_each_tile() -> None:
     rest = (k - mean[:, None])[:, blocks.order]
     starts = blocks.starts.tolist()
     for first, end in pairwise(starts):
-        for begin in range(first, end, quantize.RUN):
-            run = slice(begin, min(begin + quantize.RUN, end))
+        for begin in range(first, end, quantize.STRIP):
+            run = slice(begin, min(begin + quantize.STRIP, end))
             step = rest[:, run].abs().amax((1, 3)) / 127  # (B, K)
             torch.testing.assert_close(
                 scales[:, :, run], step[..., None].expand_as(scales[..., run])
@@ -135,6 +136,24 @@ def test_the_emulation_errs_by_the_rounding_of_scores(dtype: torch.dtype, hidden
     assert off.mean() <= 3e-3
 
 
+def test_grouped_queries_get_the_mean_of_their_own_key_head() -> None:
+    blocks = random_blocks(SIZES, kept=0.5, seed=3)
+    q, k, v = random_qkv(2, blocks.num_tokens, 4, 64, key_heads=2)
+    k = k + torch.tensor([3.0, -2.0])[:, None]  # means far apart, or the wrong one would do
+    mean = quantize.mean_key(k)
+    expected_mean = torch.stack(
+        [(q[:, :, h] * mean[:, None, h // 2]).sum(-1) * 0.125 for h in range(4)], -1
+    )
+    torch.testing.assert_close(quantize.mean_score(q, mean, 0.125), expected_mean)
+    expected, expected_lse = exact((q, k, v), blocks, None)
+    out, lse = block_sparse_attention(
+        q, k, v, blocks, scale=0.125, return_lse=True, backend="torch-int8"
+    )
+    blind = expected_lse.isinf()
+    assert (out.double() - expected).norm() <= 2e-2 * expected.norm()
+    assert (lse.double() - expected_lse)[~blind].abs().max() < 0.1
+
+
 def test_what_cannot_be_computed_in_8_bits_is_refused() -> None:
     blocks = random_blocks([8, 8])
     q, k, v = random_qkv(1, 16, 1, 32)
@@ -193,10 +212,10 @@ def test_the_kernel_computes_what_the_emulation_does(loads: str, size: int, hidd
     tensors = inputs(size=size)
     key_mask = padding() if hidden else None
     with interpreted(), mock.patch.object(block_sparse_triton, "arch", lambda device: 90):
-        out, lse = block_sparse_triton.attend_int8(
+        out, lse = block_sparse_triton.attend_triton_int8(
             *tensors, blocks, 0.125, key_mask, True, loads=loads
         )
-    emulated, emulated_lse = quantize.attend(*tensors, blocks, 0.125, key_mask, True)
+    emulated, emulated_lse = attend_torch_int8(*tensors, blocks, 0.125, key_mask, True)
     assert emulated_lse is not None
     expected, expected_lse = exact(tensors, blocks, key_mask)
     seen = ~expected_lse.isinf()

@@ -10,7 +10,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter, Linear, Temporal, TokenGrid, UnknownMethod, Window
-from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.kernels.merge import merge
 from diffpatch.methods.base import AttentionCall
 from diffpatch.patterns.build import complement
 from tests.tiny import wan
@@ -180,7 +180,7 @@ def test_a_complement_is_what_is_left_out(method: diffpatch.Method) -> None:
 
 def test_merging_nothing_with_nothing_is_nothing() -> None:
     out, lse = torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1), -math.inf)
-    merged, total = virtual_tokens.merge(out, lse, out, lse)
+    merged, total = merge(out, lse, out, lse)
     assert torch.equal(merged, out) and torch.equal(total, lse)
 
 

@@ -16,6 +16,7 @@ from diffpatch.kernels.block_sparse.backends import beside
 from diffpatch.kernels.block_sparse.work import Work, work_of
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
+from diffpatch.kernels.merge import merge
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods import axis
 from diffpatch.methods import learned as adapter
@@ -171,7 +172,7 @@ class Linear(Method):
             )
             out = distilled.mixed(near, near_lse, far, far_lse, features, learned)
         else:
-            out, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
+            out, _ = merge(near, near_lse, far, far_lse)
         return Attended(distilled.corrected(out, "out", learned), call.pattern.kept, used)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.kernels.merge import merge
 from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.patterns.build import rest
 
@@ -17,9 +17,9 @@ def attend(
     near, near_lse, used = call.sparse(q, k, v)
     fits = "out" in state and state["pattern"] is call.pattern and state["out"].shape == q.shape
     if fits and call.step - state["step"] < refresh:
-        out, _ = virtual_tokens.merge(near, near_lse, state["out"], state["lse"])
+        out, _ = merge(near, near_lse, state["out"], state["lse"])
         return Attended(out, call.pattern.kept, used)
     far, far_lse, _ = call.sparse(q, k, v, rest(call.pattern))
     state.update(out=far, lse=far_lse, step=call.step, pattern=call.pattern)
-    full, _ = virtual_tokens.merge(near, near_lse, far, far_lse)
+    full, _ = merge(near, near_lse, far, far_lse)
     return Attended(full, 1.0, used)

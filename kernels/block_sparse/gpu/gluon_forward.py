@@ -1,6 +1,6 @@
 """Block-sparse attention in Gluon, for Hopper GPUs (compute capability 9.0): forward pass.
 
-The same attention as `block_sparse_triton`, with loads, products and softmax overlapped by hand
+The same attention as `triton_forward`, with loads, products and softmax overlapped by hand
 where Triton's own pipelining leaves tensor cores idle.
 """
 
@@ -12,7 +12,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
+from diffpatch.kernels.bits import WORD, pack_words
+from diffpatch.kernels.block_sparse.gpu import triton_forward
 from diffpatch.kernels.block_sparse.gpu.gluon_kernel import (
     COMPUTING,
     LANES,
@@ -20,10 +21,12 @@ from diffpatch.kernels.block_sparse.gpu.gluon_kernel import (
     WARPGROUP,
     attend_kernel,
 )
-from diffpatch.kernels.block_sparse.gpu.lists import WORD, in_tile_order, pack_words, sub_blocks
-from diffpatch.kernels.block_sparse.gpu.triton_forward import LOG2_E, side_by_side
+from diffpatch.kernels.block_sparse.gpu.lists import sub_blocks
+from diffpatch.kernels.block_sparse.gpu.triton_forward import side_by_side
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import LOG2_E
 from diffpatch.kernels.gpu.support import arch
+from diffpatch.kernels.tile_order import in_tile_order
 
 HOPPER = 90
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -33,7 +36,7 @@ REGISTERS = 168
 COMPUTING_REGISTERS = 240
 
 
-class Config(NamedTuple):
+class HopperConfig(NamedTuple):
     """How the kernel is cut.
 
     Attributes:
@@ -59,11 +62,11 @@ class Config(NamedTuple):
 
 # Head size -> configuration. 128 keys make the longest products that leave enough registers; the
 # ring takes what shared memory is left by the queries, up to 4 sub-blocks.
-CONFIGS = {64: Config(128, 4), 128: Config(128, 2)}
-CONFIG_KEY_MASK = Config(64, 4)  # with a key mask, which takes registers too, heads of 128
+CONFIGS = {64: HopperConfig(128, 4), 128: HopperConfig(128, 2)}
+CONFIG_KEY_MASK = HopperConfig(64, 4)  # with a key mask, which takes registers too, heads of 128
 
 
-def configuration(size: int, key_mask: bool) -> Config:
+def configuration(size: int, key_mask: bool) -> HopperConfig:
     """The configuration that ships for a head size, with or without a key mask."""
     return CONFIG_KEY_MASK if key_mask and size == 128 else CONFIGS[size]
 
@@ -77,17 +80,17 @@ def lane_words(bits: torch.Tensor) -> torch.Tensor:
     return pack_words(of_lane).squeeze(-1)
 
 
-def alternatives(size: int) -> dict[str, Config]:
+def alternatives(size: int) -> dict[str, HopperConfig]:
     """Other configurations that fit and do not spill, to be measured beside the one that ships."""
     shipped = configuration(size, key_mask=False)
     return {
         "no turns": shipped._replace(turns=False),
-        "64 keys": Config(64, 4),
-        "64 keys, no turns": Config(64, 4, turns=False),
+        "64 keys": HopperConfig(64, 4),
+        "64 keys, no turns": HopperConfig(64, 4, turns=False),
     }
 
 
-def boxes(config: Config, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def boxes(config: HopperConfig, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How shared memory holds the keys of a sub-block."""
     return gl.NVMMASharedLayout.get_default_for([config.block_n, size], TYPES[dtype])
 
@@ -103,10 +106,10 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
         return f"the gluon backend takes heads of 64 or 128 channels, q has {q.shape[-1]}"
     if blocks.max_tile <= ROWS.value:
         return f"the gluon backend needs tiles above {ROWS.value} tokens, not {blocks.max_tile}"
-    return block_sparse_triton.unsupported_reason(q, blocks)  # a launch is as large
+    return triton_forward.unsupported_reason(q, blocks)  # a launch is as large
 
 
-def attend(
+def attend_gluon(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -115,7 +118,7 @@ def attend(
     key_mask: torch.Tensor | None,
     return_lse: bool,
     *,
-    config: Config | None = None,
+    config: HopperConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept pairs in one kernel launch; without gradients.
 

@@ -27,9 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LN_2 = gl.constexpr(0.6931471805599453)
-# A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
-START = gl.constexpr(-1.0e30)
+from diffpatch.kernels.gpu import common
+
+LN_2 = gl.constexpr(common.LN_2)
+START = gl.constexpr(common.START)
 WARPGROUP = gl.constexpr(4)  # warps
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one tensor-core instruction takes
 COMPUTING = gl.constexpr(2)  # warpgroups that compute

@@ -7,9 +7,8 @@ from functools import partial
 
 import torch
 
+from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.blocks import BlockIndex
-
-WORD = 32  # bits in a mask word
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,23 +40,6 @@ def sub_blocks(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
     """The lists for programs of `block_m` queries and steps of `block_n` keys; made once."""
     build = partial(_make, block_m=block_m, block_n=block_n)
     return blocks.derived(("sub-blocks", block_m, block_n), build)
-
-
-def identity_order(blocks: BlockIndex) -> bool:
-    """Whether tile order is sequence order."""
-
-    def compare(index: BlockIndex) -> bool:
-        return bool((index.order == torch.arange(index.num_tokens, device=index.device)).all())
-
-    return blocks.derived("identity order", compare)
-
-
-def in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
-    """Rows of (B, S, ...) in tile order; a copy only if they are not, or far apart in memory."""
-    if not identity_order(blocks):
-        return x.index_select(1, blocks.order)
-    # Within a sub-block the kernels count in 32 bits.
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
 def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
@@ -121,13 +103,3 @@ def _cut(masks: torch.Tensor, rows: int, per_tile: int, block_n: int) -> torch.T
     grown[:, :edge, :edge] = masks
     cut = grown.view(-1, rows, per_tile, block_n).transpose(1, 2)
     return cut.reshape(-1, rows, block_n)
-
-
-def pack_words(seen: torch.Tensor) -> torch.Tensor:
-    """Booleans (..., n) -> int32 words (..., ceil(n / 32)), bit 0 first, the last one filled up
-    with zeros."""
-    grown = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % WORD))
-    bits = torch.arange(WORD, device=seen.device)
-    words = (grown.unflatten(-1, (-1, WORD)).long() << bits).sum(-1)
-    # As a signed number, the last bit counts negative.
-    return (words - ((words >> (WORD - 1)) << WORD)).int()

@@ -16,31 +16,33 @@ import torch
 import triton
 import triton.language as tl
 
-from diffpatch.kernels.block_sparse.gpu import triton_forward as forward
 from diffpatch.kernels.block_sparse.gpu import triton_kernel as device
-from diffpatch.kernels.block_sparse.gpu.lists import identity_order, sub_blocks
+from diffpatch.kernels.block_sparse.gpu.lists import sub_blocks
+from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig, attend_triton
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support
+from diffpatch.kernels.gpu.common import LOG2_E, padded
 from diffpatch.kernels.gpu.device import on_device_of
+from diffpatch.kernels.tile_order import identity_order, in_sequence_order
 
 # (bytes an element, padded head size) -> configuration, on every GPU; nothing spills.
 CONFIGS = {
-    (2, 64): forward.Config(64, 32, 4, 2),
-    (2, 128): forward.Config(64, 32, 4, 2),
-    (2, 256): forward.Config(32, 32, 8, 1),
-    (4, 64): forward.Config(16, 32, 8, 1),
-    (4, 128): forward.Config(16, 32, 8, 1),
+    (2, 64): ForwardConfig(64, 32, 4, 2),
+    (2, 128): ForwardConfig(64, 32, 4, 2),
+    (2, 256): ForwardConfig(32, 32, 8, 1),
+    (4, 64): ForwardConfig(16, 32, 8, 1),
+    (4, 128): ForwardConfig(16, 32, 8, 1),
 }
 
 
 def unsupported_reason(q: torch.Tensor) -> str | None:
     """Why the kernel cannot compute gradients, or None. Takes the queries (B, S, H, D)."""
-    if (q.dtype.itemsize, forward.padded(q.shape[-1])) in CONFIGS:
+    if (q.dtype.itemsize, padded(q.shape[-1])) in CONFIGS:
         return None
     return f"gradients in {q.dtype} of heads with {q.shape[-1]} channels do not fit in a GPU block"
 
 
-def attend(
+def attend_with_gradients(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -49,12 +51,12 @@ def attend(
     key_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`block_sparse_triton.attend` with gradients for q, k and v through both results."""
-    out, lse = _Attention.apply(q, k, v, blocks, scale, key_mask)
+    """`triton_forward.attend_triton` with gradients for q, k and v through both results."""
+    out, lse = _WithGradients.apply(q, k, v, blocks, scale, key_mask)
     return out, lse
 
 
-class _Attention(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -65,7 +67,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         key_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = forward.attend(q, k, v, blocks, scale, key_mask, True)
+        out, lse = attend_triton(q, k, v, blocks, scale, key_mask, True)
         ctx.save_for_backward(q, k, v, out, lse, key_mask)
         ctx.blocks, ctx.scale = blocks, scale
         return out, lse
@@ -109,12 +111,12 @@ def gradients(
     blind = lse.isinf()
     delta = (grad_out.float() * out.float()).sum(-1) - grad_lse.masked_fill(blind, 0.0)
     # Weights are exp2(scores - lse): +inf makes those of rows that see nothing 0.
-    lse = torch.where(blind, torch.inf, lse * forward.LOG2_E)
+    lse = torch.where(blind, torch.inf, lse * LOG2_E)
     key_mask = None if key_mask is None else key_mask.view(torch.uint8)
     q, k, v, grad_out, lse, delta = (
-        _in_tile_order(x, blocks) for x in (q, k, v, grad_out, lse, delta)
+        _contiguous_in_tile_order(x, blocks) for x in (q, k, v, grad_out, lse, delta)
     )
-    key_mask = None if key_mask is None else _in_tile_order(key_mask, blocks)
+    key_mask = None if key_mask is None else _contiguous_in_tile_order(key_mask, blocks)
     statistics = (lse, delta, key_mask)
     (grad_q,) = _launch((q, grad_out), (k, v), statistics, blocks, scale, False)
     grad_k, grad_v = _launch((k, v), (q, grad_out), statistics, blocks, scale, True)
@@ -122,13 +124,13 @@ def gradients(
     grad_k, grad_v = (
         x.view(batch, tokens, heads, -1, size).sum(3).to(k.dtype) for x in (grad_k, grad_v)
     )
-    grad_q, grad_k, grad_v = (_in_sequence_order(x, blocks) for x in (grad_q, grad_k, grad_v))
+    grad_q, grad_k, grad_v = (in_sequence_order(x, blocks) for x in (grad_q, grad_k, grad_v))
     return grad_q, grad_k, grad_v
 
 
-def configuration(dtype: torch.dtype, size: int, keys: bool, arch: int) -> forward.Config:
+def configuration(dtype: torch.dtype, size: int, keys: bool, arch: int) -> ForwardConfig:
     """The configuration that ships for a dtype, a head size, a side and a compute capability."""
-    config = CONFIGS[dtype.itemsize, forward.padded(size)]
+    config = CONFIGS[dtype.itemsize, padded(size)]
     if not keys and config == CONFIGS[2, 256]:  # one accumulator less; spills a little otherwise
         config = config._replace(num_warps=4)
     if keys and arch == 100:  # Triton 3.9 cannot pipeline two accumulators there
@@ -161,23 +163,17 @@ def _launch(
         *own, *other, outs[0], outs[1] if keys else None, lse, delta, allowed,
         blocks.starts, blocks.head_pattern, lists.schedule, lists.row_ptr, lists.full_end,
         lists.places, lists.mask_ids, lists.bits,
-        scale, scale * forward.LOG2_E,
+        scale, scale * LOG2_E,
         tokens, heads, own[0].shape[2], other[0].shape[2], blocks.num_tiles, lists.parts,
-        KEYS=keys, SIZE=size, SIZE_PADDED=forward.padded(size),
+        KEYS=keys, SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return tuple(outs)
 
 
-def _in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
+def _contiguous_in_tile_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
     return x.contiguous() if identity_order(blocks) else x.index_select(1, blocks.order)
-
-
-def _in_sequence_order(x: torch.Tensor, blocks: BlockIndex) -> torch.Tensor:
-    if identity_order(blocks):
-        return x
-    return x.index_select(1, blocks.place)
 
 
 def transposed(blocks: BlockIndex) -> BlockIndex:
@@ -210,8 +206,8 @@ def _visit(
     """Add what one sub-block of the other side contributes."""
     inside = offsets_n < tokens - place
     shift = place.to(tl.int64) * other_stride
-    other = device._load(other_at + shift, inside, channel_ok, MASKED, EVEN)
-    other2 = device._load(other2_at + shift, inside, channel_ok, MASKED, EVEN)
+    other = device.load_rows(other_at + shift, inside, channel_ok, MASKED, EVEN)
+    other2 = device.load_rows(other2_at + shift, inside, channel_ok, MASKED, EVEN)
     scores = tl.dot(own, tl.trans(other), input_precision="ieee") * scale_log2
     if KEYS:
         at = (place + offsets_n) * heads
@@ -219,7 +215,7 @@ def _visit(
         delta = tl.load(DELTA + at, mask=inside, other=0.0)[None, :]
     weights = tl.exp2(scores - lse)
     if MASKED:
-        weights = tl.where(device._seen(words, offsets_n, BLOCK_N), weights, 0.0)
+        weights = tl.where(device.seen_bits(words, offsets_n, BLOCK_N), weights, 0.0)
     if ALLOWED is not None:
         if not KEYS:
             may = tl.load(ALLOWED + place + offsets_n, mask=inside, other=0)[None, :]

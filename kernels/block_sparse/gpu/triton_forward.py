@@ -13,22 +13,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diffpatch.kernels.block_sparse.gpu.lists import in_tile_order, sub_blocks
+from diffpatch.kernels.block_sparse.gpu.lists import sub_blocks
 from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
-from diffpatch.kernels.block_sparse.int8.reference import mean_key, mean_score
+from diffpatch.kernels.block_sparse.int8.levels import mean_key, mean_score
 from diffpatch.kernels.block_sparse.int8.triton_keys import quantize_keys
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import ASYNC_TENSOR_CORE, LOG2_E, MAX_HEAD_SIZE, padded
 from diffpatch.kernels.gpu.support import arch
+from diffpatch.kernels.tile_order import in_tile_order
 
-MAX_HEAD_SIZE = 256
-LOG2_E = 1.4426950408889634
 LOADS = ("auto", "pointer", "tma", "gather")
 
 
-class Config(NamedTuple):
+class ForwardConfig(NamedTuple):
     """How the kernel is cut and scheduled.
 
     Attributes:
@@ -52,24 +51,23 @@ class Config(NamedTuple):
 # (bytes an element, padded head size) -> configuration, chosen so that nothing spills. fp32 has no
 # tensor cores at full precision and needs a small block to stay in registers.
 CONFIGS = {
-    (2, 64): Config(128, 64, 4, 3),
-    (2, 128): Config(128, 64, 8, 3),
-    (2, 256): Config(64, 64, 8, 2),
-    (4, 64): Config(64, 32, 8, 2),
-    (4, 128): Config(16, 32, 8, 1),
-    (4, 256): Config(32, 32, 16, 2),
+    (2, 64): ForwardConfig(128, 64, 4, 3),
+    (2, 128): ForwardConfig(128, 64, 8, 3),
+    (2, 256): ForwardConfig(64, 64, 8, 2),
+    (4, 64): ForwardConfig(64, 32, 8, 2),
+    (4, 128): ForwardConfig(16, 32, 8, 1),
+    (4, 256): ForwardConfig(32, 32, 16, 2),
 }
 # Other GPUs hold the operands of tensor cores in registers; some have 99 KiB of shared memory.
 CONFIGS_SMALL = CONFIGS | {
-    (2, 64): Config(128, 64, 8, 3),
-    (2, 128): Config(128, 32, 8, 3),
-    (2, 256): Config(64, 32, 8, 2),
-    (4, 128): Config(16, 32, 16, 2),
-    (4, 256): Config(32, 32, 16, 1),
+    (2, 64): ForwardConfig(128, 64, 8, 3),
+    (2, 128): ForwardConfig(128, 32, 8, 3),
+    (2, 256): ForwardConfig(64, 32, 8, 2),
+    (4, 128): ForwardConfig(16, 32, 16, 2),
+    (4, 256): ForwardConfig(32, 32, 16, 1),
 }
-# Compute capabilities as `triton_support.arch` gives them.
-ASYNC_TENSOR_CORE = (90, 100)  # where tensor cores read shared memory
-SPECIALIZED = (100,)  # where Triton gives loads warps of their own and nothing spills
+# Compute capabilities where Triton gives loads warps of their own and nothing spills.
+SPECIALIZED = (100,)
 
 
 def configuration(
@@ -81,7 +79,7 @@ def configuration(
     int8: bool = False,
     loads: str = "auto",
     specialize: bool = False,
-) -> Config:
+) -> ForwardConfig:
     """The configuration that ships for a case.
 
     "auto" takes tensor descriptors from compute capability 9.0 on, for 16-bit heads of 64, 128 or
@@ -93,7 +91,7 @@ def configuration(
         dtype: of q, k and v.
         size: the head size.
         tile: the largest tile of the block index, in tokens.
-        arch: the compute capability as `triton_support.arch` gives it, 90 for 9.0.
+        arch: the compute capability as `support.arch` gives it, 90 for 9.0.
         int8: whether scores are computed in 8 bits.
         loads: one of `LOADS`.
         specialize: whether to leave the loads to warps of their own, on `SPECIALIZED`.
@@ -131,11 +129,6 @@ def configuration(
     return config._replace(loads=loads, specialize=specialize)
 
 
-def padded(size: int) -> int:
-    """The channels the kernel computes for a head size: a power of two, 64 at least."""
-    return max(64, triton.next_power_of_2(size))
-
-
 def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
     """Why the kernel cannot run, or None. Takes the queries (B, S, H, D) and the blocks."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -147,7 +140,7 @@ def unsupported_reason(q: torch.Tensor, blocks: BlockIndex) -> str | None:
     return None
 
 
-def attend(
+def attend_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -183,7 +176,7 @@ def attend(
     return _launch(q, k, v, None, blocks, scale, key_mask, config)
 
 
-def attend_int8(
+def attend_triton_int8(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -194,7 +187,7 @@ def attend_int8(
     *,
     loads: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` with q·k on 8-bit tensor cores, as `quantize` describes; for bf16 and fp16.
+    """`attend_triton` with q·k on 8-bit tensor cores, for bf16 and fp16; `int8.levels` says how.
 
     The log-sum-exp is that of the true scores, but for the rounding, and only made if asked for.
     """
@@ -206,7 +199,7 @@ def attend_int8(
     return out, lse + mean_score(q, mean, scale) if return_lse else lse
 
 
-def _configured(q: torch.Tensor, blocks: BlockIndex, loads: str, **options: bool) -> Config:
+def _configured(q: torch.Tensor, blocks: BlockIndex, loads: str, **options: bool) -> ForwardConfig:
     gpu = arch(q.device)
     return configuration(q.dtype, q.shape[-1], blocks.max_tile, gpu, loads=loads, **options)
 
@@ -219,7 +212,7 @@ def _launch(
     blocks: BlockIndex,
     scale: float,
     key_mask: torch.Tensor | None,
-    config: Config,
+    config: ForwardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel on queries in sequence order, keys and values in the order of the loads."""
     batch, tokens, heads, size = q.shape

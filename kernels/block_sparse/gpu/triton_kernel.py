@@ -8,17 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffpatch.kernels.block_sparse.int8 import reference as quantize
+from diffpatch.kernels.block_sparse.int8 import levels
+from diffpatch.kernels.gpu import common
 
-LN_2 = tl.constexpr(0.6931471805599453)
-# A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
-START = tl.constexpr(-1.0e30)
-LEVELS = tl.constexpr(quantize.LEVELS)
-SMALLEST = tl.constexpr(quantize.SMALLEST)
+LN_2 = tl.constexpr(common.LN_2)
+START = tl.constexpr(common.START)
+LEVELS = tl.constexpr(levels.LEVELS)
+SMALLEST = tl.constexpr(levels.SMALLEST)
 
 
 @triton.jit
-def _load(at, inside, channel_ok, BOUNDED: tl.constexpr, EVEN: tl.constexpr):
+def load_rows(at, inside, channel_ok, BOUNDED: tl.constexpr, EVEN: tl.constexpr):
     """Rows of keys or values, zero past the last key and past the head size."""
     if BOUNDED:
         rows = tl.load(at, mask=inside[:, None] & channel_ok[None, :], other=0.0)
@@ -38,14 +38,14 @@ def _rows(
     if LOADS == "tma":
         rows = X.load([row, first_channel])
     elif LOADS == "gather":
-        rows = _load(at + tokens_at[:, None] * stride, inside, channel_ok, BOUNDED, EVEN)
+        rows = load_rows(at + tokens_at[:, None] * stride, inside, channel_ok, BOUNDED, EVEN)
     else:
-        rows = _load(at, inside, channel_ok, BOUNDED, EVEN)
+        rows = load_rows(at, inside, channel_ok, BOUNDED, EVEN)
     return rows
 
 
 @triton.jit
-def _seen(words, offsets_n, BLOCK_N: tl.constexpr):
+def seen_bits(words, offsets_n, BLOCK_N: tl.constexpr):
     """The bits of one or two mask words a row, as booleans (rows, BLOCK_N)."""
     word = tl.load(words)[:, None]
     if BLOCK_N == 64:
@@ -81,7 +81,7 @@ def _step(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scale_of_row = scale
     if MASKED:
-        scores = tl.where(_seen(words, offsets_n, BLOCK_N), scores, -float("inf"))
+        scores = tl.where(seen_bits(words, offsets_n, BLOCK_N), scores, -float("inf"))
     if ALLOWED is not None:
         may = tl.load(ALLOWED + place + offsets_n, mask=inside, other=0)
         scores = tl.where((may != 0)[None, :], scores, -float("inf"))

@@ -1,4 +1,4 @@
-"""Keys into tile order and 8 bits in one pass, in Triton; the definition is in `quantize`."""
+"""Keys into tile order and 8 bits in one pass, in Triton; the definition is in `levels`."""
 
 # mypy: disable-error-code="no-untyped-def"
 # (what a kernel takes and returns are Triton's values and has no Python types)
@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from diffpatch.kernels.block_sparse.int8 import reference as quantize
+from diffpatch.kernels.block_sparse.int8 import levels
 from diffpatch.kernels.blocks import BlockIndex
 
-RUN = tl.constexpr(quantize.RUN)
-LEVELS = tl.constexpr(quantize.LEVELS)
-SMALLEST = tl.constexpr(quantize.SMALLEST)
+STRIP = tl.constexpr(levels.STRIP)
+LEVELS = tl.constexpr(levels.LEVELS)
+SMALLEST = tl.constexpr(levels.SMALLEST)
 
 
 def quantize_keys(
@@ -23,13 +23,13 @@ def quantize_keys(
     blocks: BlockIndex,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize.quantize_keys` in one kernel launch, for fp32, bf16 and fp16 keys."""
+    """`levels.quantize_keys` in one kernel launch, for fp32, bf16 and fp16 keys."""
     batch, tokens, heads, size = k.shape
     k = k if k.stride(3) == 1 else k.contiguous()
     keys = torch.empty(k.shape, dtype=torch.int8, device=k.device)
     scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
     allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    parts = -(-blocks.max_tile // quantize.RUN)
+    parts = -(-blocks.max_tile // levels.STRIP)
     quantize_kernel[blocks.num_tiles * parts, batch * heads](
         k, mean, keys, scales, allowed, blocks.order, blocks.starts,
         *k.stride()[:3], tokens, heads, parts,
@@ -45,15 +45,15 @@ def quantize_kernel(
     stride_kb, stride_ks, stride_kh, tokens, heads, parts,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One program: a run of keys of one tile, for one head of one batch entry.
+    """One program: a strip of keys of one tile, for one head of one batch entry.
 
     MEAN (B, heads, SIZE), KEYS (B, S, heads, SIZE) and SCALES (B, heads, S) are contiguous.
     """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     tile = tl.program_id(0) // parts
-    first = tl.load(STARTS + tile) + tl.program_id(0) % parts * RUN
-    place = first + tl.arange(0, RUN)
+    first = tl.load(STARTS + tile) + tl.program_id(0) % parts * STRIP
+    place = first + tl.arange(0, STRIP)
     held = place < tl.load(STARTS + tile + 1)
     token = tl.load(ORDER + place, mask=held, other=0)
     channel = tl.arange(0, SIZE_PADDED)
@@ -71,5 +71,5 @@ def quantize_kernel(
     row = (batch * tokens + place) * heads + head
     stored = held[:, None] & channel_ok[None, :]
     tl.store(KEYS + row[:, None] * SIZE + channel[None, :], rounded, mask=stored)
-    scales = tl.zeros([RUN], tl.float32) + scale
+    scales = tl.zeros([STRIP], tl.float32) + scale
     tl.store(SCALES + (batch * heads + head) * tokens + place, scales, mask=held)

@@ -11,8 +11,9 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 
-from diffpatch.kernels.block_sparse.torch_plan.calls import Call, Plan, Run, plans
+from diffpatch.kernels.block_sparse.torch_plan.calls import Band, SdpaCall, SdpaPlan, plans
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.merge import merge_outputs
 
 MAX_CACHED_MASKS = 192 << 20  # bytes of expanded masks kept with an index
 MAX_GATHERED = 32 << 20  # bytes of keys and values gathered at a time, which caches may hold
@@ -20,7 +21,7 @@ MAX_GATHERED = 32 << 20  # bytes of keys and values gathered at a time, which ca
 Result = tuple[torch.Tensor, torch.Tensor | None]  # the output and, if asked for, the log-sum-exp
 
 
-def attend(
+def attend_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -60,8 +61,8 @@ def attend(
         if groups > 1 or heads is not None:
             every = torch.arange(q.shape[2], device=q.device) if heads is None else heads
             key, value = (x.index_select(2, every // groups) for x in (k, v))
-        attention = _Attention(blocks, plan, scale, return_lse, lean)
-        out, lse = attention(query, key, value, key_mask)
+        run = _Runner(blocks, plan, scale, return_lse, lean)
+        out, lse = run(query, key, value, key_mask)
         outs.append(out)
         lses.append(lse)
     if pieces[0].heads is None:
@@ -71,7 +72,7 @@ def attend(
     return out.index_select(2, back), None if lse is None else lse.index_select(2, back)
 
 
-class _Attention:
+class _Runner:
     """Runs one plan: the calls of one pattern, for the heads that follow it.
 
     A lean one (on a CPU, without gradients) copies rows with all threads, and gathers the keys of
@@ -79,7 +80,7 @@ class _Attention:
     """
 
     def __init__(
-        self, blocks: BlockIndex, plan: Plan, scale: float, return_lse: bool, lean: bool
+        self, blocks: BlockIndex, plan: SdpaPlan, scale: float, return_lse: bool, lean: bool
     ) -> None:
         self.blocks, self.plan, self.scale, self.lean = blocks, plan, scale, lean
         self.return_lse = return_lse
@@ -99,11 +100,11 @@ class _Attention:
         lses: list[torch.Tensor | None] = []
         first = 0
         whole = torch.empty_like(q, memory_format=torch.contiguous_format) if self.lean else None
-        for run in self.plan.runs:
-            last = first + run.rows
+        for band in self.plan.bands:
+            last = first + band.rows
             place: torch.Tensor | slice = slice(first, last)
             place = place if rows is None else rows[place]
-            out, lse = self._run(run, self._take(q, place, "queries"), k, v, key_mask)
+            out, lse = self._band(band, self._take(q, place, "queries"), k, v, key_mask)
             if whole is None:
                 outs.append(out)
             else:
@@ -117,35 +118,36 @@ class _Attention:
         out = self._take(out, places) if whole is None else out
         return out, None if lse is None else lse.index_select(1, places)
 
-    def _run(
+    def _band(
         self,
-        run: Run,
+        band: Band,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None,
     ) -> Result:
-        """One run: q (B, rows, h, D) -> the output alike, and (B, rows, h)."""
-        with_lse = self.return_lse or run.common is not None
+        """One band: q (B, rows, h, D) -> the output alike, and (B, rows, h)."""
+        with_lse = self.return_lse or band.common is not None
         outs: list[torch.Tensor] = []
         lses: list[torch.Tensor | None] = []
         first = 0
-        for call in run.rest:
+        for call in band.rest:
             rows = q[:, first : first + call.stack * call.rows]
             first += call.stack * call.rows
             out, lse = self._by_heads(call, rows, k, v, key_mask, with_lse)
             outs.append(out)
             lses.append(lse)
         out, lse = _cat(outs, 1), _cat(lses, 1)
-        if run.common is None or lse is None:
+        if band.common is None or lse is None:
             return out, lse
-        shared, shared_lse = self._by_heads(run.common, q, k, v, key_mask, True)
+        shared, shared_lse = self._by_heads(band.common, q, k, v, key_mask, True)
         assert shared_lse is not None  # it was asked for
-        return _merge(shared, shared_lse, out, lse, self.return_lse)
+        out = merge_outputs(shared, shared_lse, out, lse)
+        return out, torch.logaddexp(shared_lse, lse) if self.return_lse else None
 
     def _by_heads(
         self,
-        call: Call,
+        call: SdpaCall,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -166,7 +168,7 @@ class _Attention:
 
     def _call(
         self,
-        call: Call,
+        call: SdpaCall,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -210,7 +212,7 @@ class _Attention:
         return out
 
     def _bias(
-        self, call: Call, key_mask: torch.Tensor | None, dtype: torch.dtype
+        self, call: SdpaCall, key_mask: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The mask as what SDPA adds to the scores, and the rows to blank afterwards."""
         if key_mask is not None:
@@ -232,7 +234,7 @@ class _Attention:
         return self._take(bias[None], mask.row_kinds, "bias")[0], blind
 
     def _bias_with(
-        self, call: Call, key_mask: torch.Tensor, dtype: torch.dtype
+        self, call: SdpaCall, key_mask: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_bias` when some keys of some batch entries are out of bounds."""
         keys = key_mask[:, call.keys]
@@ -264,24 +266,11 @@ def _sdpa(
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
-def _merge(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    other: torch.Tensor,
-    other_lse: torch.Tensor,
-    return_lse: bool,
-) -> Result:
-    """Two attentions of the same rows to different keys as one; `lse` is finite."""
-    share = (lse - other_lse).sigmoid()[..., None]
-    joint = torch.lerp(other.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
-    return joint, torch.logaddexp(lse, other_lse) if return_lse else None
-
-
 def _needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _stack(x: torch.Tensor, call: Call, length: int) -> torch.Tensor:
+def _stack(x: torch.Tensor, call: SdpaCall, length: int) -> torch.Tensor:
     """(B, stack * length, ...) -> (B * stack, length, ...)."""
     return x.reshape(x.shape[0] * call.stack, length, *x.shape[2:])
 

@@ -3,7 +3,7 @@
 SDPA is efficient on hundreds of query rows, and fewer see exactly the same keys. So rows whose keys
 overlap are put together: either they attend to the union under a mask, or together to the keys that
 all of them see and in smaller groups to the rest, merged by log-sum-exp. The costs in
-`block_sparse_grouping` decide, from what `block_sparse_views` finds.
+`grouping` decide, from what `views` finds.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TileMask:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class SdpaCall:
     """One attention call over `stack` groups of the same shape.
 
     Attributes:
@@ -80,7 +80,7 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Band:
     """Some query rows, next to each other in plan order.
 
     Attributes:
@@ -89,8 +89,8 @@ class Run:
         rest: calls that follow each other and have all the rows together.
     """
 
-    common: Call | None
-    rest: tuple[Call, ...]
+    common: SdpaCall | None
+    rest: tuple[SdpaCall, ...]
 
     @property
     def rows(self) -> int:
@@ -98,7 +98,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SdpaPlan:
     """The calls of one pattern.
 
     Attributes:
@@ -107,7 +107,7 @@ class Plan:
             sequence order.
         places: int64 (S,), its inverse; None as well.
         keys: int64 (S,), the sequence index of each key in key order; None: sequence order.
-        runs: in plan order.
+        bands: in plan order.
         table: bool (M + 2, T, T), what the calls' masks expand from.
     """
 
@@ -115,13 +115,13 @@ class Plan:
     rows: torch.Tensor | None
     places: torch.Tensor | None
     keys: torch.Tensor | None
-    runs: tuple[Run, ...]
+    bands: tuple[Band, ...]
     table: torch.Tensor
 
     @cached_property
-    def calls(self) -> tuple[Call, ...]:
-        """Every call of every run."""
-        return tuple(call for run in self.runs for call in (run.common, *run.rest) if call)
+    def calls(self) -> tuple[SdpaCall, ...]:
+        """Every call of every band."""
+        return tuple(call for band in self.bands for call in (band.common, *band.rest) if call)
 
     @cached_property
     def mask_entries(self) -> int:
@@ -130,17 +130,17 @@ class Plan:
         return sum(sizes.values())
 
 
-def plans(blocks: BlockIndex, *, merging: bool = False) -> tuple[Plan, ...]:
+def plans(blocks: BlockIndex, *, merging: bool = False) -> tuple[SdpaPlan, ...]:
     """One plan for each pattern that a head follows; made once per index.
 
     Args:
         blocks: the index.
-        merging: whether runs may have a common call, whose result must then be merged.
+        merging: whether bands may have a common call, whose result must then be merged.
     """
     return blocks.derived(("torch plans", merging), partial(_make_plans, merging=merging))
 
 
-def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[Plan, ...]:
+def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[SdpaPlan, ...]:
     host = blocks.to("cpu")
     table = blocks.mask_table()
     if host.head_pattern is None:
@@ -178,20 +178,20 @@ class _Planner:
         self.order = blocks.order.numpy()
         self.masks: dict[tuple[bytes, ...], TileMask] = {}
 
-    def plan(self, heads: torch.Tensor | None) -> Plan:
+    def plan(self, heads: torch.Tensor | None) -> SdpaPlan:
         """The whole plan, for the given heads."""
         found = cuts(self.views, splitting=self.merging)
-        keys, runs = None, self._runs(found, self.order)
+        keys, bands = None, self._bands(found, self.order)
         # In tile order more key lists are contiguous, but it takes a pass over all keys.
-        in_tile_order = self._runs(found, np.arange(len(self.order)))
-        if len(self.order) + _gathered(in_tile_order) < _gathered(runs):
-            keys, runs = torch.from_numpy(self.order).to(self.table.device), in_tile_order
+        in_tile_order = self._bands(found, np.arange(len(self.order)))
+        if len(self.order) + _gathered(in_tile_order) < _gathered(bands):
+            keys, bands = torch.from_numpy(self.order).to(self.table.device), in_tile_order
         held = self.views.parts.places(np.concatenate([cut.parts for cut in found]))
         rows = torch.from_numpy(self.order[held]).to(self.table.device)
         places = torch.argsort(rows)
         if torch.equal(rows, places) and bool((rows.diff() == 1).all()):
-            return Plan(heads, None, None, keys, runs, self.table)
-        return Plan(heads, rows, places, keys, runs, self.table)
+            return SdpaPlan(heads, None, None, keys, bands, self.table)
+        return SdpaPlan(heads, rows, places, keys, bands, self.table)
 
     def _group(self, parts: np.ndarray, without: np.ndarray | None = None) -> _Group:
         """Parts that attend to whatever any of them sees, but for some classes, bool (C,)."""
@@ -202,21 +202,21 @@ class _Planner:
         rows, num_keys = self.views.parts.sizes[parts].sum(), self.views.count(classes)
         return _Group(parts, classes, int(rows), int(num_keys), masked)
 
-    def _runs(self, found: list[Cut], key_order: np.ndarray) -> tuple[Run, ...]:
-        runs = []
+    def _bands(self, found: list[Cut], key_order: np.ndarray) -> tuple[Band, ...]:
+        bands = []
         for split, alike in groupby(found, key=lambda cut: cut.split):
             if not split:
                 groups = [self._group(cut.parts) for cut in alike]
-                runs += [Run(None, (call,)) for call in self._calls(groups, key_order)]
+                bands += [Band(None, (call,)) for call in self._calls(groups, key_order)]
                 continue
             for cut in alike:
                 common = self.views.common(cut.parts)
                 rest = [self._group(unit, common) for unit in cut.units]
                 shared = self._group_of(cut.parts, common, False)
-                runs.append(Run(self._call([shared], key_order), self._calls(rest, key_order)))
-        return tuple(runs)
+                bands.append(Band(self._call([shared], key_order), self._calls(rest, key_order)))
+        return tuple(bands)
 
-    def _calls(self, groups: list[_Group], key_order: np.ndarray) -> tuple[Call, ...]:
+    def _calls(self, groups: list[_Group], key_order: np.ndarray) -> tuple[SdpaCall, ...]:
         calls = []
         for (_, num_keys, masked), same in groupby(groups, key=lambda group: group.shape):
             alike = list(same)
@@ -225,7 +225,7 @@ class _Planner:
             calls += [self._call(stack, key_order) for stack in stacks]
         return tuple(calls)
 
-    def _call(self, groups: list[_Group], key_order: np.ndarray) -> Call:
+    def _call(self, groups: list[_Group], key_order: np.ndarray) -> SdpaCall:
         first = groups[0]
         places = [group.classes[self.views.classes.of_place].nonzero()[0] for group in groups]
         tokens = key_order[np.concatenate(places)]
@@ -236,7 +236,7 @@ class _Planner:
             elif (np.diff(tokens) == 1).all():
                 keys = slice(int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else slice(0, 0)
         mask = self._mask(first, places[0]) if first.masked else None
-        return Call(len(groups), first.rows, first.num_keys, keys, mask)
+        return SdpaCall(len(groups), first.rows, first.num_keys, keys, mask)
 
     def _mask(self, group: _Group, key_places: np.ndarray) -> TileMask:
         parts = self.views.parts
@@ -268,7 +268,7 @@ class _Planner:
         return tiles, nth * self.table.shape[-1] + row
 
 
-def _gathered(runs: tuple[Run, ...]) -> int:
-    """How many keys these runs must copy together."""
-    calls = (call for run in runs for call in (run.common, *run.rest) if call)
+def _gathered(bands: tuple[Band, ...]) -> int:
+    """How many keys these bands must copy together."""
+    calls = (call for band in bands for call in (band.common, *band.rest) if call)
     return sum(call.keys.shape[0] for call in calls if isinstance(call.keys, torch.Tensor))

@@ -15,7 +15,7 @@ MASK_COST = 1.1  # an additive mask, per pair
 KEY_COST = 60.0  # per key: gathering it, and the kernel's own preparation of it
 CALL_COST = 25_000.0  # per call
 MERGE_COST = 100.0  # per query row, joining two results
-MAX_ROWS = 2048  # query rows of a run; more gains nothing and makes unions larger
+MAX_ROWS = 2048  # query rows of a band; more gains nothing and makes unions larger
 MAX_MASK = 1 << 24  # entries of a group's mask
 LEAST_ROWS = 256  # query rows of a unit; parts are put together up to these
 MAX_ORDERED = 2048  # units up to which an order of their own is sought
@@ -110,7 +110,7 @@ def _chain(views: Views, units: Units) -> Units:
 def _cut(views: Views, units: Units, splitting: bool) -> tuple[list[Cut], float]:
     """Cut the row of units where it costs least (dynamic programming), and what it costs."""
     count = len(units)
-    costs = _run_costs(views, units, splitting)
+    costs = _band_costs(views, units, splitting)
     least = [cost.min(0) for cost in costs]
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
@@ -130,13 +130,13 @@ def _cut(views: Views, units: Units, splitting: bool) -> tuple[list[Cut], float]
     return found[::-1], float(best[-1])
 
 
-def _run_costs(views: Views, units: Units, splitting: bool) -> list[np.ndarray]:
-    """What attending runs of units costs: [length - 1][as a union or split, first unit]."""
+def _band_costs(views: Views, units: Units, splitting: bool) -> list[np.ndarray]:
+    """What attending bands of units costs: [length - 1][as a union or split, first unit]."""
     sees = np.stack([views.sees[unit].any(0) for unit in units])
     sees_all = np.stack([views.sees_all[unit].all(0) for unit in units])
     unit_rows = np.array([views.parts.sizes[unit].sum() for unit in units])
     union, common, rows = sees, sees_all, unit_rows
-    # Sums over runs of what each unit costs alone, and of what a key less saves it.
+    # Sums over bands of what each unit costs alone, and of what a key less saves it.
     alone, per_key = (np.concatenate([[0.0], x.cumsum()]) for x in _alone(views, units))
     costs: list[np.ndarray] = []
     while True:
