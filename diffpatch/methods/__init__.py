@@ -4,6 +4,7 @@ from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
 from diffpatch.methods.linear.method import Linear
+from diffpatch.methods.longer import Longer
 from diffpatch.methods.neighborhood import Neighborhood
 from diffpatch.methods.radial.method import Radial
 from diffpatch.methods.registry import MethodInfo, list_methods, make_method, register
@@ -15,6 +16,7 @@ __all__ = [
     "Dense",
     "Disc",
     "Linear",
+    "Longer",
     "Method",
     "MethodInfo",
     "Neighborhood",
