@@ -1,4 +1,4 @@
-"""The method `longer`: clips beyond the trained length, each frame seeing as many as in training."""
+"""The method `longer`: clips beyond the trained length, with the field of view of training."""
 
 from __future__ import annotations
 
