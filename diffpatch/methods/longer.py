@@ -10,8 +10,9 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method, param, register
+from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
-from diffpatch.patterns.pattern import BlockPattern, from_axes
+from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Tiling, choose_tile
 
 

@@ -1,0 +1,238 @@
+"""What tuning found out about a model, as a file that can be shared: curves, not one choice.
+
+The file is plain JSON with a version. Everything that ties the curves to what they were measured on
+stands in it, so that they are refused, with the reason, where they would not hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffpatch.errors import BadParameter
+from diffpatch.tuning.curves import Point
+
+VERSION = 1
+MOST_BYTES = 64 * 2**20  # of a file: curves of the largest models take a few MB
+MOST_UNITS = 2**20
+REACH = 2.0  # factor on the number of tokens within which curves are carried to another grid
+
+Text = Annotated[str, Field(max_length=4000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    """A part of the file: nothing may change, be missing or be unknown; numbers are finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MeasuredOn(_Part):
+    """What the curves were measured on.
+
+    Attributes:
+        model: fingerprint of the weights, as `fingerprint` makes it.
+        transformers: name in the pipeline -> (class, layers, heads).
+        grid: (num_frames, height, width) in tokens, and tokens of text.
+        kind: "video" or "image".
+        tile: most tokens of a tile.
+        pool: tokens of a virtual token.
+        steps: denoising steps of the runs.
+        dense_steps: first steps that stay dense, as a fraction of the run.
+        dtype: of the weights, such as "bfloat16".
+        prompts: the texts of the runs.
+        seeds: of their noise.
+        versions: package -> version.
+        time: when, in ISO 8601.
+    """
+
+    model: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    transformers: dict[Text, tuple[Text, int, int]]
+    grid: tuple[int, int, int, int]
+    kind: Literal["video", "image"]
+    tile: Annotated[int, Field(ge=1, le=4096)]
+    pool: Annotated[int, Field(ge=1, le=4096)]
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    dense_steps: Fraction
+    dtype: Text
+    prompts: Annotated[list[Text], Field(min_length=1, max_length=10_000)]
+    seeds: Annotated[list[int], Field(min_length=1, max_length=10_000)]
+    versions: dict[Text, Text]
+    time: Text
+
+
+class Rendered(_Part):
+    """One rendered pair: a choice, what it was predicted to give, and what it gave.
+
+    Attributes:
+        prompt: its text.
+        kept: fraction of all pairs of the run that was computed.
+        error: mean error that the curves predict.
+        psnr: measured against dense, in dB.
+        seconds: of the denoising, and of the dense one in the same process.
+        dense_seconds: see above.
+    """
+
+    prompt: Text
+    kept: Fraction
+    error: Annotated[float, Field(ge=0)]
+    psnr: float
+    seconds: Positive
+    dense_seconds: Positive
+
+
+class Settings(_Part):
+    """The file.
+
+    Attributes:
+        format: says what it is.
+        version: of the format.
+        measured_on: what ties the curves.
+        objective: what an error is.
+        curves: "transformer.layer.head" -> rule -> [[kept, error], …].
+        rendered: pairs that were rendered to learn and to check how errors become pictures.
+        floor: PSNR of dense against dense with another kernel, in dB: what no target can exceed.
+    """
+
+    format: Literal["diffpatch settings"] = "diffpatch settings"
+    version: Literal[1] = 1
+    measured_on: MeasuredOn
+    objective: Literal["relative L1 error of a head's output"] = (
+        "relative L1 error of a head's output"
+    )
+    curves: Annotated[
+        dict[Text, dict[Text, list[tuple[Fraction, Annotated[float, Field(ge=0)]]]]],
+        Field(min_length=1, max_length=MOST_UNITS),
+    ]
+    rendered: Annotated[list[Rendered], Field(max_length=100_000)] = []
+    floor: float | None = None
+
+    def points(self) -> dict[str, list[Point]]:
+        """Unit -> all of its points, with the dense one."""
+        dense = Point(1.0, 0.0, "dense")
+        return {
+            unit: [*(Point(k, e, rule) for rule, curve in rules.items() for k, e in curve), dense]
+            for unit, rules in self.curves.items()
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Settings:
+        """Read and check a file.
+
+        Raises:
+            BadParameter: the file is missing, too large, damaged, of another format or of a later
+                version; one sentence says which.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise BadParameter(f"settings {path}: larger than {MOST_BYTES >> 20} MB, not ours")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadParameter(f"settings {path}: cannot be read as text ({error})") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "settings") -> Settings:
+        """The same from the text of a file; `name` is what errors call it."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise BadParameter(f"settings {name}: not JSON; was it cut off? Tune again") from None
+        if not isinstance(data, dict) or data.get("format") != "diffpatch settings":
+            raise BadParameter(f"settings {name}: not a file that `diffpatch tune` wrote")
+        if data.get("version") != VERSION:
+            raise BadParameter(
+                f"settings {name}: version {data.get('version')!r}, and this diffpatch reads"
+                f" {VERSION}: update diffpatch, or tune again"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))[:200]
+            raise BadParameter(
+                f"settings {name}: {where}: {first['msg'].lower()}; tune again"
+            ) from None
+
+    def check_model(self, model: str, transformers: dict[str, tuple[str, int, int]]) -> None:
+        """Refuse another model.
+
+        Args:
+            model: its fingerprint.
+            transformers: name -> (class, layers, heads).
+
+        Raises:
+            BadParameter: the curves are of another model.
+        """
+        own = self.measured_on
+        if dict(own.transformers) != transformers:
+            raise BadParameter(
+                f"settings are of {_described(own.transformers)}, and this model has"
+                f" {_described(transformers)}: tune it, or take its own settings"
+            )
+        if own.model != model:
+            raise BadParameter(
+                f"settings are of other weights (fingerprint {own.model}, this model {model}):"
+                " tune this model, or load the weights that the settings were made for"
+            )
+
+    def check_grid(self, grid: tuple[int, int, int, int]) -> str | None:
+        """Refuse a grid that the curves say nothing about.
+
+        Returns:
+            None if it is the one they were measured on, else a remark for the report.
+
+        Raises:
+            BadParameter: it is of another kind, or its tokens differ by more than a factor of 2.
+        """
+        own = self.measured_on.grid
+        if grid == own:
+            return None
+        here, there = (f * h * w for f, h, w, _ in (grid, own))
+        ratio = here / there
+        if (grid[0] == 1) != (own[0] == 1) or not 1 / REACH <= ratio <= REACH:
+            raise BadParameter(
+                f"settings were measured on {_size(own)} tokens, and this run has {_size(grid)}:"
+                " tune at this size"
+            )
+        return f"curves of {_size(own)} tokens, carried to {_size(grid)}"
+
+
+def _described(transformers: Any) -> str:
+    return ", ".join(f"{c} ({n} layers × {h} heads)" for c, n, h in transformers.values())
+
+
+def _size(grid: tuple[int, int, int, int]) -> str:
+    return "×".join(map(str, grid[:3])) + (f" + {grid[3]}" if grid[3] else "")
+
+
+def fingerprint(transformers: dict[str, torch.nn.Module]) -> str:
+    """16 hex digits that name a model's weights, without reading all of them.
+
+    Names, shapes and a few values of every parameter go into it, so a merged LoRA or another
+    checkpoint of the same shape counts as another model. Dtype and device do not.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(transformers):
+        digest.update(f"{name}:{type(transformers[name]).__name__}\n".encode())
+        for path, value in sorted(transformers[name].named_parameters()):
+            digest.update(f"{path}{tuple(value.shape)}".encode())
+            if value.device.type != "meta" and value.numel():
+                every = max(1, value.numel() // 4)
+                some = value.detach().flatten()[::every][:4]
+                digest.update(some.bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
