@@ -142,6 +142,12 @@ class Method:
         """Parameters that set how much is kept; if one of them is given, `quality` is ignored."""
         return ("kept",)
 
+    @property
+    def slowed_from(self) -> int | None:
+        """Trained length in latent frames, beyond which one frequency of the model's rotary
+        embedding is slowed down (see `diffpatch.patching.rope`); None never changes it."""
+        return None
+
     def variant(self, layer: int, step: int) -> Hashable:
         """What the pattern depends on besides the grid; equal variants share one pattern."""
         return None
@@ -163,6 +169,14 @@ class Method:
             q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=used
         )
         return Attended(out, call.pattern.kept, used)
+
+    def for_model(self, trained_frames: int | None) -> Method:
+        """This method with what it takes from the model filled in.
+
+        Args:
+            trained_frames: frames of tokens that the model was trained at; None if unknown.
+        """
+        return self
 
     def softmax_factor(self) -> float:
         """What the scale of the softmax is multiplied by: above 1 sharpens it."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.methods.base import Method, param, register
+from diffpatch.methods.base import Method, param
+from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Tiling, choose_tile
+
+UNKNOWN = (
+    "longer: trained=None, and how many latent frames the model was trained at is not known: pass"
+    " trained=21, for example"
+)
 
 
 @register
@@ -53,6 +59,10 @@ class Longer(Method):
         self.check(self.first >= 0, "first", "a count of frames")
         self.check(0 < self.scale < math.inf, "scale", "a positive number")
 
+    @property
+    def slowed_from(self) -> int | None:
+        return self.trained if self.riflex else None
+
     def variant(self, layer: int, step: int) -> int:
         """The step, by which the keyframes have moved."""
         return step
@@ -64,6 +74,13 @@ class Longer(Method):
         rules = [frames, *(torch.ones(n, n, dtype=torch.bool) for n in grid.shape[1:])]
         return from_axes(grid, Tiling.even(grid, tile), [rules])
 
+    def for_model(self, trained_frames: int | None) -> Longer:
+        if self.trained is not None:
+            return self
+        if trained_frames is None:
+            raise BadParameter(UNKNOWN)
+        return replace(self, trained=trained_frames)
+
     def visible_frames(self, num_frames: int, step: int) -> torch.Tensor:
         """bool (T, T): which frames [query frame, key frame] see each other in a step.
 
@@ -71,10 +88,7 @@ class Longer(Method):
             BadParameter: the trained length is not known, or less is asked for than it has.
         """
         if self.trained is None:
-            raise BadParameter(
-                "longer: trained=None, and the model's family does not say how many latent frames"
-                " it was trained at: pass trained=21, for example"
-            )
+            raise BadParameter(UNKNOWN)
         seen = self.trained * self.scale
         if self.first > num_frames:
             raise BadParameter(

@@ -70,6 +70,10 @@ class Wrapper(Method):
     def kept_parameters(self) -> tuple[str, ...]:
         return self.over.kept_parameters
 
+    @property
+    def slowed_from(self) -> int | None:
+        return self.over.slowed_from
+
     def with_kept(self, kept: float, kind: str = "video") -> Self:
         return replace(self, over=self.over.with_kept(kept, kind))
 
@@ -83,6 +87,9 @@ class Wrapper(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
         return self.over.attend(q, k, v, call)
+
+    def for_model(self, trained_frames: int | None) -> Self:
+        return replace(self, over=self.over.for_model(trained_frames))
 
     def softmax_factor(self) -> float:
         return self.over.softmax_factor()

@@ -42,6 +42,7 @@ from typing import Any
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.wrapper import Wrapper
+from diffpatch.patching import parallel
 
 CACHES = (
     "PyramidAttentionBroadcast",
@@ -91,6 +92,11 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
     """
     from diffpatch import internals  # imports diffusers, which takes seconds
 
+    if method.slowed_from is not None and parallel.context(model) is not None:
+        raise DiffpatchError(
+            f"{method.name} slows a frequency of the rotary embedding down, which is cut over"
+            " several processes here: pass riflex=False"
+        )
     cache = cache_of(model)
     if cache is not None and cache not in CACHES:
         raise DiffpatchError(

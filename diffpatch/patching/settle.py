@@ -63,6 +63,7 @@ def settle(
         )
     if quality is not None:
         chosen = _at_quality(method, chosen, quality, params, preset, kind)
+    chosen = chosen.for_model(family.trained_frames if family is not None else None)
     composition.check_method(chosen)
     if stepless and chosen.needs_steps:
         raise BadParameter(

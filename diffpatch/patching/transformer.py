@@ -17,7 +17,7 @@ from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
-from diffpatch.patching import composition, parallel, rebind
+from diffpatch.patching import composition, parallel, rebind, rope
 from diffpatch.patching import model_masks as masks
 from diffpatch.patching.frames import FrameClock
 from diffpatch.patching.patch import Patch
@@ -91,6 +91,7 @@ class PatchedTransformer:
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
         self._hook = model.register_forward_pre_hook(_GridHook(self), with_kwargs=True)
+        self._rope = rope.install(model, self.patch.method)
         model._diffpatch = self
         self.active = True
 
@@ -101,6 +102,8 @@ class PatchedTransformer:
             if rebind.is_rebound(module.processor, self) or rebind.is_stray(module.processor):
                 module.processor = rebind.hand_back(module.processor)
         self._hook.remove()
+        for hook in self._rope:
+            hook.remove()
         self.patch.reset()
         model = self._model()
         if model is not None:

@@ -14,7 +14,7 @@ from diffpatch.pipelines.families.presets import Preset
 class FamilyInfo:
     """One row: what diffpatch knows about a transformer class of diffusers.
 
-    The last three fields are facts of diffusers' own pipelines and models, written down so that
+    The fields given by name are facts of diffusers' own pipelines and models, written down so that
     the table costs no import of them; the tests look every one of them up there.
 
     Attributes:
@@ -36,6 +36,8 @@ class FamilyInfo:
         regional: whether diffusers can compile its blocks alone (`compile_repeated_blocks`);
             others compile as a whole.
         ulysses: whether diffusers has a plan that splits its sequence over several GPUs.
+        trained_frames: frames of tokens that its public checkpoints were trained at, where one
+            number says it; None where it is not known or differs.
     """
 
     name: str
@@ -52,6 +54,7 @@ class FamilyInfo:
     guidance: str
     regional: bool
     ulysses: bool
+    trained_frames: int | None = None
 
 
 BLOCKS = r"blocks\.\d+\.attn1"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from diffpatch.errors import DiffpatchError
+
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines, sines: (S, D), (B, S, D) or (1, S, 1, D)
 Arguments = Mapping[str, Any]
 
@@ -117,7 +119,9 @@ def _ltx(model: Any) -> RotaryEmbedding:
     def read(args: Arguments) -> TemporalColumns:
         scale = args.get("rope_interpolation_scale")
         if args.get("video_coords") is not None or scale is None:
-            raise ValueError("LTX was given coordinates of its own for the tokens")
+            raise DiffpatchError(
+                "LTX was given coordinates of its own for the tokens: pass riflex=False"
+            )
         # A frame is that far along the axis, which the model lets turn by frequency × pi.
         step = float(scale[0]) * rope.patch_size_t / rope.base_num_frames
         frequencies = tuple(math.pi * base * step for base in bases)

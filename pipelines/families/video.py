@@ -25,6 +25,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=True,
+        trained_frames=21,
     ),
     FamilyInfo(
         "Wan VACE",
@@ -36,6 +37,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        trained_frames=21,
     ),
     FamilyInfo(
         "Wan Animate",
@@ -60,6 +62,7 @@ VIDEO_FAMILIES = (
         guidance="distilled",
         regional=True,
         ulysses=False,
+        trained_frames=33,
     ),
     FamilyInfo(
         "HunyuanVideo 1.5",
@@ -73,6 +76,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        trained_frames=33,
     ),
     FamilyInfo(
         "CogVideoX 1.0 / 1.5",
@@ -84,6 +88,7 @@ VIDEO_FAMILIES = (
         guidance="batch",
         regional=False,
         ulysses=False,
+        trained_frames=13,
     ),
     FamilyInfo(
         "Mochi 1",
@@ -108,6 +113,7 @@ VIDEO_FAMILIES = (
         guidance="batch",
         regional=True,
         ulysses=True,
+        trained_frames=21,
     ),
     FamilyInfo(
         "LTX-2",
@@ -141,6 +147,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        trained_frames=25,
     ),
     FamilyInfo(
         "Kandinsky 5",

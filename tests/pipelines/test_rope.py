@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2RotaryPosEmbed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
+from diffpatch import DiffpatchError
 from diffpatch.pipelines.families.rope import Tables, rotary_embedding, slowed
 
 FRAMES, HEIGHT, WIDTH, TRAINED = 11, 3, 5, 4
@@ -96,5 +97,5 @@ def test_coordinates_that_ltx_is_given_are_refused() -> None:
     model, args, _ = made_by("ltx")
     found = rotary_embedding(model)
     assert found is not None
-    with pytest.raises(ValueError, match="coordinates of its own"):
+    with pytest.raises(DiffpatchError, match="coordinates of its own"):
         found.read({**args, "video_coords": torch.zeros(1, 3, 4)})
