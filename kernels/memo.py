@@ -12,7 +12,6 @@ import torch
 Value = TypeVar("Value")
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")  # whose autocast a caller may have switched on
-_dtype_lock = threading.RLock()  # the default dtype belongs to the process, not to a thread
 
 
 class Memo:
@@ -48,8 +47,31 @@ def neutral() -> Iterator[None]:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_dtype() != torch.float32:
-            stack.enter_context(_dtype_lock)
-            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
+        stack.enter_context(_default_dtype)
         yield
+
+
+class _DefaultDtype:
+    """fp32 as the default dtype while any thread is in here.
+
+    The default belongs to the process: who comes first sets it, who goes last puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_default_dtype(self._before)
+
+
+_default_dtype = _DefaultDtype()

@@ -44,8 +44,8 @@ def test_what_is_made_does_not_depend_on_the_first_caller(
 def test_the_default_dtype_is_left_and_comes_back() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with ThreadPoolExecutor(4) as threads:  # the default is the process's, so they take turns
-            for found in threads.map(lambda key: Memo()(key, made), range(32)):
+        with ThreadPoolExecutor(4) as threads:  # which come and go while others are in it
+            for found in threads.map(lambda key: Memo()(key, made), range(256)):
                 assert all(x.dtype == torch.float32 for x in found)
         assert torch.get_default_dtype() == torch.bfloat16
         with pytest.raises(ZeroDivisionError), neutral():
