@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffpatch.errors import BadParameter
-from diffpatch.tuning.curves import Point
+from diffpatch.targets.curves import Point
 
 VERSION = 1
 MOST_BYTES = 64 * 2**20  # of a file: curves of the largest models take a few MB

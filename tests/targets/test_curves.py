@@ -8,7 +8,7 @@ import random
 import pytest
 
 from diffpatch import BadParameter
-from diffpatch.tuning.curves import Choice, Point, choose, lower_hull
+from diffpatch.targets.curves import Choice, Point, choose, lower_hull
 
 
 def random_curves(seed: int, units: int = 3, points: int = 4) -> dict[str, list[Point]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffpatch import BadParameter
-from diffpatch.tuning.target import Target
+from diffpatch.targets.target import Target
 
 
 @pytest.mark.parametrize(

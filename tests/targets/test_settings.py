@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffpatch import BadParameter
-from diffpatch.tuning.settings import Settings, fingerprint
+from diffpatch.targets.settings import Settings, fingerprint
 
 MODEL = "0123456789abcdef"
 TRANSFORMERS = {"transformer": ("WanTransformer3DModel", 2, 3)}

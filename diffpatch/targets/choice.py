@@ -1,0 +1,165 @@
+"""The settings for a target: which heads keep how much, and what pictures and times to expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diffpatch.errors import BadParameter
+from diffpatch.targets.curves import Choice, Curve, choose
+from diffpatch.targets.picture import SMALLEST, quality_line, time_line
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
+
+DENSE = "dense"
+RULES = ("virtual", "drop")  # what becomes of tiles that are not chosen, the same in all heads
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a target comes to.
+
+    Attributes:
+        rest: "virtual" or "drop", for all heads.
+        budgets: transformer -> layer -> kept fraction of each head in a sparse call.
+        dense_steps: first steps that stay dense, as a fraction of the run.
+        kept: fraction of all pairs of a run, dense steps included.
+        error: mean relative L1 error of the attention in sparse calls.
+        psnr: predicted for the pictures, in dB; None where no pairs were rendered.
+        spread: of that prediction, in dB; None likewise.
+        speedup: predicted for the denoising; None likewise.
+        next_kept: error that the next percent of kept fraction would save.
+    """
+
+    rest: str
+    budgets: Mapping[str, Mapping[int, tuple[float, ...]]]
+    dense_steps: float
+    kept: float
+    error: float
+    psnr: float | None
+    spread: float | None
+    speedup: float | None
+    next_kept: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"kept      {self.kept:.1%} of all query-key pairs, first {self.dense_steps:.0%} dense",
+            f"error     {self.error:.2%} of the attention output (relative L1), rest: {self.rest}",
+        ]
+        if self.psnr is not None and self.spread is not None:
+            lines.append(f"pictures  {self.psnr:.1f} ± {self.spread:.1f} dB to dense (predicted)")
+        if self.speedup is not None:
+            lines.append(f"speedup   {self.speedup:.2f}× of the denoising (predicted)")
+        return "\n".join(lines)
+
+
+def choose_for(settings: Settings, target: Target) -> Chosen:
+    """The cheapest settings that reach a target, or the best within one.
+
+    Args:
+        settings: of the model.
+        target: what is asked for.
+
+    Raises:
+        BadParameter: the target cannot be reached, or the settings do not say how; the message
+            names the best that can be had.
+    """
+    if target.goal == "psnr":
+        return _choose(settings, target, error=_error_for(settings, target))
+    if target.goal == "error":
+        return _choose(settings, target, error=target.value)
+    kept = target.value if target.goal == "kept" else _kept_for(settings, target)
+    dense = settings.measured_on.dense_steps
+    sparse = (kept - dense) / (1 - dense) if dense < 1 else 0.0
+    if sparse <= 0:
+        raise BadParameter(
+            f"target={str(target)!r} cannot be reached: the first {dense:.0%} of the steps are"
+            f" dense, and they alone keep {dense:.3g}"
+        )
+    return _choose(settings, target, kept=min(sparse, 1.0))
+
+
+def _choose(
+    settings: Settings, target: Target, *, kept: float | None = None, error: float | None = None
+) -> Chosen:
+    found: list[tuple[str, Choice]] = []
+    refused: list[BadParameter] = []
+    for rest in RULES:
+        try:
+            found.append((rest, choose(_of_rule(settings, rest), kept=kept, error=error)))
+        except BadParameter as problem:
+            refused.append(problem)
+    if not found:
+        raise BadParameter(f"target={str(target)!r}: {refused[0]}")
+    rest, best = min(found, key=lambda one: one[1].error if error is None else one[1].kept)
+    return _described(settings, rest, best)
+
+
+def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
+    """The curves with one rule alone, and dense."""
+    curves = {
+        unit: [point for point in curve if point.rule in (rest, DENSE)]
+        for unit, curve in settings.points().items()
+    }
+    if any(len(curve) < 2 for curve in curves.values()):
+        raise BadParameter(f"the settings have no curves of {rest!r}")
+    return curves
+
+
+def _described(settings: Settings, rest: str, choice: Choice) -> Chosen:
+    heads: dict[str, dict[int, dict[int, float]]] = {}
+    for unit, point in choice.points.items():
+        transformer, layer, head = unit.rsplit(".", 2)
+        heads.setdefault(transformer, {}).setdefault(int(layer), {})[int(head)] = point.kept
+    dense = settings.measured_on.dense_steps
+    kept = dense + (1 - dense) * choice.kept
+    quality, time = quality_line(settings.rendered), time_line(settings.rendered)
+    log_error = math.log10(max(choice.error, SMALLEST))
+    return Chosen(
+        rest=rest,
+        budgets={
+            name: {n: tuple(of[h] for h in sorted(of)) for n, of in sorted(layers.items())}
+            for name, layers in heads.items()
+        },
+        dense_steps=dense,
+        kept=kept,
+        error=choice.error,
+        psnr=None if quality is None else quality.at(log_error),
+        spread=None if quality is None else quality.spread,
+        speedup=None if time is None else 1 / max(time.at(kept), 1e-3),
+        next_kept=choice.slope / 100,
+    )
+
+
+def _error_for(settings: Settings, target: Target) -> float:
+    """The mean error at which pictures are predicted to have a PSNR."""
+    line = quality_line(settings.rendered)
+    if line is None:
+        raise BadParameter(
+            f"target={str(target)!r}: the settings hold too few rendered pairs to predict PSNR:"
+            " tune with more prompts, or ask for 'kept 0.25'"
+        )
+    if settings.floor is not None and target.value > settings.floor:
+        raise BadParameter(
+            f"target={str(target)!r} means nothing: dense differs from dense computed by another"
+            f" kernel by {settings.floor:.1f} dB already; ask for less"
+        )
+    return float(10 ** line.where(target.value))
+
+
+def _kept_for(settings: Settings, target: Target) -> float:
+    """The kept fraction at which a run is predicted to be that much faster."""
+    line = time_line(settings.rendered)
+    if line is None:
+        raise BadParameter(
+            f"target={str(target)!r}: the settings hold too few rendered pairs to predict time:"
+            " tune with more prompts, or ask for 'kept 0.25'"
+        )
+    kept = line.where(1 / target.value)
+    if kept <= 0:
+        raise BadParameter(
+            f"target={str(target)!r} cannot be reached: with nothing kept at all a run is predicted"
+            f" to be {1 / max(line.at(0.0), 1e-3):.2f}× as fast"
+        )
+    return min(kept, 1.0)
