@@ -10,17 +10,19 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.gpu.device import on_device_of
+from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching import composition
+from diffpatch.patching.autocast import as_autocast, without_autocast
 from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
 @functools.lru_cache(maxsize=64)
 def made_pattern(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
-    with torch.device("cpu"):  # whatever torch.set_default_device says
+    with neutral():
         return pattern_on(method, grid, variant)
 
 
@@ -58,7 +60,7 @@ def attention(
         **params: parameters of the method.
 
     Returns:
-        (B, S, H, D) like q.
+        (B, S, H, D) like q; under autocast in its dtype, as from torch's own attention.
 
     Raises:
         DiffpatchError: the method or a parameter cannot work.
@@ -72,6 +74,7 @@ def attention(
             " those of one sequence"
         )
     pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
+    q, k, v, _ = as_autocast(q, k, v, None)
     call = AttentionCall(
         pattern,
         scale,
@@ -81,5 +84,5 @@ def attention(
         layer=layer,
         branch=branch,
     )
-    with on_device_of(q):
+    with on_device_of(q), without_autocast(q):
         return method.attend(q, k, v, call).out

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.hooks import HookRegistry
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelConfig
@@ -39,6 +40,8 @@ ULYSSES_MESH, TENSOR_MESH = "_ulysses_mesh", "_mesh"
 EXCHANGE = "_templated_context_parallel_attention"
 # What `enable_cache` notes on the model, and where hooks on a module are kept.
 CACHE, HOOKS = "_cache_config", "_diffusers_hook"
+# Where layer-skip hooks find by class what to do for a processor; asking it fills it.
+PROCESSORS = "_registry"
 # Some video-to-video pipelines cut their timesteps and tell nobody but this attribute.
 PIPELINE_STEPS = "_num_timesteps"
 # Where a pipeline's models run; its public `device` is where offloaded ones wait.
@@ -81,6 +84,15 @@ def execution_device(pipe: Any) -> torch.device:
     if device is None:
         raise changed(f"{type(pipe).__name__} has no {EXECUTION_DEVICE}")
     return device
+
+
+def same_in_registries(made: type, original: type) -> None:
+    """Let diffusers' hooks, which look classes of processors up, treat one as another."""
+    try:
+        known = AttentionProcessorRegistry.get(original)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(made, known)
 
 
 def in_backward() -> bool:
@@ -147,6 +159,8 @@ def _kept_names() -> list[tuple[Any, str, str]]:
         (ModelMixin, "enable_parallelism", PARALLEL),
         (ContextParallelConfig, "setup", ULYSSES_MESH),
         (CacheMixin, "enable_cache", CACHE),
+        (AttentionProcessorRegistry, "get", PROCESSORS),
+        (AttentionProcessorRegistry, "register", PROCESSORS),
         (HookRegistry, "check_if_exists_or_initialize", HOOKS),
     ]
 

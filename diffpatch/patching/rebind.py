@@ -3,19 +3,16 @@
 The name of that call, ``dispatch_attention_fn`` (``F.scaled_dot_product_attention`` in older
 processors), is looked up by processor code as a global of its module.
 
-A rebound processor is a subclass of the original whose ``__call__`` runs the original's code object
-over a copy of its module in which those two names are ours. The copy is a real, registered module,
-because torch.compile resolves a function's globals through ``sys.modules``. Our attention then goes
-through one opaque custom operator: to a compiler it is a black box, inside it plain Python runs.
+A rebound processor is of a subclass of the original class, whose ``__call__`` runs the original's
+as it is at that moment, with those two names ours (see `diffpatch.patching.follow`). Our attention
+then goes through one opaque custom operator: to a compiler it is a black box, inside it plain
+Python runs.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
 import itertools
-import sys
 import threading
 import types
 import weakref
@@ -26,8 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from diffpatch.errors import DiffpatchError
-from diffpatch.internals import DISPATCH, PROCESSOR_BACKEND, SDPA, dispatcher
+from diffpatch.internals import DISPATCH, PROCESSOR_BACKEND, SDPA, same_in_registries
 from diffpatch.patching import parallel
+from diffpatch.patching.autocast import as_autocast, without_autocast
+from diffpatch.patching.follow import Code
 from diffpatch.pipelines.families.grids import Grid
 
 
@@ -92,7 +91,8 @@ def _attend(
 ) -> torch.Tensor:
     owner = _OWNERS[handle]
     grid = (num_frames, height, width, before, after)
-    return owner.attend(q, k, v, mask, scale, grid, int(layer), ranks).contiguous()
+    with without_autocast(q):
+        return owner.attend(q, k, v, mask, scale, grid, int(layer), ranks).contiguous()
 
 
 @_attend.register_fake
@@ -148,147 +148,166 @@ def _route(
     slot = _here()
     owner, layer = slot.owner, slot.layer
     assert owner is not None and layer is not None
+    q, k, v, mask = as_autocast(q, k, v, mask)
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and needs_grad:
         # Eager training: outside the operator autograd sees through the torch backend.
-        return owner.attend(q, k, v, mask, scale, owner.grid, int(layer), ranks)
+        with without_autocast(q):
+            return owner.attend(q, k, v, mask, scale, owner.grid, int(layer), ranks)
     return _attend(q, k, v, mask, layer, scale, *owner.grid, ranks, owner.handle)
 
 
-def _dispatch_attention_fn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    attention_kwargs: dict[str, Any] | None = None,
-    *,
-    backend: Any = None,
-    **kwargs: Any,  # parallel_config, from diffusers 0.36 on
-) -> torch.Tensor:
-    """Stands in for diffusers' dispatcher in rebound processors; (B, S, H, D)."""
-    other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
-    if not other and not isinstance(attn_mask, torch.Tensor | None):
-        other = True
-        if not torch.compiler.is_compiling():
-            slot, what = _here(), type(attn_mask).__name__
-            slot.owner.passed_by(query, f"the model's own {what}", int(slot.layer))
-    if other:
-        return dispatcher()(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            attention_kwargs, backend=backend, **kwargs,
-        )  # fmt: skip
-    if (config := kwargs.get("parallel_config")) is not None:
-        return parallel.spread(query, key, value, attn_mask, scale, config, _route)
-    return _route(query, key, value, attn_mask, scale)
+def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """What stands in for diffusers' dispatcher, or what others put in its place; (B, S, H, D)."""
+
+    def dispatch_attention_fn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        **kwargs: Any,  # parallel_config, from diffusers 0.36 on
+    ) -> torch.Tensor:
+        other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
+        if not other and not isinstance(attn_mask, torch.Tensor | None):
+            other = True
+            if not torch.compiler.is_compiling():
+                slot, what = _here(), type(attn_mask).__name__
+                slot.owner.passed_by(query, f"the model's own {what}", int(slot.layer))
+        if other:
+            return real(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                attention_kwargs, backend=backend, **kwargs,
+            )  # fmt: skip
+        if (config := kwargs.get("parallel_config")) is not None:
+            return parallel.spread(query, key, value, attn_mask, scale, config, _route)
+        return _route(query, key, value, attn_mask, scale)
+
+    return dispatch_attention_fn
 
 
-def _scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Stands in for torch's operator in rebound processors; (B, H, S, D)."""
-    if query.shape[2] != key.shape[2] or dropout_p or is_causal:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return _route(q, k, v, attn_mask, scale).transpose(1, 2)
+def _scaled_dot_product(real: Callable[..., Any] | None) -> Callable[..., torch.Tensor]:
+    """What stands in for torch's operator or for one in its place; None is torch's, as it is now.
+
+    Others put their own there whose arguments have other names (SageAttention's), so that they get
+    what processors give them: three tensors, and by name what is not as usual.
+    """
+
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if query.shape[2] != key.shape[2] or dropout_p or is_causal or kwargs:
+            if dropout_p:
+                kwargs["dropout_p"] = dropout_p
+            if is_causal:
+                kwargs["is_causal"] = is_causal
+            function = F.scaled_dot_product_attention if real is None else real
+            kwargs |= _set(attn_mask, scale, enable_gqa)
+            return function(query, key, value, **kwargs)
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return _route(q, k, v, attn_mask, scale).transpose(1, 2)
+
+    return scaled_dot_product_attention
 
 
-def _rebind_function(function: types.FunctionType, globals_: dict[str, Any]) -> Any:
-    """The same code over other globals."""
-    new = types.FunctionType(
-        function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__
-    )
-    new.__kwdefaults__ = function.__kwdefaults__
-    return new
+def _set(mask: torch.Tensor | None, scale: float | None, gqa: bool) -> dict[str, Any]:
+    """Those arguments of torch's operator that differ from its defaults."""
+    given: dict[str, Any] = {}
+    if mask is not None:
+        given["attn_mask"] = mask
+    if scale is not None:
+        given["scale"] = scale
+    if gqa:
+        given["enable_gqa"] = True
+    return given
 
 
-def _replacements(original: types.ModuleType, name: str) -> dict[str, Any]:
-    """Ours for every global of a processor's module that stands for attention, however named."""
-    functional = types.ModuleType(name + "._F")
-    functional.__dict__.update({k: v for k, v in F.__dict__.items() if not k.startswith("__")})
-    functional.__dict__[SDPA] = _scaled_dot_product_attention
-    sys.modules[functional.__name__] = functional
-    found: dict[str, Any] = {}
-    for key, value in original.__dict__.items():
-        if value is F:
-            found[key] = functional
-        elif value is dispatcher():
-            found[key] = _dispatch_attention_fn
-        elif value is F.scaled_dot_product_attention:
-            found[key] = _scaled_dot_product_attention
-    return found
+class _Functional(types.ModuleType):
+    """`torch.nn.functional` as it is now, but for attention."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
 
 
-def _calls_one(code: types.CodeType, replaced: dict[str, Any]) -> bool:
-    """Whether the code uses one of the replacements and, of functional modules, attention."""
-    steps = [step for inner in _codes(code) for step in dis.get_instructions(inner)]
-    used = [replaced[s.argval] for s in steps if s.opname == "LOAD_GLOBAL" and s.argval in replaced]
-    asks = any(step.argval == SDPA for step in steps)
-    return any(asks or not isinstance(value, types.ModuleType) for value in used)
+_FUNCTIONAL = _Functional("diffpatch_functional")
+_FUNCTIONAL.__dict__[SDPA] = _scaled_dot_product(None)
 
 
-def _rebound_globals(call: types.FunctionType) -> dict[str, Any] | None:
-    """The globals of a processor's code with our attention; None if it never reaches that."""
-    original = sys.modules[call.__module__]
-    name = f"diffpatch_rebound.{original.__name__}.{call.__qualname__}"
-    module = types.ModuleType(name)
-    private = ("__name__", "__loader__", "__spec__")
-    module.__dict__.update({k: v for k, v in original.__dict__.items() if k not in private})
-    replaced = _replacements(original, name)
-    module.__dict__.update(replaced)
-    for key, value in original.__dict__.items():  # helpers that call attention for the processor
-        own = isinstance(value, types.FunctionType) and value.__module__ == original.__name__
-        if own and _calls_one(value.__code__, replaced):
-            module.__dict__[key] = replaced[key] = _rebind_function(value, module.__dict__)
-    sys.modules[name] = module
-    return module.__dict__ if _calls_one(call.__code__, replaced) else None
+def _stand_in(name: str, value: Any) -> Any:
+    """Ours for what a processor calls for attention, however imported and whoever replaced it."""
+    if value is F:
+        return _FUNCTIONAL
+    if isinstance(value, type) or not callable(value):
+        return None
+    if _is_dispatcher(name, value):
+        return _dispatch(value)
+    called = SDPA in (name, getattr(value, "__name__", None))
+    return _scaled_dot_product(value) if called else None
+
+
+def _is_dispatcher(name: str, value: Any) -> bool:
+    return DISPATCH in (name, getattr(value, "__name__", None))
+
+
+def _is_active(processor: Any) -> bool:
+    owner = processor.__dict__.get("_diffpatch_owner")
+    return owner is not None and owner.active
+
+
+def _link(cls: Any) -> Any:
+    """A subclass that super() of a stand-in's class finds before `cls`; None where none need be."""
+    try:
+        code = Code(cls, _stand_in)
+    except DiffpatchError:
+        return None
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = code.here() if _is_active(self) else cls.__call__
+        return call(self, *args, **kwargs)
+
+    code.wrap(__call__)
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "_diffpatch_code": code})
 
 
 @functools.cache
 def _rebound_class(cls: Any) -> Any:
     """A subclass of a processor class whose attention is ours."""
-    original = inspect.unwrap(cls.__call__)
-    globals_ = _rebound_globals(original)
-    if globals_ is None:
-        raise DiffpatchError(
-            f"{cls.__name__}.__call__ calls neither {DISPATCH} nor F.{SDPA} by a global of its"
-            " module: diffpatch does not know how it computes its attention"
-        )
-    call = _rebind_function(original, globals_)
+    above = [_link(base) for base in cls.__mro__[1:] if "__call__" in vars(base)]
+    links = [link for link in above if link is not None]
+    code = Code(cls, _stand_in, [link._diffpatch_code for link in links])
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = self.__dict__.get("_diffpatch_owner")
-        if owner is None or not owner.active:
-            return original(self, *args, **kwargs)
-        slot = _here()
-        slot.owner, slot.layer = owner, self._diffpatch_layer
+        if not _is_active(self):
+            return cls.__call__(self, *args, **kwargs)
+        call, slot = code.here(), _here()
+        slot.owner, slot.layer = self._diffpatch_owner, self._diffpatch_layer
         try:
             return call(self, *args, **kwargs)
         finally:
             slot.owner = slot.layer = None  # keep no model alive
 
-    # Attention modules drop keyword arguments that the signature of __call__ does not name.
-    __call__.__wrapped__ = original  # type: ignore[attr-defined]
-    members = {"__call__": __call__, "__reduce_ex__": _reduce, "_diffpatch_original": cls}
-    return type("DiffPatch" + cls.__name__, (cls,), members)
-
-
-def _codes(code: types.CodeType) -> list[types.CodeType]:
-    """A code object and those nested in it."""
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return [code, *itertools.chain.from_iterable(map(_codes, inner))]
+    members = {
+        "__call__": __call__,
+        "__reduce_ex__": _reduce,
+        "_diffpatch_original": cls,
+        "_diffpatch_code": code,
+    }
+    code.wrap(__call__)
+    return type(cls)("DiffPatch" + cls.__name__, (cls, *links), members)
 
 
 def _reduce(self: Any, protocol: Any = 2) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -315,6 +334,7 @@ def rebind(processor: Any, owner: Owner, layer: int) -> Any:
         processor = hand_back(processor)
     original: Any = type(processor)
     cls = _rebound_class(original)
+    same_in_registries(cls, original)
     new = cls.__new__(cls)
     new.__dict__.update(processor.__dict__)
     new.__dict__["_diffpatch_owner"] = owner
@@ -344,6 +364,14 @@ def is_rebound(processor: Any, owner: Owner) -> bool:
     return getattr(processor, "__dict__", {}).get("_diffpatch_owner") is owner
 
 
+def keep_up(processor: Any) -> None:
+    """Follow what others have changed in the code of a rebound processor.
+
+    To be called before a forward, so that modules that look at the signature see the right one.
+    """
+    type(processor)._diffpatch_code.here()
+
+
 def dense(
     processor: Any,
     q: torch.Tensor,
@@ -356,14 +384,14 @@ def dense(
 
     Processors that use diffusers' dispatcher keep the attention backend the user chose.
     """
-    original = inspect.unwrap(type(processor)._diffpatch_original.__call__)
+    code: Code = type(processor)._diffpatch_code
     gqa = q.shape[2] != k.shape[2]
-    known = sys.modules[original.__module__].__dict__.values()
-    if any(value is dispatcher() for value in known):
-        return dispatcher()(
+    name, function = code.attention
+    if _is_dispatcher(name, function):
+        return function(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa,
             backend=getattr(processor, PROCESSOR_BACKEND, None),
         )  # fmt: skip
+    function = F.scaled_dot_product_attention if function is F else function
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2)
+    return function(q, k, v, **_set(mask, scale, gqa)).transpose(1, 2)

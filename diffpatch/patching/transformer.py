@@ -111,6 +111,9 @@ class PatchedTransformer:
 
     def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid off the arguments and count the forward. Traced under torch.compile."""
+        for _, module in self.modules:
+            if rebind.is_rebound(module.processor, self):
+                rebind.keep_up(module.processor)
         if not torch.compiler.is_compiling():
             self._keep_processors()
             self.patch.begin_forward()
