@@ -213,10 +213,10 @@ class _Forward:
 
     def place(self, options: Mapping[str, Any]) -> Place:
         """Where a call stands; blocks of the second kind are counted after those of the first."""
-        layer = options.get("block_index", 0)
-        if options.get("block_type") == "single":
+        layer = options.get("block_index")
+        if layer is not None and options.get("block_type") == "single":
             layer += len(getattr(self.model, "double_blocks", ()))
-        return Place(layer, None, self.step, self.steps, self.branch, self.run)
+        return Place(layer, self.step, self.steps, self.branch, self.run)
 
     def grid(self, tokens: int, options: Mapping[str, Any]) -> TokenGrid | str:
         """Where the tokens of a sequence stand, or why nothing tells."""
@@ -227,8 +227,6 @@ class _Forward:
         rest = tokens - frames * height * width
         if rest < 0:
             return f"a sequence of {tokens} tokens does not hold the grid {tuple(sizes)}"
-        if "block_index" not in options and self._needs_layers():
-            return "the model does not tell the number of its block"
         if not rest:
             return TokenGrid(frames, height, width)
         if "img_slice" in options:
@@ -244,11 +242,6 @@ class _Forward:
         if before > rest:
             return f"{rest} tokens are too few for {before} of text before the image"
         return TokenGrid(frames, height, width, before, rest - before)
-
-    def _needs_layers(self) -> bool:
-        engine = self.engine
-        varies = engine.method.variant(0, 0) != engine.method.variant(1, 0)
-        return bool(engine.schedule.dense_layers) or varies or engine.method.needs_steps
 
 
 def _sizes(model: Any, x: Any) -> tuple[int, ...] | str:
@@ -282,11 +275,11 @@ def _keys(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | str | No
     return f"the model's own mask {tuple(mask.shape)} of {mask.dtype}"
 
 
-def _step(options: Mapping[str, Any]) -> tuple[int, int | None]:
+def _step(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """(step, steps of the run): a solver between two noise levels is in the step of the higher."""
     levels, now = options.get("sample_sigmas"), options.get("sigmas")
     if levels is None or now is None:
-        return 0, None
+        return None, None
     passed = int((levels >= now.flatten()[0].to(levels) * (1 - _TOLERANCE)).sum())
     return max(passed - 1, 0), len(levels) - 1
 

@@ -22,10 +22,11 @@ from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import AttentionCall, Method
+from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching import composition
 from diffpatch.patching.schedule import Amount, BoundSchedule, Schedule
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
 logger = logging.getLogger(__name__)
@@ -39,29 +40,50 @@ class Place:
     """Where a call stands, as far as the engine tells.
 
     Attributes:
-        layer: number of the layer, from 0.
-        layers: how many there are.
-        step: denoising step, from 0.
+        layer: number of the layer, from 0; None where this call does not tell.
+        step: denoising step, from 0; None where this call does not tell.
         steps: denoising steps of the run.
         branch: what tells the guidance branches of a step apart.
         run: what tells runs apart.
+        some_heads: whether devices share the heads, so that a call has some of them.
     """
 
-    layer: int = 0
-    layers: int | None = None
-    step: int = 0
+    layer: int | None = None
+    step: int | None = None
     steps: int | None = None
     branch: Hashable = 0
     run: Hashable = None
+    some_heads: bool = False
 
 
 @dataclass(frozen=True)
 class Told:
-    """What an engine tells of every call: layers, steps, and runs with their branches."""
+    """What an engine tells of calls, or what a method and its schedule need to be told.
+
+    Attributes:
+        layers: the number of the layer.
+        steps: the denoising step.
+        runs: which run and guidance branch it is.
+    """
 
     layers: bool = False
     steps: bool = False
     runs: bool = False
+
+    @classmethod
+    def needed(cls, method: Method, schedule: Schedule) -> Told:
+        """What a method and a schedule depend on."""
+        places = composition.STEPS
+        layers = any(method.variant(i, 0) != method.variant(0, 0) for i in places)
+        steps = any(
+            method.variant(layer, step) != method.variant(layer, 0)
+            for layer, step in itertools.product(places, places)
+        )
+        return cls(
+            layers or bool(schedule.dense_layers) or method.needs_steps,
+            steps or bool(schedule.dense_steps or schedule.dense_last_steps) or method.needs_steps,
+            method.needs_steps,
+        )
 
 
 class EngineAttention:
@@ -95,18 +117,35 @@ class EngineAttention:
         self.schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
         self.backend = backend
         composition.check_method(self.method)
-        _check_told(self.method, self.schedule, told)
+        self.needs = Told.needed(self.method, self.schedule)
+        self._check(told)
         self.reasons: Counter[str] = Counter()  # why calls were dense; "" counts sparse ones
         self._states: OrderedDict[Hashable, Any] = OrderedDict()
         self._pattern = functools.lru_cache(_CACHED)(self._make_pattern)
         self._bound = functools.lru_cache(_CACHED)(self._bind)
+
+    def _check(self, told: Told) -> None:
+        """Refuse what needs more than the engine tells."""
+        if self.method.learned_from() is not None:
+            raise BadParameter(
+                f"{self.method.name} with weights belongs to the layers of a diffusers model: use"
+                " diffpatch.patch, or leave weights out"
+            )
+        words = {"layers": "layers", "steps": "steps", "runs": "runs and their branches"}
+        untold = [w for key, w in words.items() if getattr(self.needs, key) > getattr(told, key)]
+        if untold:
+            raise BadParameter(
+                f"{self.method.name} differs between layers or steps, and {' and '.join(untold)}"
+                " are not told here: use diffpatch.patch, or parameters and a schedule that do not"
+                " need them"
+            )
 
     def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        grid: TokenGrid | str,
+        grid: Grid | str,
         place: Place,
         dense: Callable[[], torch.Tensor],
         scale: float | None = None,
@@ -129,14 +168,15 @@ class EngineAttention:
         """
         found = self._choose(q, k, grid, place)
         if isinstance(found, str):
-            self.dense_because(found)
+            self.dense_because(found, logging.WARNING if isinstance(grid, str) else logging.INFO)
             return dense()
         if not self.reasons[""]:
             logger.info("%s attention on %s, %.3f kept", self.method.name, grid, found.kept)
         self.reasons[""] += 1
         state = self._state(place, grid)
+        layer, step = place.layer or 0, place.step or 0
         call = AttentionCall(
-            found, scale, key_mask, self.backend, place.step, place.steps, state, layer=place.layer
+            found, scale, key_mask, self.backend, step, place.steps, state, layer=layer
         )
         with on_device_of(q):
             out = self.method.attend(q, k, v, call).out
@@ -155,10 +195,10 @@ class EngineAttention:
         """Count from here."""
         self.reasons = Counter()
 
-    def dense_because(self, reason: str) -> None:
+    def dense_because(self, reason: str, level: int = logging.INFO) -> None:
         """Count a dense call, and say once why there are such."""
         if not self.reasons[reason]:
-            logger.info("dense attention: %s", reason)
+            logger.log(level, "dense attention: %s", reason)
         self.reasons[reason] += 1
 
     def forget(self, run: Hashable) -> None:
@@ -166,26 +206,36 @@ class EngineAttention:
         self._states.pop(run, None)
 
     def _choose(
-        self, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid | str, place: Place
+        self, q: torch.Tensor, k: torch.Tensor, grid: Grid | str, place: Place
     ) -> BlockPattern | str:
         """The pattern of a call, or why it is dense."""
         if isinstance(grid, str):
             return grid
         if not q.shape[1] == k.shape[1] == grid.num_tokens:
             return f"{q.shape[1]} queries and {k.shape[1]} keys are not the {grid} tokens"
-        if grid.num_frames == 1 and "image" not in self.method.kinds:
+        if (
+            isinstance(grid, TokenGrid)
+            and grid.num_frames == 1
+            and "image" not in self.method.kinds
+        ):
             return f"{self.method.name} saves between frames and there is one"
-        reason = self._bound(place.steps, place.layers).reason(place.step, place.layer)
+        if (place.layer is None and self.needs.layers) or (place.step is None and self.needs.steps):
+            return "which layer or step it is is not told here"
+        layer, step = place.layer or 0, place.step or 0
+        bound = self._bound(place.steps)
+        reason = bound if isinstance(bound, str) else bound.reason(step, layer)
         if reason is not None:
             return reason
-        pattern = self._pattern(grid, self.method.variant(place.layer, place.step))
+        pattern = self._pattern(grid, self.method.variant(layer, step))
+        if place.some_heads and pattern.blocks.head_pattern is not None:
+            return "its pattern differs between heads, which several devices share"
         pattern = pattern.for_heads(q.shape[2])
         if pattern.kept >= 1 and not self.method.dynamic:
             return "pattern keeps everything"
         blocks = pattern.on(q.device)
         return backends.unsupported_reason(q, blocks, self.backend) or pattern
 
-    def _state(self, place: Place, grid: TokenGrid | str) -> dict[str, Any]:
+    def _state(self, place: Place, grid: Grid | str) -> dict[str, Any]:
         if not self.method.needs_steps:
             return {}
         of_run = self._states.setdefault(place.run, defaultdict(dict))
@@ -209,41 +259,16 @@ class EngineAttention:
                 f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"
             )
 
-    def _make_pattern(self, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+    def _make_pattern(self, grid: Grid, variant: Hashable) -> BlockPattern:
         with neutral():
-            return self.method.pattern(grid, variant)
+            return pattern_on(self.method, grid, variant)
 
-    def _bind(self, steps: int | None, layers: int | None) -> BoundSchedule:
+    def _bind(self, steps: int | None) -> BoundSchedule | str:
         schedule = self.schedule
-        dense_layers, first = schedule.dense_layers, schedule.dense_steps
-        assert isinstance(dense_layers, int)
-        if steps is None and isinstance(first, int) and not schedule.dense_last_steps:
-            return BoundSchedule(first, None, frozenset(range(dense_layers)))
-        return schedule.bind(steps, dense_layers if layers is None else layers)
-
-
-def _check_told(method: Method, schedule: Schedule, told: Told) -> None:
-    """Refuse a method or a schedule that needs more than the engine tells."""
-    if method.learned_from() is not None:
-        raise BadParameter(
-            f"{method.name} with weights belongs to the layers of a diffusers model: use"
-            " diffpatch.patch, or leave weights out"
-        )
-    places = composition.STEPS
-    by_layer = any(method.variant(i, 0) != method.variant(0, 0) for i in places)
-    by_step = any(
-        method.variant(layer, step) != method.variant(layer, 0)
-        for layer, step in itertools.product(places, places)
-    )
-    untold = {
-        "layers": (by_layer or bool(schedule.dense_layers)) and not told.layers,
-        "steps": (by_step or bool(schedule.dense_steps or schedule.dense_last_steps))
-        and not told.steps,
-        "runs and their branches": method.needs_steps and not told.runs,
-    }
-    missing = [what for what, needed in untold.items() if needed]
-    if missing:
-        raise BadParameter(
-            f"{method.name} differs between layers or steps, and {' and '.join(missing)} are not"
-            " told here: use diffpatch.patch, or parameters and a schedule that do not need them"
-        )
+        layers, first = schedule.dense_layers, schedule.dense_steps
+        assert isinstance(layers, int)
+        if steps is not None:
+            return schedule.bind(steps, layers)
+        if isinstance(first, int) and not schedule.dense_last_steps:
+            return BoundSchedule(first, None, frozenset(range(layers)))
+        return "how many steps there are is not told here"

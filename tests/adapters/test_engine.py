@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffpatch
-from diffpatch import BadParameter, Neighborhood, TokenGrid
+from diffpatch import BadParameter, Neighborhood, PackedGrid, TokenGrid
 from diffpatch.adapters.engine import EngineAttention, Place, Told
 
 GRID = TokenGrid(3, 2, 4, text_after=3)
@@ -31,7 +31,7 @@ def calls(attend: Callable[[Any, Any, Place], torch.Tensor], run: int) -> list[t
         for step in range(3)
         for branch in range(2)
         for layer in range(2)
-        for place in [Place(layer, 2, step, 3, branch, run)]
+        for place in [Place(layer, step, 3, branch, run)]
     ]
 
 
@@ -41,11 +41,12 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
     states: dict[Any, dict[str, Any]] = {}
 
     def expected(q: Any, v: Any, place: Place) -> torch.Tensor:
-        if place.step < 1 or place.layer < 1:
+        layer, step = place.layer or 0, place.step or 0
+        if step < 1 or layer < 1:
             return dense(q, K, v)
         state = states.setdefault((place.run, place.layer, place.branch), {})
         return diffpatch.attention(
-            q, K, v, GRID, method, scale=0.3, layer=place.layer, step=place.step, state=state
+            q, K, v, GRID, method, scale=0.3, layer=layer, step=step, state=state
         )
 
     def found(q: Any, v: Any, place: Place) -> torch.Tensor:
@@ -81,6 +82,35 @@ def test_radial_saves_nothing_in_one_frame() -> None:
     engine = EngineAttention("radial", Told())
     assert engine.attend(Q, K, V, TokenGrid(1, 3, 9), Place(), lambda: Q) is Q
     assert "between frames" in next(iter(engine.reasons))
+
+
+def test_a_call_that_tells_too_little_is_dense() -> None:
+    told = Told(layers=True, steps=True)
+    cases: list[tuple[dict[str, Any], Place]] = [
+        ({"dense_layers": 1}, Place(step=3)),
+        ({"dense_steps": 1}, Place(layer=3)),
+        ({"dense_steps": 0.2}, Place(layer=3, step=3)),
+        ({"dense_last_steps": 1}, Place(layer=3, step=3)),
+    ]
+    for schedule, place in cases:
+        engine = EngineAttention(LOCAL, told, **schedule)
+        assert engine.attend(Q, K, V, GRID, place, lambda: Q) is Q
+        assert "not told here" in next(iter(engine.reasons))
+
+
+def test_heads_that_differ_are_not_shared_by_devices() -> None:
+    method = Neighborhood(window=(1, 1, 3), stride=1, heads=((1, 1, 3), (1, 2, 2)))
+    engine = EngineAttention(method, Told())
+    assert engine.attend(Q, K, V, GRID, Place(some_heads=True), lambda: Q) is Q
+    assert "which several devices share" in next(iter(engine.reasons))
+    assert engine.attend(Q, K, V, GRID, Place(), lambda: Q) is not Q
+
+
+def test_packed_sequences() -> None:
+    grid = PackedGrid((4, (2, 2, 3), 2, (1, 3, 3)))
+    engine = EngineAttention(LOCAL, Told())
+    out = engine.attend(Q, K, V, grid, Place(), lambda: Q)
+    assert torch.equal(out, diffpatch.attention(Q, K, V, grid, LOCAL))
 
 
 def test_steps_may_be_counted_without_their_number() -> None:
