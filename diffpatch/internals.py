@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.hooks import HookRegistry
 from diffusers.models import attention_dispatch
@@ -42,6 +43,8 @@ EXCHANGE = "_templated_context_parallel_attention"
 CACHE, HOOKS = "_cache_config", "_diffusers_hook"
 # Where layer-skip hooks find by class what to do for a processor; asking it fills it.
 PROCESSORS = "_registry"
+# How a pipeline names the forward that it is about to make (of the models that have it).
+CACHE_CONTEXT = "cache_context"
 # Some video-to-video pipelines cut their timesteps and tell nobody but this attribute.
 PIPELINE_STEPS = "_num_timesteps"
 # Where a pipeline's models run; its public `device` is where offloaded ones wait.
@@ -67,6 +70,11 @@ _EXCHANGE_ARGUMENTS = (
 def dispatcher() -> Callable[..., Any]:
     """diffusers' own attention, (B, S, H, D) in and out."""
     return attention_dispatch.dispatch_attention_fn
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether a value is a pipeline of diffusers, modular ones included."""
+    return isinstance(value, DiffusionPipeline | ModularPipeline)
 
 
 def exchange() -> Callable[..., Any]:

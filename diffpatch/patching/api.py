@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo, family_of, list_families
 
 if TYPE_CHECKING:
+    from diffpatch.patching.patch import Patch
     from diffpatch.patching.transformer import PatchedTransformer
 
 Target = TypeVar("Target")
@@ -98,29 +99,45 @@ def patch(
         experts=two_experts(target),
     )
     check_backend(backend)
-    shared = Patch(chosen, schedule, backend, target)
-    shared.transformers = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
-    for transformer in shared.transformers:
+    bare = not hasattr(target, "components")
+    shared = Patch(chosen, schedule, backend, target, bare=bare)
+    fresh = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
+    for transformer in fresh:
         schedule.layers(len(transformer.modules))
     unpatch(target)  # only now: what cannot work leaves an earlier patch alone
+    _install(target, shared, fresh)
+    return target
+
+
+def _install(target: Any, shared: Patch, transformers: Iterable[PatchedTransformer]) -> None:
+    from diffpatch.patching.callers import schedulers_of
+
     try:
-        for transformer in shared.transformers:
+        for transformer in transformers:
             transformer.install()
     except Exception:
-        unpatch(target)
+        shared.undo()
         raise
-    shared.follow_schedulers()
-    return target
+    if not isinstance(target, torch.nn.Module):
+        shared.follow(schedulers_of(_components(target)))
+        with contextlib.suppress(AttributeError):
+            target._diffpatch = shared  # so that it is found when its components are exchanged
 
 
 def unpatch(target: Target) -> Target:
     """Undo `patch`: the same processor objects, the same scheduler class, bit-equal outputs.
 
-    Does nothing to a target that is not patched.
+    That goes for all that was patched, also if the target has other components by now. Does nothing
+    to a target that is not patched.
     """
     for owner in owners(target):
         owner.remove()
-        owner.patch.unfollow_schedulers()
+        if not owner.patch.installed:
+            owner.patch.undo()
+    if not isinstance(target, torch.nn.Module):
+        shared = getattr(target, "__dict__", {}).pop("_diffpatch", None)
+        if shared is not None and shared.is_for(target):
+            shared.undo()
     return target
 
 
@@ -131,40 +148,56 @@ def patched(target: Target, method: MethodLike = "radial", **options: Any) -> It
     A patch that the target carried before is back afterwards, with counts and state of its own that
     begin anew.
     """
-    before = owners(target)
+    before: dict[Patch, list[PatchedTransformer]] = {}
+    for owner in owners(target):
+        before.setdefault(owner.patch, []).append(owner)
     patch(target, method, **options)
     try:
         yield target
     finally:
         unpatch(target)
-        for owner in before:
-            owner.install()
-            owner.patch.follow_schedulers()
+        for shared, transformers in before.items():
+            shared.runs.forget()
+            _install(target, shared, transformers)
 
 
 def report(target: Any) -> Report:
     """What the last run of a patched target did (of a bare transformer: its last forward).
 
+    Of a pipeline that never ran itself, it is the last run over its transformers.
+
     Raises:
         NotPatched: the target carries no patch.
     """
-    found = owners(target)
-    if not found:
+    found = named_owners(target)
+    patches = list(dict.fromkeys(owner.patch for owner in found.values()))
+    notes = []
+    if not found and (left := _left_over(target)) is not None:
+        patches = [left]
+        notes = ["the transformer was exchanged after patching: call diffpatch.patch again"]
+    if not patches:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
-    layers = sum(len(o.modules) for o in found)
-    patches = list(dict.fromkeys(o.patch for o in found))
+    for one in patches:
+        one.runs.of(target).note_state()
     if len(patches) == 1:
-        record = patches[0].record
+        record = patches[0].runs.of(target).record
     else:  # transformers patched one by one, each with counts of its own
-        record = Record.joined({name: o.patch.record for name, o in named_owners(target).items()})
+        runs = {name: owner.patch.runs.of(target) for name, owner in found.items()}
+        record = Record.joined({name: run.record for name, run in runs.items()})
     method = "; ".join(dict.fromkeys(str(p.method) for p in patches))
-    return Report.of(method, layers, record, sum(p.state_bytes() for p in patches))
+    return Report.of(method, sum(len(o.modules) for o in found.values()), record, notes)
 
 
 def reset(target: Any) -> None:
     """Forget all state and counts of the last run."""
-    for owner in owners(target):
-        owner.patch.reset()
+    for shared in {owner.patch for owner in owners(target)}:
+        shared.runs.of(target).reset()
+
+
+def _left_over(target: Any) -> Patch | None:
+    """The patch of a pipeline that has lost all its patched transformers."""
+    shared: Patch | None = getattr(target, "__dict__", {}).get("_diffpatch")
+    return shared if shared is not None and shared.installed else None
 
 
 def _unwrap(model: Any) -> Any:

@@ -1,133 +1,121 @@
-"""What the transformers of one patched target share: method, schedule, place in the run, counts."""
+"""What was asked for, and what undoes it."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Protocol
 
 import torch
 
-from diffpatch import internals
-from diffpatch.errors import BadParameter
-from diffpatch.kernels.memo import neutral
+from diffpatch.kernels.memo import Memo
 from diffpatch.methods.base import Method
-from diffpatch.methods.packed import pattern_on
-from diffpatch.patching.report import Record
-from diffpatch.patching.schedule import BoundSchedule, Schedule
-from diffpatch.patching.tracker import Tracker, is_scheduler, is_tracked, track, untrack
-from diffpatch.patterns.grid import Grid
-from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.patching.composition import STEPS
+from diffpatch.patching.run import Run
+from diffpatch.patching.runs import Place, Runs
+from diffpatch.patching.schedule import Schedule
 
-if TYPE_CHECKING:
-    from diffpatch.patching.transformer import PatchedTransformer
+logger = logging.getLogger(__name__)
 
 # What watches sparse calls: gets (transformer, layer, step, branch), the output (B, S, H, D), and a
 # function that computes the dense one.
 Observer = Callable[[tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None]
 
-_CACHED_GRIDS = 4  # grids whose patterns a patch keeps, in all their variants
+_CACHED_GRIDS = 4  # grids about which a patch remembers its decisions, beside those of its runs
+
+
+class Installed(Protocol):
+    """A transformer that carries the patch."""
+
+    def remove(self) -> None:
+        """Make it what it was."""
+        ...
 
 
 class Patch:
-    """What the transformers of one target share: method, schedule, position in the run, counts.
+    """What was asked for a target, shared by its transformers and by all runs over them.
 
     Nothing here outlives `unpatch`, and nothing is shared between two patched targets.
+
+    Attributes:
+        method: what sparse calls do.
+        schedule: which calls are dense.
+        backend: of the kernels.
+        observers: see every sparse call of every run.
+        runs: the runs over the patch, with all that they remember.
+        installed: the transformers that carry it.
     """
 
-    def __init__(self, method: Method, schedule: Schedule, backend: str, target: Any) -> None:
+    def __init__(
+        self, method: Method, schedule: Schedule, backend: str, target: Any, *, bare: bool = False
+    ) -> None:
         self.method = method
         self.schedule = schedule
         self.backend = backend
-        self.tracker = Tracker()
-        self.record = Record()
-        # What the method keeps, by (transformer, layer, guidance branch, sample).
-        self.state: defaultdict[tuple[str, int, int, int], dict[str, Any]] = defaultdict(dict)
-        self.transformers: list[PatchedTransformer] = []
         self.observers: list[Observer] = []
-        self._run = -1
-        self._bound: dict[int, BoundSchedule] = {}  # of this run, by number of layers
-        self._patterns: OrderedDict[Grid, dict[Hashable, BlockPattern]] = OrderedDict()
+        self.runs = Runs(follows=not bare)
+        self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()
         self._target = weakref.ref(target)
-        self._schedulers: list[Any] = []
+        self._memos: OrderedDict[Hashable, Memo] = OrderedDict()
+        self._lock = threading.Lock()  # for the table of memos, not for what is in them
+        self._said: set[str] = set()
+        self._follows_steps = method.needs_steps or any(
+            method.variant(layer, step) != method.variant(layer, 0)
+            for layer in range(2)
+            for step in STEPS
+        )
 
-    def follow_schedulers(self) -> None:
-        """Track the schedulers of the target, also those set after patching."""
-        target = self._target()
-        current = [c for c in getattr(target, "components", {}).values() if is_scheduler(c)]
-        if all(is_tracked(s, self.tracker) for s in current):
-            return
-        for scheduler in current:
-            if not is_tracked(scheduler, self.tracker):
-                track(scheduler, self.tracker)
-                # Its set_timesteps may already have been called; if not, this run is empty.
-                if getattr(scheduler, "timesteps", None) is not None:
-                    self.tracker.on_set_timesteps(scheduler)
-        for gone in self._schedulers:
-            if is_tracked(gone, self.tracker) and not any(gone is s for s in current):
-                untrack(gone)
-        self._schedulers = current
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # copies of a patched target are unpatched
 
-    def begin_forward(self) -> None:
-        """Note that a transformer forward begins, wherever its scheduler comes from."""
-        self.follow_schedulers()
-        self.tracker.on_forward(getattr(self._target(), internals.PIPELINE_STEPS, None))
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
-    def unfollow_schedulers(self) -> None:
-        """Give all schedulers their classes back."""
-        for scheduler in self._schedulers:
-            if is_tracked(scheduler, self.tracker):
-                untrack(scheduler)
-        self._schedulers = []
+    def is_for(self, target: Any) -> bool:
+        """Whether it was made for a target."""
+        return self._target() is target
 
-    def enter_run(self) -> None:
-        """Forget the last run when a new one has begun."""
-        if self.tracker.run != self._run:
-            self._run = self.tracker.run
-            self._bound.clear()
-            self.reset()
+    def follow(self, schedulers: Iterable[Any]) -> None:
+        """Be told of what the target's schedulers do, from now on."""
+        for scheduler in schedulers:
+            self.runs.follow(scheduler)
 
-    def reset(self) -> None:
-        """Forget all state of the run."""
-        self.record = Record()
-        self.state.clear()
+    def undo(self) -> None:
+        """Make all that carries the patch what it was, also what the target has lost meanwhile."""
+        for one in list(self.installed):
+            one.remove()
+        self.runs.unfollow()
 
-    def forget(self, transformer: str) -> None:
-        """Forget the state of one transformer; its counts stay."""
-        for key in [key for key in self.state if key[0] == transformer]:
-            del self.state[key]
+    def begin_forward(self, transformer: str, context: str | None) -> Place:
+        """Find the run of a forward that begins."""
+        place = self.runs.begin_forward(transformer, context)
+        if place.total is None and self._follows_steps:
+            why = place.run.untold or "a bare transformer knows no steps"
+            text = f"{self.method.name} takes every forward for the first of a run: {why}"
+            place.run.record.notes.append(text)
+            self.say_once(text)
+        return place
 
-    def check_state(self) -> None:
-        """Refuse politely before the state of a run outgrows what the method may hold."""
-        limit = self.method.state_limit()
-        if limit < float("inf") and (held := self.state_bytes()) > limit:
-            self.reset()
-            raise BadParameter(
-                f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
-                f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"
-            )
+    def say_once(self, text: str, about: str | None = None) -> None:
+        """Warn, unless it was said before, or something else about the same."""
+        if (about or text) not in self._said:
+            self._said.add(about or text)
+            logger.warning("%s", text)
+
+    def memo(self, run: Run, grid: Hashable) -> Memo:
+        """Where the decisions about a grid are kept, the same for the length of a run."""
+        if grid not in run.memos:
+            with self._lock:
+                made = self._memos.pop(grid, None) or Memo()
+                self._memos[grid] = made
+                while len(self._memos) > _CACHED_GRIDS:
+                    self._memos.popitem(last=False)
+            run.memos[grid] = made
+        return run.memos[grid]
 
     def state_bytes(self) -> int:
-        """Memory that the method holds across steps."""
-        held = (value for one in self.state.values() for value in one.values())
-        return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
-
-    def bound(self, num_layers: int) -> BoundSchedule:
-        """The schedule of the current run."""
-        if num_layers not in self._bound:
-            tracker = self.tracker
-            bound = self.schedule.bind(tracker.total, num_layers, tracker.evaluations)
-            self._bound[num_layers] = bound
-        return self._bound[num_layers]
-
-    def pattern(self, grid: Grid, variant: Hashable) -> BlockPattern:
-        """The method's pattern, from the cache where possible."""
-        made = self._patterns.setdefault(grid, {})
-        self._patterns.move_to_end(grid)
-        if len(self._patterns) > _CACHED_GRIDS:
-            self._patterns.popitem(last=False)
-        if variant not in made:
-            with neutral():
-                made[variant] = pattern_on(self.method, grid, variant)
-        return made[variant]
+        """Memory that the method holds across steps, over all runs."""
+        return sum(run.state_bytes() for run in self.runs.all())

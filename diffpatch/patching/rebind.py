@@ -35,7 +35,11 @@ class Owner(Protocol):
 
     handle: int
     active: bool  # False once the patch is undone
-    grid: Grid
+
+    @property
+    def grid(self) -> Grid:
+        """Of the forward that calls."""
+        ...
 
     def attend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ class Record:
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
+    state_bytes: int = 0  # the most that was held across steps
+    notes: list[str] = field(default_factory=list)
 
     def add(
         self,
@@ -76,6 +78,8 @@ class Record:
             out.kept_pairs += one.kept_pairs
             out.reasons += one.reasons
             out.backends += one.backends
+            out.state_bytes += one.state_bytes
+            out.notes += one.notes
             out.by_layer |= {(name, layer): both for (_, layer), both in one.by_layer.items()}
             out.by_place |= {(s, name, layer): b for (s, _, layer), b in one.by_place.items()}
             for step, (pairs, kept) in one.by_step.items():
@@ -102,7 +106,8 @@ class Report:
         kept_per_layer: kept fraction of every layer.
         kept_map: kept fraction of every layer in every step; None where a layer did not run, as
             one of two experts.
-        state_bytes: memory held across steps.
+        state_bytes: the most memory held across steps; it is freed with the last step.
+        notes: what else there is to know, such as steps that nothing told.
     """
 
     method: str
@@ -117,9 +122,10 @@ class Report:
     kept_per_layer: dict[str, float]
     kept_map: list[list[float | None]]
     state_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, method: str, layers: int, record: Record, state_bytes: int = 0) -> Report:
+    def of(cls, method: str, layers: int, record: Record, notes: Sequence[str] = ()) -> Report:
         """The report of a record."""
         record.settle()
         return cls(
@@ -137,7 +143,8 @@ class Report:
                 for (where, layer), (all_, kept) in sorted(record.by_layer.items())
             },
             kept_map=record.kept_map(),
-            state_bytes=state_bytes,
+            state_bytes=record.state_bytes,
+            notes=(*dict.fromkeys(record.notes), *notes),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,8 +152,9 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
+        notes = [f"  note      {note}" for note in self.notes]
         if not self.calls:
-            return f"{self.method}: no run yet"
+            return "\n".join([f"{self.method}: no run yet", *notes])
         lines = [
             self.method,
             f"  kept      {self.kept:.1%} of all query-key pairs",
@@ -157,4 +165,4 @@ class Report:
         lines += [f"  backend   {name}: {count} calls" for name, count in self.backends.items()]
         if self.state_bytes:
             lines.append(f"  state     {self.state_bytes / 2**20:.1f} MiB across steps")
-        return "\n".join(lines)
+        return "\n".join(lines + notes)

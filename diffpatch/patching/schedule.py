@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diffpatch.errors import BadParameter
 
+BARE = "a bare transformer has no scheduler: patch the pipeline, or pass dense_steps=0"
 Amount = int | float  # an int counts, a float in (0, 1] is a fraction of the total
 
 
@@ -16,7 +17,8 @@ class Schedule:
 
     Attributes:
         dense_steps: first denoising steps that stay dense; int = count, float = fraction of the
-        run. dense_last_steps: the same for the last steps.
+            run, at least one step if above 0.
+        dense_last_steps: the same for the last steps.
         dense_layers: first attention layers that stay dense (count or fraction), or the layer
             numbers themselves.
     """
@@ -48,7 +50,13 @@ class Schedule:
             )
         return frozenset(layers)
 
-    def bind(self, total_steps: int | None, num_layers: int, evaluations: int = 1) -> BoundSchedule:
+    def bind(
+        self,
+        total_steps: int | None,
+        num_layers: int,
+        evaluations: int = 1,
+        untold: str | None = None,
+    ) -> BoundSchedule:
         """The schedule of one run.
 
         Args:
@@ -56,6 +64,7 @@ class Schedule:
             num_layers: patched attention layers of the transformer.
             evaluations: model evaluations per denoising step, 2 for Heun-like solvers; counts given
                 by the user are denoising steps.
+            untold: why nothing tells the steps, if another reason than a bare transformer.
 
         Raises:
             BadParameter: more dense steps or layers than there are, or steps that cannot be known.
@@ -65,8 +74,8 @@ class Schedule:
             return BoundSchedule(0, None, chosen)
         if total_steps is None:
             raise BadParameter(
-                f"dense_steps={self.dense_steps} needs to know the denoising steps, but a bare"
-                " transformer has no scheduler: patch the pipeline, or pass dense_steps=0"
+                f"dense_steps={self.dense_steps} needs to know the denoising steps, but"
+                f" {untold or BARE}"
             )
         # Two-stage solvers evaluate the model once in the last step and `evaluations` times in
         # every other one.
@@ -108,7 +117,8 @@ def _check(name: str, amount: Amount) -> None:
 
 def _count(name: str, amount: Amount, total: int, unit: str) -> int:
     if isinstance(amount, float):
-        return round(amount * total)
+        least = min(total, 1) if amount > 0 and unit == "steps" else 0
+        return max(round(amount * total), least)
     if amount > total:
         raise BadParameter(
             f"{name}={amount} but the run has only {total} {unit};"

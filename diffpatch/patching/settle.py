@@ -9,7 +9,7 @@ from diffpatch.errors import BadParameter, choices
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, make_method, one_method
 from diffpatch.patching import composition
-from diffpatch.patching.schedule import Amount, Schedule
+from diffpatch.patching.schedule import BARE, Amount, Schedule
 from diffpatch.pipelines.families.presets import Preset
 from diffpatch.pipelines.families.table import FamilyInfo
 
@@ -43,8 +43,7 @@ def settle(
         dense_steps: as given by the caller, or None.
         dense_last_steps: as given by the caller.
         dense_layers: as given by the caller, or None.
-        stepless: whether denoising steps are unknown (a bare transformer), so that none are dense
-            unless the caller insists.
+        stepless: whether denoising steps are unknown (a bare transformer), so that none are dense.
         quality: a level of `QUALITIES`, or None for the published setting.
         experts: whether the model is one of two that share the steps.
 
@@ -69,6 +68,11 @@ def settle(
         raise BadParameter(
             f"{chosen.name} carries results from step to step, but a bare transformer knows no"
             " steps: patch the pipeline"
+        )
+    if stepless and (dense_steps or dense_last_steps):
+        raise BadParameter(
+            f"dense_steps={dense_steps or 0}, dense_last_steps={dense_last_steps} need to know the"
+            f" denoising steps, but {BARE}"
         )
     if dense_steps is None:
         dense_steps = 0 if stepless else _first(preset.dense_steps, chosen.default_dense_steps)

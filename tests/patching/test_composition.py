@@ -145,7 +145,7 @@ def test_the_state_of_temporal_ages_by_steps_not_by_calls() -> None:
         tiny.run(num_inference_steps=8)
     steps = sorted({step for _, step, _ in calls})
     assert len(steps) < 8, "the cache skipped nothing"
-    record = model._diffpatch.patch.record
+    record = model._diffpatch.patch.runs.last.record
     kept = {step: round(value / pairs, 3) for step, (pairs, value) in record.by_step.items()}
     due = 0
     for step in steps:  # a refresh happens at the first call that is due by its step

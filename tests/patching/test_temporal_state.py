@@ -42,11 +42,16 @@ def test_decisions_about_75600_tokens_fit_into_64_mib(method: str, mode: str) ->
     assert diffpatch.plan("wan-14b", "radial+temporal", **size).state_bytes > 50 * GIB  # results
 
 
+def states(pipe: Any) -> dict[Any, dict[str, Any]]:
+    """What the latest run holds now."""
+    return owners(pipe)[0].patch.runs.last.state
+
+
 def held(pipe: Any) -> int:
     """Bytes behind all tensors of the state, each storage once, views in full."""
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-        for state in owners(pipe)[0].patch.state.values()
+        for state in states(pipe).values()
         for x in state.values()
         if isinstance(x, torch.Tensor)
     }
@@ -60,9 +65,16 @@ def test_the_memory_reported_is_the_memory_held_and_planned(
     tiny = wan()
     size: dict[str, Any] = {"height": 96, "width": 96, "num_frames": 9}
     with diffpatch.patched(tiny.pipe, method, dense_steps=1, dense_layers=[0], **params):
-        tiny.run(num_inference_steps=4, **size)
+        seen: list[int] = []
+
+        def look(pipe: Any, *_: Any) -> dict[str, Any]:
+            seen.append(held(pipe))
+            return {}
+
+        tiny.run(num_inference_steps=4, callback_on_step_end=look, **size)
         reported = diffpatch.report(tiny.pipe).state_bytes
-        assert reported == held(tiny.pipe) > 0
+        assert reported == max(seen) > 0
+        assert seen[-1] == 0  # freed with the last step
     plan = diffpatch.plan(
         tiny.pipe, method, dense_steps=1, dense_layers=1, num_inference_steps=4, **size, **params
     )
@@ -84,7 +96,7 @@ def test_a_small_budget_is_refused_politely(method: str, params: dict[str, Any])
 
 
 def denoise(
-    pipe: Any, branches: list[torch.Tensor], inputs: list[torch.Tensor]
+    pipe: Any, branches: list[torch.Tensor], inputs: list[torch.Tensor], held: Any = None
 ) -> list[list[torch.Tensor]]:
     """What the transformer answers in a loop with a forward for each branch: [step][branch]."""
     pipe.scheduler.set_timesteps(len(inputs))
@@ -97,6 +109,8 @@ def denoise(
                                  time.repeat(len(b) // len(x)), b).sample
                 for b in branches
             ])  # fmt: skip
+            if held is not None:
+                held.append(len(states(pipe)))
             pipe.scheduler.step(answers[-1][0][: len(x)], t, x)
     return answers
 
@@ -107,8 +121,9 @@ def test_branches_have_states_of_their_own(method: str, params: dict[str, Any]) 
     diffpatch.patch(tiny.pipe, method, dense_steps=0, refresh=3, **params)
     inputs = [torch.randn(1, 16, 3, 8, 8, generator=random) for _ in range(5)]
     texts = [3 * torch.randn(1, 8, 32, generator=random) for _ in range(3)]
-    together = denoise(tiny.pipe, texts, inputs)
-    assert len(owners(tiny.pipe)[0].patch.state) == 2 * 3  # layers × branches
+    held: list[int] = []
+    together = denoise(tiny.pipe, texts, inputs, held)
+    assert held[-1] == 2 * 3  # layers × branches
     assert diffpatch.report(tiny.pipe).kept < 1
     for i, text in enumerate(texts):
         alone = denoise(tiny.pipe, [text], inputs)

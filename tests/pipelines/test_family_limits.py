@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import diffpatch
 from diffpatch import Neighborhood, TokenGrid, UnknownFamily, Window, make_method
 from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.patching.schedule import Schedule
+from diffpatch.patching.tracker import tracker_of
 from diffpatch.pipelines.families import grids
 from diffpatch.pipelines.families.table import FamilyInfo
 from tests import tiny_images, tiny_more, tiny_videos
@@ -234,8 +235,8 @@ def test_samples_that_are_called_one_by_one_are_one_forward() -> None:
     model = tiny_videos.mochi()
     diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
     model.run()
-    tracker = model.pipe.transformer._diffpatch.patch.tracker
-    assert (tracker.step, tracker.branch) == (1, 0)
+    tracker = tracker_of(model.pipe.scheduler)
+    assert tracker is not None and (tracker.step, tracker.branch) == (1, 0)
     assert diffpatch.report(model.pipe).calls == 2 * 2 * 2  # steps, layers, samples
 
 
@@ -246,20 +247,22 @@ class Remember(Neighborhood):
     only_skips = True
     window: Any = (1, 3, 3)
     stride: Any = 1
+    states: dict[int, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
         assert call.state.setdefault("tokens", q.shape[1]) == q.shape[1]
+        self.states[id(call.state)] = call.state.copy()
         return super().attend(q, k, v, call)
 
 
 def test_samples_that_are_called_one_by_one_share_no_state() -> None:
     model = tiny_videos.mochi()  # of 5 and 3 prompt tokens
-    diffpatch.patch(model.pipe, Remember(), dense_steps=0)
+    method = Remember()
+    diffpatch.patch(model.pipe, method, dense_steps=0)
     model.run()
-    kept = model.pipe.transformer._diffpatch.patch.state.values()
-    assert sorted(state["tokens"] for state in kept) == [75, 75, 77, 77]
+    assert sorted(s["tokens"] for s in method.states.values()) == [75, 75, 77, 77]
 
 
 COMPILED = ("wan-vace", "mochi", "kandinsky", "flux2-references", "chroma", "qwen", "z-image")

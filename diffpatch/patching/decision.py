@@ -1,0 +1,124 @@
+"""The first half of an attention call: whether it is sparse, and over which pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
+from diffpatch.kernels.memo import Memo
+from diffpatch.methods.base import Method
+from diffpatch.methods.packed import pattern_on
+from diffpatch.patching import parallel
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.grids import REST, Grid
+
+DENSE_FROM = 1.0  # patterns that keep this much run dense: skipping nothing only costs
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a decision depends on, beside the grid and the method.
+
+    Attributes:
+        shape: of the queries, (B, S, H, D), with the heads at hand.
+        dtype: of the queries.
+        device: of the queries.
+        variant: what the pattern depends on besides the grid.
+        masked: whether the model brings a mask.
+        biased: whether that mask adds to scores.
+        learned: whether the layer has learned weights.
+        rank: of this process among those that share the heads.
+        parts: how many share the heads.
+        ranks: from how many processes the sequence was joined.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    variant: Hashable
+    masked: bool
+    biased: bool
+    learned: bool
+    rank: int
+    parts: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with the calls that a question is about.
+
+    Attributes:
+        dense: why they are dense, None if they are sparse.
+        pattern: what they compute, on the heads at hand.
+        order: the places of the grid's tokens, and of the sequence's in the grid, where the
+            sequence is in another order.
+    """
+
+    dense: str | None = None
+    pattern: BlockPattern | None = None
+    order: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Decider:
+    """How one transformer's calls are decided.
+
+    Attributes:
+        method: what was asked for.
+        backend: what was asked for.
+        text: where the text stands in the sequence, as in `FamilyInfo`.
+    """
+
+    method: Method
+    backend: str
+    text: str
+
+    def decide(self, shape: Grid, question: Question, memo: Memo) -> Decision:
+        """The decision about a grid, from the memo of that grid or made now."""
+        return memo((self.text, question), lambda: self._decide(shape, question, memo))
+
+    def _decide(self, shape: Grid, question: Question, memo: Memo) -> Decision:
+        found = self._grid(shape, question)
+        if isinstance(found, str):
+            return Decision(found)
+        pattern = memo(
+            ("pattern", found, question.variant),
+            lambda: pattern_on(self.method, found, question.variant),
+        )
+        heads = question.shape[2]
+        pattern = pattern.for_heads(heads * question.parts)
+        pattern = parallel.of_heads(pattern, heads, question.rank, question.parts)
+        if pattern.kept >= DENSE_FROM and not self.method.dynamic:
+            return Decision("pattern keeps everything")
+        like = torch.empty((), dtype=question.dtype, device=question.device).expand(question.shape)
+        reason = unsupported_reason(like, pattern.on(question.device), self.backend)
+        if reason is None and question.learned and (question.ranks > 1 or question.biased):
+            reason = "learned weights know neither shared heads nor biased keys"
+        if reason is not None:
+            return Decision(reason)
+        order = parallel.order(pattern, self.text, question.ranks, question.device)
+        return Decision(None, pattern, order)
+
+    def _grid(self, shape: Grid, question: Question) -> TokenGrid | str:
+        """Where the tokens of the sequence stand, or why it must be dense."""
+        frames, height, width, before, after = shape
+        if before == REST and question.masked:
+            return "prompts of different lengths in one batch"
+        tokens = question.shape[1]
+        rest = tokens - frames * height * width
+        if before == REST:
+            before = rest - after
+        elif after == REST:
+            after = rest - before
+        if min(before, after) < 0 or before + after != rest or min(shape[:3]) < 1:
+            return f"a sequence of {tokens} tokens does not hold the grid {shape}"
+        if frames == 1 and "image" not in self.method.kinds:
+            return f"{self.method.name} saves between frames and there is one"
+        if question.ranks > 1 and rest and self.text == "unknown":
+            return "how the processes cut the tokens around the grid is not known"
+        return TokenGrid(frames, height, width, before, after)
