@@ -86,14 +86,16 @@ class PatchedTransformer:
         """Swap the processors and start listening to forwards."""
         model = self._model()
         assert model is not None
-        # All of them first: a processor that cannot be rebound must leave nothing half done.
+        # What can fail comes first: a processor or a rotary embedding that cannot be changed must
+        # leave nothing half done.
         fresh = [rebind.rebind(m.processor, self, i) for i, (_, m) in enumerate(self.modules)]
+        rope_hooks = rope.install(model, self.patch.method)
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
         self._hooks = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(_After(self), always_call=True),
-            *rope.install(model, self.patch.method),
+            *rope_hooks,
         ]
         if hasattr(type(model), internals.CACHE_CONTEXT):
             setattr(model, internals.CACHE_CONTEXT, _NamedForward(self, model))
