@@ -29,6 +29,8 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except DiskFull:  # named already
+        raise
     except OSError as error:
         if not is_full(error) and (error.errno is not None or not _no_space(path)):
             raise

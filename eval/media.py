@@ -18,7 +18,8 @@ from diffpatch.eval.files import naming
 
 CLIP_SIDES = 256, 960  # pixels: smaller clips are enlarged, so that labels and details stay
 CLIP_CRF, CRF = 18, 10  # of x264: for a page, and for a result (nearly lossless)
-CLIPS = ("clip.mp4", "clip.webp", "clip.png")
+SUFFIXES = (".mp4", ".webp", ".png")
+DIFFERENCE = 4  # times brighter than it is
 TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".png": "image/png"}
 
 
@@ -102,11 +103,11 @@ def save_mp4(pixels: np.ndarray, path: Path, fps: float, crf: int = CRF) -> None
     writer.close()
 
 
-def save_clip(frames: torch.Tensor, folder: Path, fps: float) -> Path:
-    """Write frames for a page, as clip.mp4, .webp or (a single frame) .png; returns the path."""
+def save_clip(frames: torch.Tensor, folder: Path, fps: float, name: str = "clip") -> Path:
+    """Write frames for a page, as .mp4, .webp or (a single frame) .png; returns the path."""
     pixels = to_pixels(resized(frames))
     video = ".mp4" if has_ffmpeg() else ".webp"
-    path = folder / f"clip{video if len(pixels) > 1 else '.png'}"
+    path = folder / f"{name}{video if len(pixels) > 1 else '.png'}"
     with naming(path):
         if path.suffix == ".mp4":
             save_mp4(pixels, path, fps, CLIP_CRF)
@@ -117,9 +118,15 @@ def save_clip(frames: torch.Tensor, folder: Path, fps: float) -> Path:
     return path
 
 
-def find_clip(folder: Path) -> Path | None:
+def find_clip(folder: Path, name: str = "clip") -> Path | None:
     """The clip that `save_clip` wrote into a folder."""
-    return next((folder / name for name in CLIPS if (folder / name).is_file()), None)
+    paths = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def difference(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """How far frames are from others, as frames to look at: black is equal, white far away."""
+    return (DIFFERENCE * (frames - reference).abs()).clamp(0, 1)
 
 
 def resized(frames: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,13 @@ def _fail(error: Exception) -> int:
         UnknownFamily,
         UnknownMethod,
     )
+    from diffpatch.eval.files import is_full
 
     message = " ".join(str(error).split())
-    if not isinstance(error, RunError | UsageError | DiffpatchError):
+    if is_full(error):
+        place = getattr(error, "filename", None) or "what was to be written"
+        message = f"no space is left on the disk for {place}"
+    elif not isinstance(error, RunError | UsageError | DiffpatchError):
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"diffpatch: {message}", file=sys.stderr)
     mendable = UsageError | BadParameter | UnknownMethod | UnknownFamily | NotPatched

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpatch.eval.files import read_json, write_json
+from diffpatch.eval.files import DiskFull, read_json, write_json
 from diffpatch.eval.processes import Process
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.session import Session
@@ -130,6 +130,8 @@ def _attempt(session: Session, run: Rendering, runs: list[Rendering], progress: 
     failure: Exception | None = None
     try:
         result = session.do(run)
+    except DiskFull:  # no other run would have space either
+        raise
     except Exception as error:  # whatever it is, the other runs go on
         failure = error
         store.fail(run, error, session.facts(run))

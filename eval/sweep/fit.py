@@ -22,7 +22,7 @@ def fit_run(pipe: Any, run: Rendering) -> diffpatch.Method:
     method, wanted = run.variant.method, run.variant.wanted
     assert method is not None and wanted is not None
     made = diffpatch.make_method(method.name, **method.parameters)
-    plan = _plan(pipe, run, made)
+    plan = plan_run(pipe, run, made)
     sparse = kept_of(made, plan.grid)
     # The run keeps always + (1 - always) × what its sparse calls keep.
     always = (plan.kept - sparse) / (1 - sparse) if sparse < 1 else 0.0
@@ -34,7 +34,12 @@ def fit_run(pipe: Any, run: Rendering) -> diffpatch.Method:
     return fit_kept(made, plan.grid, (wanted - always) / (1 - always))
 
 
-def _plan(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.Plan:
+def plan_run(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.Plan:
+    """What a run will cost with a method.
+
+    Raises:
+        BadSweep: the sweep does not say how large the pictures are.
+    """
     variant, call = run.variant, run.case.call
     options: dict[str, Any] = {
         **variant.options,

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.eval.environment import environment
-from diffpatch.eval.media import load_frames, save_clip, save_frames
+from diffpatch.eval.files import DiskFull
+from diffpatch.eval.load import load_of
+from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality.scores import load_tools
 from diffpatch.eval.sweep.fit import fit_run
+from diffpatch.eval.sweep.paste import arguments
+from diffpatch.eval.sweep.pictures import pattern_of, save_pattern, save_pictures
 from diffpatch.eval.sweep.plan import Case, Rendering
 from diffpatch.eval.sweep.scores import has_features, save_features, score
 from diffpatch.eval.sweep.spec import Prompt, SweepSpec
@@ -59,6 +64,7 @@ class Session:
         self.pipe.set_progress_bar_config(disable=True)
         self.tools = load_tools(**spec.networks)
         self._methods: dict[Any, diffpatch.Method | None] = {}
+        self._patterns: dict[Any, Image.Image | None] = {}
         self._warm: set[Any] = set()
         self._clock: dict[str, tuple[dict[str, Any], int]] = {}  # dense: clocks, runs since
         self._environment = environment(self.device)
@@ -123,10 +129,12 @@ class Session:
 
     def _render_dense(self, run: Rendering, stage: Path) -> dict[str, Any]:
         sample, _ = self._sample(run)
-        self._clock[run.key] = clocks(sample), 0
+        own = clocks(sample, self.device)
+        self._clock[run.key] = own, 0
         frames = self._keep(sample, stage)
         return {
-            "seconds": clocks(sample),
+            "seconds": own,
+            "clip": save_pictures(frames, None, stage, frames_per_second(self.source)),
             "shared": self._shared(),
             "kept": 1.0,
             "quality": score(frames, None, run.case.prompt.text, self.tools),
@@ -136,7 +144,7 @@ class Session:
         reference = self._dense_frames(run.dense)
         dense = self._dense_clock(run.dense)
         sample, facts = self._sample(run)
-        own = clocks(sample)
+        own = clocks(sample, self.device)
         result: dict[str, Any] = {
             "seconds": own,
             "dense": {"name": run.dense.name, **dense},
@@ -150,6 +158,8 @@ class Session:
             **facts,
         }
         frames = self._keep(sample, stage)
+        result["clip"] = save_pictures(frames, reference, stage, frames_per_second(self.source))
+        save_pattern(self._patterns.get(_place(run)), stage)
         text = run.case.prompt.text
         result["quality"] = score(frames, reference, text, self.tools)
         if run.errors:
@@ -181,7 +191,16 @@ class Session:
             if run.variant.kind != "method":
                 return sample, {}
             report = diffpatch.report(self.pipe)
-        return sample, {"kept": report.kept, "fitted": str(method), "report": report.to_dict()}
+        assert run.variant.method is not None
+        if place not in self._patterns:
+            self._patterns[place] = pattern_of(self.pipe, run, method)
+        patch = arguments(self._fitted(run), run.variant.method.parameters, _options(run))
+        return sample, {
+            "kept": report.kept,
+            "fitted": str(method),
+            "patch": patch,
+            "report": report.to_dict(),
+        }
 
     def _attention_error(self, run: Rendering) -> dict[str, Any]:
         with self._applied(run), diffpatch.attention_error(self.pipe) as errors:
@@ -197,6 +216,8 @@ class Session:
                 if not self.store.is_done(dense):
                     try:
                         self.do(dense)
+                    except DiskFull:
+                        raise
                     except Exception as error:
                         self.store.fail(dense, error, self.facts(dense))
                         raise DenseFailed(
@@ -215,7 +236,7 @@ class Session:
         elif not every:
             stored = self.store.result(dense) or {}
             return {"seconds": stored["seconds"], "runs_since": None}
-        seconds = clocks(self._sample(dense)[0])
+        seconds = clocks(self._sample(dense)[0], self.device)
         self._clock = {dense.key: (seconds, 1)}  # earlier cases are over
         return {"seconds": seconds, "runs_since": 0}
 
@@ -230,7 +251,6 @@ class Session:
         """Write frames, clip and features; returns the frames as they can be read back."""
         save_frames(sample.frames, stage / "frames.npz")
         frames = load_frames(stage / "frames.npz")
-        save_clip(frames, stage, frames_per_second(self.source))
         if has_features(self.source.name, self.spec.networks):
             save_features(frames, stage, self.tools)
         return frames
@@ -238,8 +258,6 @@ class Session:
     def _call(self, case: Case) -> dict[str, Any]:
         call = fitted_call(case.call, self.pipe) | {"prompt": case.prompt.text}
         if case.prompt.image is not None:
-            from PIL import Image
-
             with Image.open(case.prompt.image) as image:
                 call["image"] = image.convert("RGB")
         return call
@@ -275,12 +293,13 @@ class Session:
         return self._methods[place]
 
 
-def clocks(sample: sampling.Sample) -> dict[str, Any]:
-    """The times of one run in seconds, and its peak memory."""
+def clocks(sample: sampling.Sample, device: torch.device) -> dict[str, Any]:
+    """The times of one run in seconds, its peak memory, and how busy the machine was."""
     return {
         **{name: sample.clocks.get(name) for name in sampling.CLOCKS},
         "steps": sample.step_seconds,
         "peak_gib": None if sample.peak_bytes is None else sample.peak_bytes / 2**30,
+        "load": load_of(sample, device),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.eval.files import read_json, write_json
+from diffpatch.eval.files import naming, read_json, write_json
 from diffpatch.eval.media import load_frames
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.spec import BadSweep
@@ -67,8 +67,8 @@ class Store:
         return read_json(self.runs / run.name / "run.json")
 
     def is_done(self, run: Rendering) -> bool:
-        """Whether the run is finished."""
-        return (self.runs / run.name).is_dir()
+        """Whether the run is finished: run.json is the last thing to appear."""
+        return (self.runs / run.name / "run.json").is_file()
 
     def failure(self, run: Rendering) -> dict[str, Any] | None:
         """How a run failed; None if it did not."""
@@ -118,6 +118,8 @@ class Store:
     def finish(self, run: Rendering, data: Mapping[str, Any], stage: Path) -> None:
         """Add run.json to the files in `stage` and make them the result of the run, in one step."""
         write_json(stage / "run.json", data)
+        if (self.runs / run.name).is_dir():  # what was left by somebody else's clean-up, say
+            shutil.rmtree(self.runs / run.name)
         os.replace(stage, self.runs / run.name)
         (self.failures / f"{run.name}.json").unlink(missing_ok=True)
 
@@ -128,7 +130,8 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir()
         try:
-            yield folder
+            with naming(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

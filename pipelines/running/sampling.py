@@ -32,12 +32,15 @@ class Sample:
         total_seconds: the whole call, from encoding the prompt to decoding the frames.
         step_seconds: every denoising step; empty where the pipeline has no step callback.
         peak_bytes: most accelerator memory allocated; None on the CPU.
+        cpu_share: share of the whole call in which the thread that made it had a processor. On
+            the CPU much less than 1 says that others had it, and that the times are too long.
     """
 
     frames: torch.Tensor
     total_seconds: float
     step_seconds: list[float]
     peak_bytes: int | None
+    cpu_share: float = 1.0
 
     @property
     def clocks(self) -> dict[str, float]:
@@ -71,14 +74,14 @@ def sample(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with clock.watching(denoisers(pipe)):
-        start = clock.now()
+        start, had = clock.now(), time.thread_time()
         output = pipe(**call, **extra, output_type="pt")
-        total = clock.now() - start
+        total, had = clock.now() - start, time.thread_time() - had
     frames = as_frames(output[0])
     if not torch.isfinite(frames).all():
         raise NonFiniteOutput("the decoded frames hold NaN or infinity")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Sample(frames, total, clock.seconds, peak)
+    return Sample(frames, total, clock.seconds, peak, cpu_share=min(1.0, had / total))
 
 
 def warm_up(pipe: Pipeline, call: dict[str, Any], seed: int) -> None:

@@ -143,6 +143,27 @@ def test_frames_survive_storage(tmp_path: Path) -> None:
     assert torch.equal(load_frames(tmp_path / "frames.npz"), frames)
     with np.load(tmp_path / "frames.npz", allow_pickle=False) as data:
         assert data["frames"].dtype == np.uint8
+    between = (frames + 0.4 / 255).clamp(0, 1)  # nearer to the level below than to that above
+    save_frames(between, tmp_path / "between.npz")
+    assert torch.equal(load_frames(tmp_path / "between.npz"), frames)
+    above = (frames - 0.4 / 255).clamp(0, 1)
+    save_frames(above, tmp_path / "above.npz")
+    assert torch.equal(load_frames(tmp_path / "above.npz"), frames)
+
+
+def test_a_folder_without_its_result_is_done_again(
+    sweep: dict[str, Any], swept: Path, tmp_path: Path
+) -> None:
+    """As a disk that was full in the wrong moment leaves it."""
+    folder = Path(shutil.copytree(swept, tmp_path / "copy"))
+    [run, *_] = [r for r in plan_sweep(check_spec(sweep, tmp_path))[sweep["model"]]
+                 if r.variant.kind == "method"]  # fmt: skip
+    (folder / "runs" / run.name / "run.json").unlink()
+    store = Store(folder)
+    assert store.is_pending(run) and not store.is_done(run)
+    store.close()
+    assert main(["sweep", write(sweep, tmp_path), "-o", str(folder), "--quiet"]) == 0
+    assert results(folder)[run.name]["kept"] < 1 and len(results(folder)) == len(results(swept))
 
 
 def test_a_second_start_does_nothing_and_a_longer_list_only_the_rest(

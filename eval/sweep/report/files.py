@@ -1,4 +1,4 @@
-"""The reports of a sweep: summary.md, summary.csv, summary.json and report.html."""
+"""The reports of a sweep: report.html, summary.md, summary.csv, summary.json, and the card."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.eval.files import write_json, write_text
+from diffpatch.eval.sweep.report.card import sweep_card
 from diffpatch.eval.sweep.report.page import page
-from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Row, Summary
+from diffpatch.eval.sweep.report.rows import Row
+from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Summary
 from diffpatch.eval.sweep.report.table import cells, circumstances, columns
 from diffpatch.eval.tables import table
 
 
 def write_reports(summary: Summary, folder: Path) -> list[Path]:
     """Write every report into the folder of the sweep; returns their paths."""
+    cards = sweep_card(summary, folder)  # before the page, which shows it
     texts = {
         "report.html": page(summary, folder),
         "summary.md": markdown(summary),
@@ -26,7 +29,7 @@ def write_reports(summary: Summary, folder: Path) -> list[Path]:
     for name, text in texts.items():
         write_text(folder / name, text)
     write_json(folder / "summary.json", summary.to_dict())
-    return [folder / name for name in (*texts, "summary.json")]
+    return [*(folder / name for name in (*texts, "summary.json")), *cards]
 
 
 def describe(summary: Summary) -> str:
@@ -36,7 +39,8 @@ def describe(summary: Summary) -> str:
         rows = [row for row in summary.rows if row.setting == verdict.setting]
         headings = columns(rows)
         shown = table([headings, *(cells(row, headings) for row in rows)])
-        lines += [verdict.setting, shown, verdict.text, verdict.rule, ""]
+        lines += [verdict.setting, shown, verdict.text, verdict.rule]
+        lines += [f"  {verdict.line}", ""] if verdict.line else [""]
     return "\n".join(lines[:-1])
 
 
@@ -47,6 +51,8 @@ def markdown(summary: Summary) -> str:
         rows = [row for row in summary.rows if row.setting == verdict.setting]
         headings = columns(rows)
         lines += [f"## {_escape(verdict.setting)}", "", f"**{_escape(verdict.text)}**", ""]
+        if verdict.line:
+            lines += ["```python", verdict.line, "```", ""]
         lines += [verdict.rule, "", "| " + " | ".join(headings) + " |"]
         lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(headings) - 1)]) + "|")
         for row in rows:
@@ -90,12 +96,15 @@ def _csv_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
     for clock in ("total", "denoising"):
         for part in ("median", "low", "high"):
             line[f"speedup_{clock}_{part}"] = row.speedup.get(clock, {}).get(part)
+        line[f"dense_{clock}"] = row.dense_seconds.get(clock, {}).get("median")
     line |= {"peak_gib": row.peak_gib, "attention_error": row.attention_error}
     line |= {key: row.quality.get(key) for key in metrics}
+    line |= {"psnr_min": row.least.get("psnr"), "psnr_median": row.middle.get("psnr")}
     line |= {key: row.distances.get(key) for key in ("fd", "kd", "clips", "small_sample")}
     return line | {
         "runs": row.runs,
         "shared_timing": row.shared,
+        "busy": row.busy or "",
         "dtype": facts["dtype"],
         "device": about["device"],
         "torch": about["versions"].get("torch"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffpatch.eval.sweep.report.summary import KD, METRICS, Row, Summary
+from diffpatch.eval.sweep.report.rows import KD, METRICS, Row
+from diffpatch.eval.sweep.report.summary import Summary
+
+DENSE, WORST, BUSY = "dense beside", "worst PSNR", "busy"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
     """The headings of a table of these rows; what nobody measured has no column."""
-    found = ["method", "kept", "time", "speedup", "denoising"]
+    found = ["method", "kept", "time", "speedup", "denoising", DENSE]
+    if any(row.busy for row in rows):
+        found.append(BUSY)
     if any(row.facts.get("wanted") is not None for row in rows):
         found.insert(1, "wanted")
     if any(row.peak_gib is not None for row in rows):
@@ -19,6 +24,8 @@ def columns(rows: Sequence[Row]) -> list[str]:
         found.append("attention error")
     known = {key for row in rows for key in row.quality}
     found += [metric.heading for key, metric in METRICS.items() if key in known]
+    if "psnr" in known and any(row.runs > 1 for row in rows):
+        found.insert(found.index(METRICS["psnr"].heading) + 1, WORST)
     if any("kd" in row.distances for row in rows):
         found.append(KD)
     return [*found, "runs"]
@@ -32,6 +39,9 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "kept": f"{row.kept:.1%}",
         "time": _number(row.seconds.get("total", {}).get("median"), "{:.2f} s"),
         "speedup": _number(row.speedup.get("total", {}).get("median"), "{:.2f}×"),
+        DENSE: _number(row.dense_seconds.get("total", {}).get("median"), "{:.2f} s"),
+        BUSY: row.busy or "",
+        WORST: _number(row.least.get("psnr"), METRICS["psnr"].form),
         "denoising": _number(row.speedup.get("denoising", {}).get("median"), "{:.2f}×"),
         "GiB": _number(row.peak_gib, "{:.2f}"),
         "attention error": _number(row.attention_error, "{:.1%}"),
@@ -39,7 +49,9 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "runs": str(row.runs),
     }
     for key, metric in METRICS.items():
-        values[metric.heading] = _number(row.quality.get(key), metric.form)
+        count = row.counts.get(key, row.runs)
+        few = f" ({count} of {row.runs})" if count < row.runs else ""
+        values[metric.heading] = _number(row.quality.get(key), metric.form) + few
     return [values[heading] for heading in headings]
 
 
