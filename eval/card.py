@@ -80,8 +80,8 @@ def write_card(
         for number in range(max(count, FRAMES)):
             # One sweep there and back, so that the end meets the beginning.
             place = 0.5 + 0.42 * math.sin(2 * math.pi * number / max(count, FRAMES))
-            pair = (clip[number % count] for clip in clips)
-            frames.append(_shown(board, *pair, place, text.label))
+            one, other = (clip[number % count] for clip in clips)
+            frames.append(_shown(board, one, other, place, text.label))
         paths.append(folder / "card.webp")
         save_animation(frames, paths[1], fps, quality=70)
     return paths

@@ -6,11 +6,16 @@ import argparse
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffpatch.cli import progress
+from diffpatch.cli import arguments, progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.eval.files import to_json
+from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
+
+if TYPE_CHECKING:
+    from diffpatch.eval.sweep.spec import SweepSpec
 
 EXAMPLES = """\
 keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
@@ -34,29 +39,39 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   networks          {clip: …, features: …, lpips: …}, as for eval
 
 examples:
+  diffpatch sweep -m demo -p "a large red circle moves left over a black background" -o runs/demo
+  diffpatch sweep -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --minutes 60 -o runs/wan
   diffpatch sweep examples/demo_sweep.yaml -o runs/demo
   diffpatch sweep examples/demo_sweep.yaml -o runs/demo     # goes on where it was stopped
   diffpatch sweep examples/demo_sweep.yaml --dry-run
   diffpatch sweep --report-only runs/demo
   accelerate launch --num_processes 8 -m diffpatch sweep my_sweep.yaml -o runs/mine
 """
+MINUTES = 15.0  # of a sweep without a file
+_OWN = ("prompt", "image", "height", "width", "num_frames", "num_inference_steps", "kept")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "sweep",
-        help="compare methods, parameters and kept fractions, with a report",
-        description="Render prompts dense and with many methods, and write report.html,\n"
-        "summary.md, summary.csv and summary.json. Stopped at any moment, the same command goes\n"
-        "on; several processes may share the work (accelerate launch, or several terminals).",
+        help="which method makes a model faster, and what it costs: a report and a card",
+        description="Render prompts dense and with many methods, and say which one to use: with\n"
+        "-m MODEL -p PROMPT those that suit the model, or what a YAML file describes. Writes\n"
+        "report.html, card.png, summary.md, summary.csv and summary.json. Stopped at any moment,\n"
+        "the same command goes on; several processes may share the work.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
-        "what", type=Path, metavar="SWEEP.yaml",
+        "what", nargs="?", type=Path, metavar="SWEEP.yaml",
         help="what to sweep; with --report-only the folder of an earlier sweep",
     )  # fmt: skip
+    _add_own(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder (runs)")
+    parser.add_argument(
+        "--minutes", type=arguments.number(float, 0), metavar="M",
+        help=f"begin no run that would not end by then (without a file {MINUTES:g})",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs")
     parser.add_argument(
@@ -73,39 +88,87 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_own(parser: argparse.ArgumentParser) -> None:
+    """What replaces a file."""
+    group = parser.add_argument_group("without a file")
+    group.add_argument("-m", "--model", help=f"{arguments.MODEL_HELP} (demo)")
+    group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
+    group.add_argument("--image", type=arguments.existing_file, help="first frame")
+    for name in ("--height", "--width", "--num-frames"):
+        group.add_argument(name, type=arguments.number(int, 1), help="(the model's own)")
+    group.add_argument(
+        "--num-inference-steps", "--steps", type=arguments.number(int, 1),
+        help="denoising steps (the model's own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kept", nargs="+", type=arguments.fraction, metavar="F",
+        help="fractions of the pairs that methods are fitted to (0.5 0.25)",
+    )  # fmt: skip
+    group.add_argument("--dtype", choices=("auto", *DTYPES), help="of the weights (auto)")
+    group.add_argument("--offload", choices=OFFLOADS, help="weights that wait in main memory")
+
+
 def run(args: argparse.Namespace) -> int:
     """Sweep and report; returns the exit code: 1 if runs have failed."""
     started = time.time()
     if args.report_only:
-        if not (args.what / "sweep.json").is_file():
+        if args.what is None or not (args.what / "sweep.json").is_file():
             raise UsageError(f"{args.what} is no folder of a sweep: it has no sweep.json")
         return _report(args, args.what)
     from diffpatch.eval.sweep.plan import describe_plan, plan_sweep
-    from diffpatch.eval.sweep.spec import read_spec
 
-    spec = read_spec(args.what)
     progress.hush_libraries()
+    spec, own = _spec(args)
     plan = plan_sweep(spec)
     if args.dry_run:
         print(describe_plan(plan, args.output))
         return 0
     from diffpatch.eval.processes import Process
     from diffpatch.eval.sweep.drive import run_sweep
+    from diffpatch.eval.sweep.quick import keep_file
     from diffpatch.eval.sweep.store import Store
 
     process = Process.current()
     store = Store(args.output)
+    if own is not None:
+        keep_file(own, args.output)
     if args.retry_failed:
         store.forget_failures(before=started)
+    minutes = args.minutes if own is None or args.minutes is not None else MINUTES
     try:
         say = functools.partial(progress.say, quiet=args.quiet)
-        run_sweep(spec, plan, store, process, say, device=args.device, rescore=args.rescore)
+        run_sweep(
+            spec, plan, store, process, say,
+            device=args.device, rescore=args.rescore, minutes=minutes,
+        )  # fmt: skip
         if process.rank:  # the first process waits for all runs, and reports
             return 0
         with store.alone():
             return _report(args, args.output)
     finally:
         store.close()
+
+
+def _spec(args: argparse.Namespace) -> tuple[SweepSpec, dict[str, Any] | None]:
+    """What to sweep: a file, or the model and prompts given, and then what a file would hold."""
+    from diffpatch.eval.sweep.quick import quick_sweep
+    from diffpatch.eval.sweep.spec import check_spec, read_spec
+
+    given = [name for name in (*_OWN, "model", "dtype", "offload") if getattr(args, name)]
+    if args.what is not None:
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise UsageError(f"{option} is for a sweep without a file; write it into {args.what}")
+        return read_spec(args.what), None
+    if not args.prompt:
+        raise UsageError("nothing to sweep: give SWEEP.yaml, or --model MODEL --prompt TEXT")
+    call = {name: getattr(args, name) for name in _OWN[2:6] if getattr(args, name)}
+    more = {name: getattr(args, name) for name in ("dtype", "offload") if getattr(args, name)}
+    if args.kept:
+        more["kept"] = args.kept
+    source = loading.find(args.model or "demo")
+    own = quick_sweep(source, args.prompt, image=args.image, call=call, **more)
+    return check_spec(own, Path.cwd()), own
 
 
 def _report(args: argparse.Namespace, folder: Path) -> int:

@@ -31,6 +31,13 @@ class Progress:
     say: Say
     workers: int = 1
     durations: list[float] = field(default_factory=list)
+    limit: float | None = None  # of the monotonic clock
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no time for another run."""
+        longest = max(self.durations, default=0.0)
+        return self.limit is not None and time.monotonic() + longest > self.limit
 
     def finished(self, run: Rendering, result: Mapping[str, Any], seconds: float) -> None:
         """A run of this process ended well."""
@@ -71,6 +78,7 @@ def run_sweep(
     *,
     device: str | None = None,
     rescore: bool = False,
+    minutes: float | None = None,
 ) -> list[Rendering]:
     """Do every run of a plan that is neither done nor failed.
 
@@ -81,6 +89,7 @@ def run_sweep(
         process: which of several processes this is.
         say: told about progress.
         device: the one that the user asked for.
+        minutes: begin no run that would not end within so many, judged by the longest so far.
         rescore: whether the quality of earlier runs is computed anew afterwards.
 
     Returns:
@@ -93,7 +102,8 @@ def run_sweep(
     if not rescore:
         _check_networks(store, spec)
     runs = [run for found in plan.values() for run in found]
-    progress = Progress(len(runs), 0, say)
+    limit = None if minutes is None else time.monotonic() + 60 * minutes
+    progress = Progress(len(runs), 0, say, limit=limit)
     for model, found in plan.items():
         if any(store.is_pending(run) for run in found):
             say(f"loading {model}")
@@ -101,6 +111,9 @@ def run_sweep(
             session.check(found)
             _write_plan(store, spec, runs)
             _work(session, found, runs, progress)
+    left = sum(store.is_pending(run) for run in runs)
+    if left and progress.is_over:
+        say(f"{left} runs are left: {minutes:g} minutes are over; the same command goes on")
     _write_plan(store, spec, runs)  # also where nothing was left to do: the bar may be another
     return [run for run in runs if store.failure(run) is not None]
 
@@ -117,6 +130,8 @@ def _work(
     ordered = sorted(found, key=lambda run: rank[run.dense.key])
     for wait in (False, True):
         for run in ordered:
+            if progress.is_over:
+                return
             if not store.is_pending(run):
                 continue
             with store.claim(run, wait) as mine:

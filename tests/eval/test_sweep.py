@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,9 +19,11 @@ import pytest
 import torch
 import yaml
 
+import diffpatch
 from diffpatch.cli import main
 from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.quality.metrics import psnr
+from diffpatch.eval.sweep import quick as quick_module
 from diffpatch.eval.sweep.plan import plan_sweep
 from diffpatch.eval.sweep.spec import (
     BARS,
@@ -419,3 +422,75 @@ def test_processes_share_the_work_and_nothing_is_lost_to_kill_9(
     finished = [line for line in shown.err.splitlines() if line.startswith("[")]
     titles = [line.partition("] ")[2].rpartition(": ")[0] for line in finished]
     assert len(titles) == len(set(titles)) >= 6, "a run was done twice"
+
+
+def quick(sweep: dict[str, Any], out: Path, *more: str) -> list[str]:
+    size = ["--height", "32", "--width", "64", "--num-frames", "17", "--steps", "2"]
+    return ["sweep", "-m", sweep["model"], "-p", "a cat", *size, "-o", str(out), *more]
+
+
+def test_a_model_and_a_prompt_are_enough(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(quick_module, "CANDIDATES", ("radial", "no-such-method", "window"))
+    out = tmp_path / "runs"
+    assert main(quick(sweep, out, "--kept", "0.6", "--minutes", "0")) == 0
+    shown = capsys.readouterr()
+    assert "3 runs are left: 0 minutes are over; the same command goes on" in shown.err
+    assert main(quick(sweep, out, "--kept", "0.6")) == 0  # which it does
+    shown = capsys.readouterr()
+    found = {result["label"]: result for result in results(out).values()}
+    assert set(found) == {"dense", "radial at 60%", "window at 60%"}
+    files = {path.name for path in out.iterdir()}
+    assert {"sweep.yaml", "report.html"} <= files
+    summary = json.loads((out / "summary.json").read_text())
+    [verdict] = summary["verdicts"]
+    assert verdict["text"] in shown.out
+    # The line does what the run did, whoever was faster on a busy machine.
+    for label in ("radial at 60%", "window at 60%"):
+        model = tiny.wan()
+        arguments = dict(found[label]["patch"])
+        assert arguments["dense_steps"] == 0 and arguments["dense_layers"] == 0
+        patched = diffpatch.patch(model.pipe, found[label]["method"], **arguments)
+        model.pipe(prompt="a cat", **{**found[label]["call"], "output_type": "latent"})
+        assert diffpatch.report(patched).kept == pytest.approx(found[label]["kept"])
+    words = ["sweep", str(out / "sweep.yaml"), "-o", str(out), "--dry-run"]
+    assert main(words) == 0  # the file for later describes the same
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 runs, 1 of them dense")
+    assert main(quick(sweep, out)) == 2
+    assert "describes another sweep: choose another -o" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to sweep: give SWEEP.yaml, or --model MODEL --prompt TEXT"),
+        (["-m", "demo"], "nothing to sweep"),
+        (["FILE", "-p", "a cat"], "--prompt is for a sweep without a file; write it into"),
+        (["FILE", "--steps", "3"], "--num-inference-steps is for a sweep without a file"),
+    ],
+)
+def test_a_sweep_is_a_file_or_a_model_with_prompts(
+    sweep: dict[str, Any], words: list[str], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = [write(sweep, tmp_path) if word == "FILE" else word for word in words]
+    assert main(["sweep", *words, "-o", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_a_sweep_and_names_the_path(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(path: Path, **arrays: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "runs"
+    monkeypatch.setattr(np, "savez_compressed", full)
+    assert main(["sweep", write(sweep, tmp_path), "-o", str(out), "--quiet"]) == 1
+    err = capsys.readouterr().err
+    assert "no space is left on the disk for" in err and "frames.npz" in err
+    assert not list(out.glob("failed/*")) and not list(out.glob(".partial*"))
+    assert not list(out.glob("runs/*"))
