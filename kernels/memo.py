@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
@@ -36,8 +35,9 @@ class Memo:
 def neutral() -> Iterator[None]:
     """Leave what the caller has switched on, while something is made that outlives the call.
 
-    The default device, autocast, inference mode, gradients and the default dtype would all end up
-    in tensors that other callers are given later, who need not have switched on the same.
+    The default device, autocast, inference mode and gradients would all end up in tensors that
+    other callers are given later, who need not have switched on the same. The default dtype belongs
+    to the process, so that other threads would see it change: what is made names its dtypes.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
@@ -47,31 +47,4 @@ def neutral() -> Iterator[None]:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_default_dtype)
         yield
-
-
-class _DefaultDtype:
-    """fp32 as the default dtype while any thread is in here.
-
-    The default belongs to the process: who comes first sets it, who goes last puts it back.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, torch.float32
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.float32)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.set_default_dtype(self._before)
-
-
-_default_dtype = _DefaultDtype()

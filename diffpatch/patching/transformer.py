@@ -78,7 +78,8 @@ class PatchedTransformer:
         """What a layer learned, moved once to the device that its calls run on."""
         learned = self.learned[layer]
         if any(x.device != device for x in learned.values()):
-            learned = {n: x.to(device) for n, x in learned.items()}
+            with torch.inference_mode(False):  # a training step may use them next
+                learned = {n: x.to(device) for n, x in learned.items()}
             self.learned[layer] = learned
         return learned
 

@@ -77,7 +77,7 @@ def kept_by_distance(pattern: BlockPattern) -> torch.Tensor:
     for (query, key), pairs in _pairs(b, at[b.order], length).items():
         kept[abs(query - key)] += pairs
     distance = torch.arange(length)
-    every = torch.where(distance == 0, length, 2 * (length - distance)) * float(per) ** 2
+    every = torch.where(distance == 0, length, 2 * (length - distance)).double() * per**2
     return kept / every
 
 
@@ -179,10 +179,10 @@ def _tiles(pattern: BlockPattern, title: str) -> Image.Image:
     )
     canvas = _Canvas(side + gutter, side + 2 * 26 + 14, title, subtitle)
     x, y = canvas.left + gutter, canvas.top + 26
-    blend = torch.tensor(EMPTY) + share[..., None] * (torch.tensor(KEPT) - torch.tensor(EMPTY))
-    blend = torch.where((share > 0)[..., None], blend, torch.tensor(EMPTY).float())
+    empty, kept = torch.tensor(EMPTY).float(), torch.tensor(KEPT).float()
+    blend = torch.where((share > 0)[..., None], empty + share[..., None] * (kept - empty), empty)
     # A part, however small, stays visible beside nothing.
-    faint = torch.tensor([150.0, 190.0, 220.0])
+    faint = torch.tensor([150, 190, 220]).float()
     blend = torch.where(((share > 0) & (share < 0.3))[..., None], faint, blend)
     picture = Image.fromarray(blend.round().to(torch.uint8).numpy())
     canvas.image.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))

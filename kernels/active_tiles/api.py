@@ -78,7 +78,7 @@ def _table(blocks: BlockIndex) -> TileTable:
     within = torch.stack(
         [row_ptr[p * tiles : (p + 1) * tiles + 1] - first[p] for p in range(patterns)]
     )
-    heads = torch.zeros(1) if host.head_pattern is None else host.head_pattern
+    heads = torch.zeros(1, dtype=torch.int64) if host.head_pattern is None else host.head_pattern
     return TileTable(
         padded(row % tiles, 0), padded(key, 0), padded(mask_ids, -1), padded(area, 0),
         within.int().to(blocks.device), heads.long().to(blocks.device),

@@ -108,7 +108,7 @@ def _triton(blocks: BlockIndex) -> Work:
     high, wide = (-(-host.sizes // block) * block for block in (BLOCK_M, BLOCK_N))
     row = host.rows
     area = high[row % host.num_tiles] * wide[host.cols.long()]
-    weight = torch.full((host.num_patterns,), 1.0 / host.num_patterns)
+    weight = torch.full((host.num_patterns,), 1.0 / host.num_patterns, dtype=torch.float32)
     if host.head_pattern is not None:
         weight = host.head_pattern.long().bincount(minlength=host.num_patterns).double()
         weight /= weight.sum()

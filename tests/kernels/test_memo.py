@@ -41,16 +41,14 @@ def test_what_is_made_does_not_depend_on_the_first_caller(
         assert not x.is_inference() and not x.requires_grad
 
 
-def test_the_default_dtype_is_left_and_comes_back() -> None:
+def test_other_threads_keep_their_default_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with ThreadPoolExecutor(4) as threads:  # which come and go while others are in it
-            for found in threads.map(lambda key: Memo()(key, made), range(256)):
-                assert all(x.dtype == torch.float32 for x in found)
-        assert torch.get_default_dtype() == torch.bfloat16
-        with pytest.raises(ZeroDivisionError), neutral():
-            raise ZeroDivisionError
-        assert torch.get_default_dtype() == torch.bfloat16
+        with ThreadPoolExecutor(4) as threads:  # some are in it while others look
+            for found in threads.map(lambda key: Memo()(key, made), range(64)):
+                assert all(x.dtype == torch.bfloat16 for x in found)
+        with neutral():
+            assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
 

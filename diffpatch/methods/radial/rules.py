@@ -117,8 +117,8 @@ def tiles(
     slabs, rows, columns = tiling.counts
     centre = torch.tensor(time).double().unfold(0, 2, 1).mean(-1)
     distance = (centre[:, None] - centre).abs().floor().long()
-    share = torch.tensor([_band(d, s, decay, floor) for d in range(grid.num_frames)]).double()
-    share = share[distance]
+    bands = [_band(d, s, decay, floor) for d in range(grid.num_frames)]
+    share = torch.tensor(bands, dtype=torch.float32).double()[distance]
     if sink:
         share[:, 0] = 1.0
     target = budget(grid, decay, sink, floor) if kept is None else kept
@@ -176,7 +176,8 @@ class _Windows:
             )
         ]
         self.sizes.sort(key=lambda rc: row_kept[rc[0]] * column_kept[rc[1]])
-        self.area = torch.tensor([row_kept[r] * column_kept[c] for r, c in self.sizes])
+        area = [row_kept[r] * column_kept[c] for r, c in self.sizes]
+        self.area = torch.tensor(area, dtype=torch.float32)
 
     def choose(self, share: torch.Tensor, factor: float) -> torch.Tensor:
         """int64, the candidate nearest to share × factor; whole stays whole, thinned out is -1."""
@@ -200,8 +201,8 @@ class _Windows:
                 for r, c in self.sizes
             ]
         )
-        out = torch.zeros(slabs, self.rows, self.columns, slabs, self.rows, self.columns)
-        out = out.bool()
+        shape = slabs, self.rows, self.columns, slabs, self.rows, self.columns
+        out = torch.zeros(shape, dtype=torch.bool)
         for i, j in itertools.product(range(slabs), repeat=2):
             if chosen[i, j] >= 0:
                 out[i, :, :, j] = plane[chosen[i, j]]

@@ -103,7 +103,7 @@ def _bounds(blocks: BlockIndex, grid: Grid, kept: float, keep_frames: int) -> tu
     area = table.area[table.pattern].float()
     found = []
     for preference in (tokens**2 - area, area):
-        value = torch.zeros(len(place), blocks.num_tiles**2).scatter_(1, place, preference)
+        value = preference.new_zeros(len(place), blocks.num_tiles**2).scatter_(1, place, preference)
         value = value.view(1, len(place), blocks.num_tiles, -1)
         active = choose(value, blocks, fixed, kept)
         found.append(float(active_tiles.kept(blocks, active)))

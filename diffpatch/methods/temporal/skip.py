@@ -31,7 +31,7 @@ def attend(
         call.step - state["step"] >= refresh or threshold < state["threshold"]
     ):
         bits = None
-    active, kept = None, torch.tensor(call.pattern.kept)
+    active, kept = None, torch.tensor(call.pattern.kept, dtype=torch.float32)
     if bits is not None:
         active = active_tiles.unpack(bits, active_tiles.tile_table(blocks).length)
         kept = active_tiles.kept(blocks, active)
