@@ -3,8 +3,8 @@
 A forward does not name its scheduler, and many schedulers may drive one transformer: clones of a
 pipeline, pipelines made by ``from_pipe``, loops that take turns in one thread. But whoever denoises
 stands on the call stack, with the scheduler in hand. So the stack is read, once a forward, from the
-inside out, up to the first function that holds a scheduler in the middle of a run: the ``self`` of
-a pipeline's ``__call__``, else a local variable, else an attribute of one.
+inside out, up to the first function that holds a scheduler in the middle of a run: that of the
+pipeline whose call it is, else a local variable, else an attribute of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,54 +44,74 @@ class Caller:
     values: Mapping[str, Any]
 
 
-def find(running: Callable[[Any], bool], loops: bool = True) -> Caller | None:
+def find(running: Callable[[Any], bool]) -> Caller | None:
     """The innermost pipeline or loop on the stack, None if there is none.
+
+    A loop that has a pipeline at hand may use its scheduler or only its transformer. So what a
+    pipeline suggests has to agree with the schedulers that functions further out have in hand,
+    unless one of those is the function around it.
 
     Args:
         running: whether a scheduler is in the middle of a run.
-        loops: whether to look for loops outside of pipelines, too.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
-            caller = _look(frame, running, loops)
-            if caller is not None:
+    suggested, within = None, ""
+    for frame in _frames():
+        caller = _look(frame, running)
+        if caller is None:
+            continue
+        only_suggested = caller.pipeline is not None and not caller.is_call
+        if suggested is None:
+            if not only_suggested:
                 return caller
-        frame = frame.f_back
-    return None
+            suggested, within = caller, frame.f_code.co_qualname
+        elif caller.is_call:
+            return suggested
+        elif not only_suggested:
+            if within.startswith(frame.f_code.co_qualname + ".<locals>."):
+                return caller
+            several = _distinct(suggested.schedulers + caller.schedulers)
+            return suggested if len(several) == 1 else Caller(None, False, several, {})
+    return suggested
 
 
 def calling_pipeline() -> Any:
     """The innermost pipeline whose call is on the stack, or None."""
-    caller = find(lambda scheduler: False, loops=False)
-    return None if caller is None else caller.pipeline
+    return next(filter(None, map(_pipeline_called, _frames())), None)
 
 
-def _look(frame: types.FrameType, running: Callable[[Any], bool], loops: bool) -> Caller | None:
+def _frames() -> Iterator[types.FrameType]:
+    """The functions on the stack that may hold a scheduler, from the inside out."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+            yield frame
+        frame = frame.f_back
+
+
+def _pipeline_called(frame: types.FrameType) -> Any:
+    """The pipeline whose ``__call__`` this is, or None."""
     code = frame.f_code
-    call = code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
-    if not (call or loops):
+    if code.co_name != "__call__" or code.co_varnames[:1] != ("self",):
         return None
-    held = _locals(frame)
-    pipeline = held.get("self") if call else None
-    if not internals.is_pipeline(pipeline):
-        pipeline = None
-        if not loops:
-            return None
-    direct = [value for value in held.values() if _drives(value)]
+    called = _locals(frame).get("self")
+    return called if internals.is_pipeline(called) else None
+
+
+def _look(frame: types.FrameType, running: Callable[[Any], bool]) -> Caller | None:
+    """What a function has in hand that is in the middle of a run."""
+    pipeline, values = _pipeline_called(frame), _locals(frame)
+    direct = [value for value in values.values() if _drives(value)]
     if pipeline is not None:
-        for group in (schedulers_of(pipeline), direct):
-            if chosen := _distinct(filter(running, group)):
-                return Caller(pipeline, True, chosen, held)
-        return Caller(pipeline, True, [], held)
-    if chosen := _distinct(filter(running, direct)):
-        return Caller(None, False, chosen, held)
-    holders = [(value, s) for value in held.values() for s in schedulers_of(value) if running(s)]
-    if not holders:
-        return None
-    chosen = _distinct(s for _, s in holders)
-    owner = next((h for h, s in holders if s is chosen[0] and internals.is_pipeline(h)), None)
-    return Caller(owner if len(chosen) == 1 else None, False, chosen, held)
+        chosen = _distinct(filter(running, schedulers_of(pipeline)))
+        return Caller(pipeline, True, chosen or _distinct(filter(running, direct)), values)
+    holders = [(value, s) for value in values.values() for s in schedulers_of(value) if running(s)]
+    by_pipelines = [(value, s) for value, s in holders if internals.is_pipeline(value)]
+    others = [s for value, s in holders if not internals.is_pipeline(value)]
+    if chosen := _distinct(filter(running, direct)) or _distinct(others):
+        return Caller(None, False, chosen, values)
+    if chosen := _distinct(s for _, s in by_pipelines):
+        return Caller(by_pipelines[0][0] if len(chosen) == 1 else None, False, chosen, values)
+    return None
 
 
 def schedulers_of(holder: Any) -> list[Any]:
@@ -123,7 +143,7 @@ def _distinct(schedulers: Iterable[Any]) -> list[Any]:
     for scheduler in schedulers:
         tracker = vars(scheduler).get(TRACKER)
         key = id(scheduler if tracker is None else tracker)
-        if key not in found or tracker.is_own(scheduler):
+        if key not in found or (tracker is not None and tracker.is_own(scheduler)):
             found[key] = scheduler
     return list(found.values())
 

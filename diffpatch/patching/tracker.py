@@ -60,6 +60,7 @@ class Tracker:
         self._own: weakref.ref[Any] | None = None  # not a copy
         self._output: weakref.ref[Any] | None = None
         self._copied = self._begun = False
+        self._ahead: int | None = None  # how far the scheduler's own index is ahead of the step
         self.step, self.branch, self.stepped = -1, -1, True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
@@ -69,7 +70,7 @@ class Tracker:
     def _begin(self) -> None:
         self.run += 1
         self.step, self.branch, self.stepped = -1, -1, True
-        self.total = None
+        self.total = self._ahead = None
 
     def add(self, scheduler: Any) -> None:
         """A scheduler, or a copy of it, reports here from now on."""
@@ -99,15 +100,19 @@ class Tracker:
     def on_step(self, output: Any = None) -> None:
         """The scheduler consumed a model output."""
         self.stepped = True
+        if self.step < 0:  # forwards were made that nothing ascribed to this loop: it is lost
+            self._begun = False
         if isinstance(output, torch.Tensor):
-            self._output = weakref.ref(output if output._base is None else output._base)
+            self._output = weakref.ref(_whole(output))
         if self._over:
             for follower in list(self.followers):
                 follower.run_is_over(self)
 
     def is_output(self, value: Any) -> bool:
-        """Whether a value is the output that the last step consumed."""
-        return value is not None and self._output is not None and self._output() is value
+        """Whether a value is the output that the last step consumed, or that a part of it."""
+        if self._output is None or not isinstance(value, torch.Tensor):
+            return False
+        return self._output() is _whole(value)
 
     @property
     def _over(self) -> bool:
@@ -131,10 +136,20 @@ class Tracker:
             return
         if self.total is None and self._begun:
             self._count(announced)
-        if self._over:  # whoever calls now has a loop that nobody follows
+        if self._over or self._is_lost():  # whoever calls now has a loop that nobody follows
             self._begun = False
             self._begin()
         self.step, self.branch, self.stepped = self.step + 1, 0, False
+
+    def _is_lost(self) -> bool:
+        """Whether steps were taken after forwards that nothing ascribed to this loop."""
+        scheduler = None if self._own is None else self._own()
+        index = getattr(scheduler, "step_index", None)
+        if index is None or self._copied or self.step < 0:
+            return False
+        ahead, before = int(index) - self.step, self._ahead
+        self._ahead = ahead
+        return before is not None and ahead != before
 
     def _count(self, announced: int | None) -> None:
         """How many model evaluations the run has.
@@ -156,6 +171,11 @@ class Tracker:
         """A copy is stepped in place of the scheduler, or beside it."""
         self._copied = True
         self.add(copied)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor is a view of."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def loops_begun() -> list[Tracker]:
