@@ -43,6 +43,7 @@ import torch
 from diffpatch.adapters.engine import EngineAttention, Place, Told
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.registry import list_methods, make_method
+from diffpatch.methods.wrapper import Wrapper
 from diffpatch.patterns.grid import TokenGrid
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Node:
         made = made.with_kept(kept, _kind(model)) if kept else made
         engine = EngineAttention(
             made,
-            Told(layers=True, steps=True, runs=True),
+            Told(layers=True, steps=True, totals=True, runs=True),
             dense_steps=float(dense_steps),
             dense_layers=int(dense_layers),
         )
@@ -287,7 +288,7 @@ def _step(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def _methods() -> list[str]:
     """Every method, and those that temporal goes over."""
     known = list_methods()
-    over = [name for name, info in known.items() if not info.cls.needs_steps and name != "linear"]
+    over = [n for n, info in known.items() if not issubclass(info.cls, Wrapper) and n != "linear"]
     return [*known, *(f"{name}+temporal" for name in over if name != "dense")]
 
 

@@ -63,11 +63,13 @@ class Told:
     Attributes:
         layers: the number of the layer.
         steps: the denoising step.
+        totals: how many steps there are.
         runs: which run and guidance branch it is.
     """
 
     layers: bool = False
     steps: bool = False
+    totals: bool = False
     runs: bool = False
 
     @classmethod
@@ -79,9 +81,11 @@ class Told:
             method.variant(layer, step) != method.variant(layer, 0)
             for layer, step in itertools.product(places, places)
         )
+        first, last = schedule.dense_steps, schedule.dense_last_steps
         return cls(
             layers or bool(schedule.dense_layers) or method.needs_steps,
-            steps or bool(schedule.dense_steps or schedule.dense_last_steps) or method.needs_steps,
+            steps or bool(first or last) or method.needs_steps,
+            bool(last) or (isinstance(first, float) and first > 0),
             method.needs_steps,
         )
 
@@ -131,7 +135,10 @@ class EngineAttention:
                 f"{self.method.name} with weights belongs to the layers of a diffusers model: use"
                 " diffpatch.patch, or leave weights out"
             )
-        words = {"layers": "layers", "steps": "steps", "runs": "runs and their branches"}
+        words = {
+            "layers": "layers", "steps": "steps", "totals": "how many steps there are",
+            "runs": "runs and their branches",
+        }  # fmt: skip
         untold = [w for key, w in words.items() if getattr(self.needs, key) > getattr(told, key)]
         if untold:
             raise BadParameter(
@@ -272,3 +279,9 @@ class EngineAttention:
         if isinstance(first, int) and not schedule.dense_last_steps:
             return BoundSchedule(first, None, frozenset(range(layers)))
         return "how many steps there are is not told here"
+
+
+def layer_number(path: str) -> int | None:
+    """The one number in the place of a layer in its model, or None."""
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return numbers[0] if len(numbers) == 1 else None

@@ -246,6 +246,7 @@ def test_the_widgets_give_what_the_node_takes(wan: comfy.Patcher) -> None:
     [patched] = Node().patch(wan, **defaults)
     plain = comfy.sample(wan, VIDEO, texts(), LEVELS)
     assert comfy.sample(patched, VIDEO, texts(), LEVELS).shape == plain.shape
+    assert "neighborhood+temporal" in widgets["method"][0]
     for method in widgets["method"][0]:
         Node().patch(wan, method)
     [half] = Node().patch(wan, "neighborhood", kept=0.5)

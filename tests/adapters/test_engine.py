@@ -16,7 +16,7 @@ from diffpatch.adapters.engine import EngineAttention, Place, Told
 GRID = TokenGrid(3, 2, 4, text_after=3)
 LOCAL = Neighborhood(window=(1, 1, 3), stride=1)
 Q, K, V = torch.randn(3, 2, GRID.num_tokens, 2, 16, generator=torch.Generator().manual_seed(0))
-EVERYTHING = Told(layers=True, steps=True, runs=True)
+EVERYTHING = Told(layers=True, steps=True, totals=True, runs=True)
 
 
 def dense(q: Any, k: Any, v: Any) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_radial_saves_nothing_in_one_frame() -> None:
 
 
 def test_a_call_that_tells_too_little_is_dense() -> None:
-    told = Told(layers=True, steps=True)
+    told = Told(layers=True, steps=True, totals=True)
     cases: list[tuple[dict[str, Any], Place]] = [
         ({"dense_layers": 1}, Place(step=3)),
         ({"dense_steps": 1}, Place(layer=3)),
@@ -123,10 +123,11 @@ def test_steps_may_be_counted_without_their_number() -> None:
     ("method", "told", "schedule", "words"),
     [
         ("window", Told(), {}, "layers"),
-        ("neighborhood+temporal", Told(layers=True, steps=True), {}, "runs and their branches"),
+        ("neighborhood+temporal", Told(True, True, True), {}, "runs and their branches"),
         (LOCAL, Told(), {"dense_layers": 1}, "layers are not told"),
-        (LOCAL, Told(), {"dense_steps": 0.2}, "steps are not told"),
-        (LOCAL, Told(), {"dense_last_steps": 1}, "steps are not told"),
+        (LOCAL, Told(), {"dense_steps": 2}, "steps are not told"),
+        (LOCAL, Told(steps=True), {"dense_steps": 0.2}, "how many steps there are"),
+        (LOCAL, Told(steps=True), {"dense_last_steps": 1}, "how many steps there are"),
     ],
 )
 def test_what_needs_more_than_is_told_is_refused(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError, Neighborhood, PackedGrid, TokenGrid
 from diffpatch.adapters import vllm_omni as adapter
-from tests.adapters import vllm_stand_in
+from tests.adapters import stand_ins
 from tests.pipelines.test_families import error
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,7 @@ def loaded() -> Iterator[Any]:
     [(name, value)] = pyproject["project"]["entry-points"][group].items()
     plugin = importlib.metadata.EntryPoint(name, value, group)
     find = importlib.metadata.entry_points
-    with vllm_stand_in.installed(), pytest.MonkeyPatch.context() as patch:
+    with stand_ins.vllm_omni(), pytest.MonkeyPatch.context() as patch:
         platforms: Any = importlib.import_module("vllm_omni.platforms")
         cuda = importlib.import_module("vllm_omni.platforms.cuda.platform").CudaOmniPlatform
         patch.setattr(cuda, "get_device_capability", lambda *_, **__: _Capability(8, 0))

@@ -18,7 +18,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.selector import get_attn_backend_for_role
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
-from diffpatch.adapters.engine import EngineAttention, Place, Told
+from diffpatch.adapters.engine import EngineAttention, Place, Told, layer_number
 from diffpatch.adapters.vllm_omni import NAME, SETTINGS
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patterns.grid import Grid, PackedGrid, TokenGrid
@@ -117,7 +117,7 @@ class DiffpatchAttention(abstract.AttentionImpl):
             )
         self.engine = _engine(os.environ.get(SETTINGS, "{}"))
         self.scale, self.causal, self.layout = softmax_scale, causal, qkv_layout or "BSND"
-        self.layer = _layer(prefix)
+        self.layer = layer_number(prefix)
         self.some_heads = _shares_heads()
         default, _ = get_attn_backend_for_role("self", head_size)
         masked = default if default.supports_attention_mask() else SDPABackend
@@ -217,7 +217,8 @@ def _engine(settings: str) -> EngineAttention:
         raise BadParameter(f"{SETTINGS}={settings!r} must be JSON ({error})") from None
     if not isinstance(params, dict):
         raise BadParameter(f'{SETTINGS}={settings!r} must be like {{"method": "radial"}}')
-    return EngineAttention(params.pop("method", "radial"), Told(layers=True, steps=True), **params)
+    told = Told(layers=True, steps=True, totals=True)
+    return EngineAttention(params.pop("method", "radial"), told, **params)
 
 
 def _shares_heads() -> bool:
@@ -235,12 +236,6 @@ def _shares_heads() -> bool:
             )
     sizes = (getattr(config, name, 1) for name in ("ulysses_degree", "tensor_parallel_size"))
     return any(size > 1 for size in sizes)
-
-
-def _layer(prefix: str) -> int | None:
-    """The one number in the place of a layer, or None."""
-    numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
-    return numbers[0] if len(numbers) == 1 else None
 
 
 def _context() -> Any:
