@@ -43,7 +43,7 @@ import torch
 from diffpatch.adapters.engine import EngineAttention, Place, Told
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.registry import list_methods, make_method
-from diffpatch.methods.wrapper import Wrapper
+from diffpatch.patching import composition
 from diffpatch.patterns.grid import TokenGrid
 
 logger = logging.getLogger(__name__)
@@ -286,10 +286,18 @@ def _step(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _methods() -> list[str]:
-    """Every method, and those that temporal goes over."""
+    """Every method, and every combination with temporal that works."""
     known = list_methods()
-    over = [n for n, info in known.items() if not issubclass(info.cls, Wrapper) and n != "linear"]
-    return [*known, *(f"{name}+temporal" for name in over if name != "dense")]
+    alone = [name for name, info in known.items() if not info.wraps and name != "dense"]
+    return [*known, *(f"{name}+temporal" for name in alone if _combines(name))]
+
+
+def _combines(name: str) -> bool:
+    try:
+        composition.check_method(make_method(f"{name}+temporal"))
+    except DiffpatchError:
+        return False
+    return True
 
 
 def _kind(model: Any) -> str:
