@@ -90,6 +90,14 @@ class BlockIndex:
         """int64 (S,), where each token of the sequence stands in tile order; made once."""
         return self.derived("place", lambda index: index.order.argsort())
 
+    @property
+    def share(self) -> torch.Tensor:
+        """fp64 (P,) on the CPU, the share of the heads that follow each pattern."""
+        if self.head_pattern is None:
+            return torch.full((self.num_patterns,), 1.0 / self.num_patterns, dtype=torch.float64)
+        count = self.head_pattern.cpu().long().bincount(minlength=self.num_patterns).double()
+        return count / count.sum()
+
     def mask_table(self) -> torch.Tensor:
         """bool (M + 2, T, T), `masks`, then one of nothing and one of everything.
 

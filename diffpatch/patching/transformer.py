@@ -14,6 +14,7 @@ import torch
 
 from diffpatch import internals
 from diffpatch.errors import UnknownFamily
+from diffpatch.kernels.block_sparse.backends import passed_over
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
@@ -307,6 +308,9 @@ class PatchedTransformer:
         if not internals.in_backward():
             run, pairs = forward.place.run, float(q.shape[0] * q.shape[2]) * q.shape[1] ** 2
             step = run.place(forward.place.step)
+            if backend not in run.record.backends and self.patch.backend == "auto":
+                over = passed_over(q).items()
+                run.record.notes += [f"backend {name!r} is not taken: {why}" for name, why in over]
             run.record.add(self.name, layer, step, pairs, kept, backend)
 
 

@@ -93,16 +93,12 @@ def _pairs(b: BlockIndex, at: torch.Tensor, length: int) -> dict[tuple[int, int]
     slot = torch.arange(b.max_tile)
     place = (b.starts[:-1, None].long() + slot).clamp(max=b.num_tokens - 1)
     member = torch.where(slot < sizes[:, None], at[place], -1)  # (N, T)
-    share = torch.full((b.num_patterns,), 1 / b.num_patterns, dtype=torch.float64)
-    if b.head_pattern is not None:
-        share = b.head_pattern.long().bincount(minlength=b.num_patterns).double()
-        share /= share.sum()
     total = torch.zeros(length, length, dtype=torch.float64)
     one_hot = torch.nn.functional.one_hot(member + 1, length + 1)[..., 1:].double()  # (N, T, L)
     counts = one_hot.sum(1)
     full = torch.zeros(b.num_tiles, b.num_tiles, dtype=torch.float64)
     whole = b.mask_ids < 0
-    weight = share[row // b.num_tiles]
+    weight = b.share[row // b.num_tiles]
     index = (row[whole] % b.num_tiles, b.cols[whole].long())
     full.index_put_(index, weight[whole], accumulate=True)
     total += counts.T @ full @ counts

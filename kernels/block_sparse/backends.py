@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from diffpatch.kernels.block_sparse.chooser import chooser, comparable, ranking_of, setting_of
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
 from diffpatch.kernels.gpu import support
@@ -49,28 +50,42 @@ class Backend(NamedTuple):
     Attributes:
         name: what a caller asks for.
         function: "module:name" of its block-sparse attention, loaded at the first call.
+        work: "module:name" of what counts the `Work` of a call for a block index.
         reason: why it cannot compute a call with these queries, or None.
         operators: the names of the operators it computes, each with why it has no gradients for
             such queries, or None where it has.
         beside: what other operators are asked for where this computes the exact part of a call.
-        unasked: whether "auto" may take it.
+        unasked: whether "auto" may take it where nothing was measured.
+        measured: whether "auto" may take it where it is right and fastest (see `chooser`).
         int8: whether scores are computed in 8 bits, which costs some accuracy.
     """
 
     name: str
     function: str
+    work: str
     reason: Reason
     operators: Mapping[str, GradientReason]
     beside: str
     unasked: bool = False
+    measured: bool = False
     int8: bool = False
 
     @property
     def attend(self) -> Attend:
         """Its block-sparse attention: q, k, v, blocks, scale, key_mask, return_lse -> out, LSE."""
-        module, _, name = self.function.partition(":")
-        attend: Attend = getattr(import_module(f"{_FOLDER}.{module}"), name)
+        attend: Attend = _loaded(self.function)
         return attend
+
+    @property
+    def count(self) -> Callable[[BlockIndex], Any]:
+        """What it does for a block index, see `work`."""
+        count: Callable[[BlockIndex], Any] = _loaded(self.work)
+        return count
+
+
+def _loaded(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"{_FOLDER}.{module}"), name)
 
 
 def _anywhere(q: torch.Tensor, blocks: BlockIndex) -> None:
@@ -124,6 +139,18 @@ def _gluon(q: torch.Tensor, blocks: BlockIndex) -> str | None:
     return gluon_forward.unsupported_reason(q, blocks)
 
 
+def _flex(q: torch.Tensor, blocks: BlockIndex) -> str | None:
+    from diffpatch.kernels.block_sparse.flex import attend
+
+    return attend.unsupported_reason(q, blocks)
+
+
+def _flex_gradients(q: torch.Tensor) -> str | None:
+    from diffpatch.kernels.block_sparse.flex import attend
+
+    return attend.gradient_reason(q)
+
+
 _EVERY = (BLOCK_SPARSE.name, ACTIVE_TILES.name, VIRTUAL_TOKENS.name, LINEAR.name)
 
 # Of those that "auto" may take, the first one that can.
@@ -133,14 +160,17 @@ ROWS = {
         Backend(
             "triton",
             "gpu.triton_backward:attend_with_gradients",
+            "work:triton_work",
             _triton,
             dict.fromkeys(_EVERY, _no_gradients) | {BLOCK_SPARSE.name: _triton_gradients},
             beside="auto",
             unasked=True,
+            measured=True,
         ),
         Backend(
             "triton-int8",
             "gpu.triton_forward:attend_triton_int8",
+            "work:triton_work",
             _triton_int8,
             {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
             beside="auto",
@@ -149,21 +179,35 @@ ROWS = {
         Backend(
             "gluon",
             "gpu.gluon_forward:attend_gluon",
+            "work:triton_work",
             _gluon,
             {BLOCK_SPARSE.name: _no_gradients},
             beside="auto",
+            measured=True,
+        ),
+        Backend(
+            "flex",
+            "flex.attend:attend_flex",
+            "flex.layout:flex_work",
+            _flex,
+            {BLOCK_SPARSE.name: _flex_gradients},
+            beside="auto",
+            measured=True,
         ),
         Backend(
             "torch",
             "torch_plan.attend:attend_torch",
+            "work:torch_work",
             _anywhere,
             dict.fromkeys(_EVERY, _differentiable),
             beside="torch",
             unasked=True,
+            measured=True,
         ),
         Backend(
             "torch-int8",
             "int8.reference:attend_torch_int8",
+            "work:torch_work",
             _anywhere,
             {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
             beside="torch",
@@ -172,6 +216,7 @@ ROWS = {
         Backend(
             "reference",
             "reference:attend_reference",
+            "work:reference_work",
             _anywhere,
             dict.fromkeys(_EVERY, _differentiable),
             beside="reference",
@@ -235,12 +280,17 @@ def choose_backend(
         return backend
     if operator.fp32_by_torch and any(x.dtype.itemsize > 2 for x in inputs):
         return "torch"
-    able = (
-        row.name
-        for row in ROWS.values()
-        if row.unasked and not _reason(row, operator, blocks, inputs, gradients)
-    )
-    return next(able)  # torch can always
+    rows = [row for row in ROWS.values() if row.unasked or row.measured]
+    able = [row for row in rows if not _reason(row, operator, blocks, inputs, gradients)]
+    found = ranking_of(inputs[0], rows) if operator is BLOCK_SPARSE and len(able) > 1 else None
+    order = [] if found is None else found.order(able)
+    return (order or [row for row in able if row.unasked])[0].name  # torch can always
+
+
+def passed_over(q: torch.Tensor) -> Mapping[str, str]:
+    """The backends that "auto" does not take here because they are wrong or fail, each with why."""
+    found = chooser().known(setting_of(q)) if comparable(q) else None
+    return {} if found is None else found.refused
 
 
 def beside(backend: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-import torch
-
+from diffpatch.kernels.block_sparse.backends import ROWS
 from diffpatch.kernels.block_sparse.torch_plan.calls import SdpaPlan, plans
 from diffpatch.kernels.block_sparse.torch_plan.grouping import ROW_COSTS
 from diffpatch.kernels.blocks import BlockIndex
@@ -60,11 +59,16 @@ def work_of(blocks: BlockIndex, backend: str = "torch") -> Work:
 
     Args:
         blocks: the pairs to keep.
-        backend: "torch" or "triton".
+        backend: one of `BACKENDS` but "auto".
     """
-    if backend == "triton":
-        return blocks.derived("triton work", _triton)
-    return blocks.derived("torch work", _torch)
+    count = ROWS[backend].count
+    return blocks.derived(("work", count), count)
+
+
+def reference_work(blocks: BlockIndex) -> Work:
+    """Every pair, under a mask."""
+    pairs = float(blocks.num_tokens) ** 2
+    return Work(calls=1, keys=blocks.num_tokens, pairs=pairs, masked=pairs)
 
 
 def dense_work(tokens: int) -> Work:
@@ -72,7 +76,8 @@ def dense_work(tokens: int) -> Work:
     return Work(calls=1, keys=tokens, pairs=float(tokens) ** 2)
 
 
-def _torch(blocks: BlockIndex) -> Work:
+def torch_work(blocks: BlockIndex) -> Work:
+    """Every call of the torch backend's plans."""
     total = Work()
     for plan in plans(blocks, merging=True):
         share = 1.0
@@ -102,17 +107,13 @@ def _scaled(work: Work, share: float) -> Work:
     return Work(**{kind: n * (1.0 if kind == "calls" else share) for kind, n in counts.items()})
 
 
-def _triton(blocks: BlockIndex) -> Work:
+def triton_work(blocks: BlockIndex) -> Work:
     """One launch in which every visited tile is filled up to whole blocks."""
     host = blocks.to("cpu")
     high, wide = (-(-host.sizes // block) * block for block in (BLOCK_M, BLOCK_N))
     row = host.rows
     area = high[row % host.num_tiles] * wide[host.cols.long()]
-    weight = torch.full((host.num_patterns,), 1.0 / host.num_patterns, dtype=torch.float32)
-    if host.head_pattern is not None:
-        weight = host.head_pattern.long().bincount(minlength=host.num_patterns).double()
-        weight /= weight.sum()
-    weighted = area * weight[row // host.num_tiles]
+    weighted = area * host.share[row // host.num_tiles]
     tokens = float(host.num_tokens)
     masked = float(weighted[host.mask_ids >= 0].sum())
     return Work(1, tokens, 4 * tokens, float(weighted.sum()), masked=masked)

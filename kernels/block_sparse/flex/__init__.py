@@ -1,0 +1,1 @@
+"""Block-sparse attention by FlexAttention, torch's compiler of attention variants."""
