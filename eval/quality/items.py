@@ -17,6 +17,7 @@ from diffpatch.errors import BadParameter
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 ARRAYS = (".npy",)
+RESULT = "render.json"  # beside the clips of `diffpatch render`
 LOSSY = (".jpg", ".jpeg", ".gif", *VIDEOS)  # and animated .webp, as diffpatch writes it
 
 
@@ -28,13 +29,42 @@ def find_items(folder: Path) -> dict[str, Path]:
     """Everything in a folder that holds frames: name -> path, sorted by name.
 
     Names are paths inside the folder, without suffix. A subfolder of pictures numbered from 0000,
-    as `diffpatch render --format png` writes it, is one clip.
+    as `diffpatch render --format png` writes it, is one clip. What `diffpatch render` writes beside
+    its clips (side by side, contact sheet, card) is left out.
+
+    Args:
+        folder: a folder; or a single file; or the name of a method in a folder that
+            `diffpatch render` wrote, such as out/radial for out/radial.mp4 or, with several
+            prompts, out/001-a-cat/radial.mp4 and its neighbours.
 
     Raises:
         ItemError: there is no such folder, nothing in it, or one name twice.
     """
+    made = (folder.parent / RESULT).is_file()  # else numbered pictures are a set of them
+    if folder.is_file() or (made and folder.is_dir() and _is_clip(folder)):
+        return {folder.stem: folder}
     if not folder.is_dir():
-        raise ItemError(f"there is no folder {folder}")
+        found = rendered(folder.parent).get(folder.name) if folder.parent.is_dir() else None
+        if found is None:
+            raise ItemError(f"there is no folder {folder}, nor a file")
+        return found
+    return _items(folder)
+
+
+def rendered(folder: Path) -> dict[str, dict[str, Path]]:
+    """What `diffpatch render` wrote into a folder, by method: name -> path.
+
+    Raises:
+        ItemError: there is nothing in it.
+    """
+    methods: dict[str, dict[str, Path]] = {}
+    for name, path in _items(folder).items():
+        if (path.parent / RESULT).is_file():
+            methods.setdefault(Path(name).name, {})[name] = path
+    return methods
+
+
+def _items(folder: Path) -> dict[str, Path]:
     found: list[tuple[str, Path]] = []
     _collect(folder, folder, found)
     if not found:
@@ -123,16 +153,22 @@ def read_captions(path: Path) -> dict[str, str]:
 def prompt_beside(path: Path) -> str | None:
     """The prompt in the render.json next to a file, as `diffpatch render` leaves it."""
     try:
-        found = json.loads((path.parent / "render.json").read_text(encoding="utf-8"))["prompt"]
+        found = json.loads((path.parent / RESULT).read_text(encoding="utf-8"))["prompt"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
 
 
+def _is_beside(path: Path) -> bool:
+    """Whether `diffpatch render` made it of the clips beside it."""
+    return "_vs_" in path.stem or path.stem == "card"
+
+
 def _collect(folder: Path, root: Path, found: list[tuple[str, Path]]) -> None:
+    made = (folder / RESULT).is_file()
     for path in sorted(folder.iterdir()):
         name = path.relative_to(root)
-        if path.name.startswith("."):
+        if path.name.startswith(".") or (made and _is_beside(path)):
             continue
         if path.is_dir() and _is_clip(path):
             found.append((name.as_posix(), path))

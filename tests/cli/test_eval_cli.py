@@ -128,6 +128,35 @@ def test_two_renderings_are_matched_by_their_folders(
     assert row["count"] == 2 and row["scores"]["psnr"] == 100
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_render_wrote_is_evaluated_as_it_lies(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One folder with dense in it, by the names of methods, and file by file."""
+    out = tmp_path / "out"
+    for number in range(count):
+        folder = out / f"{number:03d}-a-cat" if count > 1 else out
+        folder.mkdir(parents=True)
+        for name, shift in (("dense", 0.0), ("radial", 0.02)):
+            clip = (frames(number) + shift).clamp(0, 1)
+            media.save(media.to_images(clip), folder / f"{name}.apng", 8)
+            # What render makes of both, and what else it leaves.
+            media.save(media.to_images(clip[:1]), folder / "radial_vs_dense.png", 8)
+            media.save(media.to_images(clip), folder / "radial_vs_dense.apng", 8)
+            media.save(media.to_images(clip[:1]), folder / "card.png", 8)
+        (folder / "render.json").write_text(json.dumps({"prompt": "a cat"}))
+    places = [str(out)], [str(out), "--reference", str(out)]
+    for words in (*places, [str(out / "radial"), "--reference", str(out / "dense")]):
+        row = rows(run(list(words), capsys))["radial"]
+        assert row["count"] == count and 20 < row["scores"]["psnr"] < 60
+    if count == 1:
+        files = [str(out / "radial.apng"), "--reference", str(out / "dense.apng")]
+        assert rows(run(files, capsys))["radial.apng"]["scores"] == row["scores"]
+        (out / "dense.apng").unlink()
+        assert main(["eval", str(out)]) == 2
+        assert "diffpatch eval OUT --reference DENSE" in capsys.readouterr().err
+
+
 def test_what_has_no_partner_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "dense")
     write(tmp_path / "out")

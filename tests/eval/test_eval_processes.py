@@ -100,3 +100,8 @@ def test_processes_share_everything_once() -> None:
         assert sorted(number for share in shares for number in share) == items
     assert Process().gather("part") == ["part"]
     assert Tally().merge(Tally(), Tally({"a": {"x": 1.0}}), Tally()).means() == {"x": 1.0}
+
+
+def test_a_mean_is_over_the_clips_that_have_the_metric() -> None:
+    tally = Tally({"a": {"psnr": 30.0, "caption": 0.5}, "b": {"psnr": 20.0}})
+    assert tally.means() == {"psnr": 25.0, "caption": 0.5}

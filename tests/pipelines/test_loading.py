@@ -168,3 +168,19 @@ def test_frames_from_every_kind_of_output() -> None:
     assert torch.equal(as_frames([list(video[0])]), video[0])
     assert torch.equal(as_frames(video[:, 0]), video[0, :1])
     assert torch.equal(as_frames(video[:, 0].permute(0, 2, 3, 1).numpy()), video[0, :1])
+
+
+def test_accelerators_compute_in_bf16() -> None:
+    assert loading.default_dtype(torch.device("cuda")) is torch.bfloat16
+    assert loading.default_dtype(torch.device("cpu")) is torch.float32
+
+
+def test_both_experts_are_denoisers_and_timed() -> None:
+    model = tiny.wan22()
+    found = loading.denoisers(model.pipe)
+    assert found == [model.pipe.transformer, model.pipe.transformer_2]
+    made = sample(model.pipe, model.call, 0)
+    assert len(made.step_seconds) == 4 and min(made.step_seconds) > 0
+    assert 0 < made.cpu_share <= 1
+    for expert in found:
+        assert not expert._forward_pre_hooks

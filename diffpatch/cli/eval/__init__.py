@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
+  diffpatch eval out/                 # what `render --compare dense` wrote, against its dense
   diffpatch eval out/radial --reference out/dense
+  diffpatch eval fast.mp4 --reference dense.mp4
   diffpatch eval a/ b/ --reference dense/ --captions prompts.json --json scores.json
   diffpatch eval --model demo --method radial --method window --count 8
   diffpatch eval -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --method radial --prompt-file prompts.txt \\
@@ -51,8 +53,13 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     group = parser.add_argument_group("folders")
-    group.add_argument("folders", nargs="*", type=Path, help="results; matched by their names")
-    group.add_argument("--reference", type=Path, metavar="FOLDER", help="the dense results")
+    group.add_argument(
+        "folders", nargs="*", type=Path, help="files or folders; matched by their names"
+    )
+    group.add_argument(
+        "--reference", type=Path, metavar="FOLDER",
+        help="the dense results, a file or folder (dense beside them)",
+    )  # fmt: skip
     group.add_argument("--floor", type=Path, metavar="FOLDER", help="dense results once more")
     group.add_argument(
         "--captions", type=arguments.existing_file,
@@ -141,8 +148,9 @@ def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     for option in ("prompt", "prompt_file", "count", "method"):
         if getattr(args, option):
             raise UsageError(f"--{option.replace('_', '-')} renders; drop it, or drop the folders")
-    if not args.folders or args.reference is None:
+    if not args.folders:
         raise UsageError("folders are compared with another: diffpatch eval OUT --reference DENSE")
+    args.folders, args.reference = _places(args.folders, args.reference)
     names = [path.name or str(path) for path in args.folders]
     if len(set(names)) < len(names) or {"floor", "reference"} & set(names):
         names = [str(path) for path in args.folders]
@@ -162,6 +170,26 @@ def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         process=process,
         say=_say(args, process),
     )
+
+
+def _places(folders: Sequence[Path], reference: Path | None) -> tuple[list[Path], Path]:
+    """What is compared with what: of one folder that has dense in it, every method with that.
+
+    Raises:
+        UsageError: there is no reference, and no dense where it could be.
+    """
+    from diffpatch.eval.quality.items import rendered
+
+    if reference is None or list(folders) == [reference]:
+        found = list(rendered(folders[0])) if len(folders) == 1 and folders[0].is_dir() else []
+        if "dense" in found and len(found) > 1:
+            return [folders[0] / name for name in found if name != "dense"], folders[0] / "dense"
+    if reference is None:
+        raise UsageError(
+            "folders are compared with another: diffpatch eval OUT --reference DENSE, or give one"
+            " that `diffpatch render --compare dense` wrote"
+        )
+    return list(folders), reference
 
 
 def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
