@@ -19,6 +19,7 @@ from diffpatch.functional import attention
 from diffpatch.methods import (
     Dense,
     Disc,
+    Dynamic,
     Linear,
     Longer,
     Method,
@@ -51,6 +52,7 @@ __all__ = [
     "Dense",
     "DiffpatchError",
     "Disc",
+    "Dynamic",
     "Linear",
     "Longer",
     "Method",

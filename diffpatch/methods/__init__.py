@@ -3,6 +3,7 @@
 from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
+from diffpatch.methods.dynamic.method import Dynamic
 from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.longer import Longer
 from diffpatch.methods.neighborhood import Neighborhood
@@ -15,6 +16,7 @@ from diffpatch.methods.window import Window
 __all__ = [
     "Dense",
     "Disc",
+    "Dynamic",
     "Linear",
     "Longer",
     "Method",

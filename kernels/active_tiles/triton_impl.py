@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from diffpatch.kernels.active_tiles.api import LOG2_E, Result, TileTable, tile_table
+from diffpatch.kernels.active_tiles.api import LOG2_E, Result
+from diffpatch.kernels.active_tiles.table import TileTable, tile_table
 from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.blocks import BlockIndex
@@ -24,6 +25,7 @@ from diffpatch.kernels.tile_order import in_tile_order
 
 # A finite start of the running maximum: exp2(-inf - START) is 0 where -inf - -inf would be NaN.
 START = tl.constexpr(-1.0e30)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 # (bytes an element, padded head size) -> configuration, chosen so that nothing spills.
 CONFIGS = {
@@ -38,12 +40,24 @@ CONFIGS = {
 CONFIGS_SMALL = CONFIGS | {(2, 128): ForwardConfig(128, 32, 8, 3)}
 
 
-def configuration(dtype: torch.dtype, size: int, tile: int, arch: int) -> ForwardConfig:
-    """The configuration that ships for a dtype, head size, largest tile and compute capability."""
+def configuration(
+    dtype: torch.dtype, size: int, tile: int, arch: int, strip: int | None = None
+) -> ForwardConfig:
+    """The configuration that ships for a dtype, head size, largest tile and compute capability.
+
+    Args:
+        dtype: of the tensors.
+        size: channels of a head.
+        tile: most queries of a tile.
+        arch: the compute capability.
+        strip: most keys of a strip; None where tiles are not cut.
+    """
     table = CONFIGS if arch in ASYNC_TENSOR_CORE else CONFIGS_SMALL
     config = table[dtype.itemsize, padded(size)]
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)
+    if (tile if strip is None else strip) <= 32:
+        config = config._replace(block_n=32)
     return config
 
 
@@ -57,26 +71,28 @@ def attend(
     key_mask: torch.Tensor | None,
     threshold: float | None,
     reverse: bool,
+    strip: int = 0,
 ) -> Result:
     """As `active_tiles.attend`, in one kernel launch; fp32, bf16 or fp16, no gradients."""
     batch, tokens, heads, size = q.shape
-    config = configuration(q.dtype, size, blocks.max_tile, arch(q.device))
-    table, tile = tile_table(blocks), blocks.max_tile
-    parts, subs = -(-tile // config.block_m), -(-tile // config.block_n)
+    table, tile = tile_table(blocks, strip), blocks.max_tile
+    config = configuration(q.dtype, size, tile, arch(q.device), table.strips.longest)
+    parts, subs = -(-tile // config.block_m), -(-table.strips.longest // config.block_n)
     lists, counts, at = _lists(table, active, heads, reverse)
     cut = (config.block_m, config.block_n)
     places, ends, mask_ids, bits = blocks.derived(
-        ("active tiles", *cut), lambda b: _narrow(b, *cut)
+        ("active tiles", strip, *cut), lambda _: _narrow(table, *cut)
     )
     q = q if q.stride(3) == 1 else q.contiguous()
     k, v = (in_tile_order(x, blocks) for x in (k, v))
     allowed = None if key_mask is None else in_tile_order(key_mask, blocks).view(torch.uint8)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     hits = None
     if threshold is not None:
         hits = torch.zeros(*lists.shape, parts, dtype=torch.uint8, device=q.device)
     attend_active_kernel[(blocks.num_tiles * parts, batch * heads)](
-        q, k, v, out, hits, allowed, blocks.order, blocks.starts, blocks.head_pattern,
+        q, k, v, out, lse, hits, allowed, blocks.order, blocks.starts, blocks.head_pattern,
         table.row_ptr, lists, counts, places, ends, mask_ids, bits,
         scale * LOG2_E, 0.0 if threshold is None else float(threshold),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -87,7 +103,7 @@ def attend(
     )  # fmt: skip
     # The kernel notes hits in the order of its list: an address that was itself loaded would stop
     # the pipelining of its loop.
-    return out, None if hits is None else hits.any(-1).gather(2, at) & active
+    return Result(out, lse, None if hits is None else hits.any(-1).gather(2, at) & active)
 
 
 def _lists(
@@ -117,24 +133,24 @@ def _lists(
 
 
 def _narrow(
-    blocks: BlockIndex, block_m: int, block_n: int
+    table: TileTable, block_m: int, block_n: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """What the kernel reads of each pair, int32 (P, E): the first place of its keys, where they
     end, and if there are partial tiles its mask, with the masks as `_words`, the last of them full.
     """
-    table = tile_table(blocks)
-    places, ends = blocks.starts[table.key], blocks.starts[table.key + 1]
-    if not len(blocks.masks):
+    first, masks = table.strips.first, table.masks
+    places, ends = first[table.key], first[table.key + 1]
+    if not len(masks):
         return places, ends, None, None
-    masks = blocks.mask_table()
-    ids = table.mask_ids % len(masks)  # that of full tiles becomes the last row, as it must
+    masks = torch.cat([masks, masks.new_ones(1, *masks.shape[1:])])
+    ids = torch.where(table.mask_ids < 0, len(table.masks), table.mask_ids)
     return places, ends, ids.int(), _words(masks, block_m, block_n)
 
 
 def _words(masks: torch.Tensor, block_m: int, block_n: int) -> torch.Tensor:
-    """Masks bool (M, T, T) as bits, int32 (M, subs, parts * block_m, block_n / 32)."""
-    edge = masks.shape[-1]
-    grown = torch.nn.functional.pad(masks, (0, -edge % block_n, 0, -edge % block_m))
+    """Masks bool (M, T, L) as bits, int32 (M, subs, parts * block_m, block_n / 32)."""
+    rows, columns = masks.shape[1:]
+    grown = torch.nn.functional.pad(masks, (0, -columns % block_n, 0, -rows % block_m))
     return pack_words(grown.unflatten(2, (-1, block_n)).transpose(1, 2)).contiguous()
 
 
@@ -149,7 +165,7 @@ def _seen(words, offsets_n, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def attend_active_kernel(
-    Q, K, V, OUT, HITS, ALLOWED, ORDER, STARTS, HEAD_PATTERN,
+    Q, K, V, OUT, LSE, HITS, ALLOWED, ORDER, STARTS, HEAD_PATTERN,
     ROW_PTR, LISTS, COUNTS, PLACES, ENDS, MASK_IDS, BITS,
     scale, threshold,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
@@ -160,7 +176,7 @@ def attend_active_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one tile, for one head of one batch entry.
 
-    OUT (B, S, H, SIZE) is contiguous, and so are the channels of Q, K and V.
+    OUT (B, S, H, SIZE) and LSE (B, S, H) are contiguous, and so are the channels of Q, K and V.
     """
     both = tl.program_id(1).to(tl.int64)
     batch = both // heads
@@ -250,7 +266,10 @@ def attend_active_kernel(
         end = next_end
         next_pair = following
 
-    total = tl.where(total == 0.0, 1.0, total)
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
     at = (batch * tokens + token) * heads + head
+    lse = tl.where(blind, -float("inf"), (top + tl.log2(total)) * LN_2)
+    tl.store(LSE + at, lse, mask=held)
     out = (acc / total[:, None]).to(OUT.dtype.element_ty)
     tl.store(OUT + at[:, None] * SIZE + channel[None, :], out, mask=stored)

@@ -44,13 +44,15 @@ class Case:
             scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
-            tokens, "state" and "apply" of linear attention.
+            tokens, "moments" of the tiles that are chosen from, "state" and "apply" of linear
+            attention.
         dtype: of the tensors.
         size: the head size.
         tile: the largest tile, in tokens.
         key_mask: whether keys are hidden.
         loads: how the forward kernels are asked to read keys and values.
         specialize: whether warps of their own do that.
+        strip: most keys that "active" takes or leaves at a time; 0 for whole tiles.
     """
 
     arch: int
@@ -61,6 +63,7 @@ class Case:
     key_mask: bool
     loads: str = "auto"
     specialize: bool = False
+    strip: int = 0
 
 
 def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
@@ -89,9 +92,10 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
-            for kernel in ("pool", "virtual", "state", "apply"):
+            for kernel in ("pool", "moments", "virtual", "state", "apply"):
                 yield Case(arch, kernel, dtype, 128, 128, False)
-            yield Case(arch, "virtual", dtype, 64, 128, False)
+            for tile in (64, 128):
+                yield Case(arch, "virtual", dtype, 64, tile, False)
 
 
 def _loads_asked_for(arch: int) -> Iterator[Case]:
@@ -109,6 +113,8 @@ def _active_cases(arch: int, dtype: str) -> Iterator[Case]:
     for size in (64, 128, 256):
         yield Case(arch, "skip", dtype, size, 128, False)
     yield Case(arch, "active", dtype, 128, 128, False)
+    for size, tile in product((64, 128), (64, 128)):
+        yield Case(arch, "active", dtype, size, tile, False, strip=32)
     yield Case(arch, "skip", dtype, 128, 64, True)
 
 
@@ -131,16 +137,16 @@ def configuration(case: Case) -> Config:
         return ForwardConfig(STRIP, STRIP, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
         return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
-    if case.kernel == "pool":
+    if case.kernel in ("pool", "moments"):
         return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
     if case.kernel == "virtual":
-        return virtual.configuration(dtype, case.size)
+        return virtual.configuration(dtype, case.size, case.tile)
     if case.kernel == "state":
         return linear.STATE_CONFIGS[dtype.itemsize]
     if case.kernel == "apply":
         return linear.configuration(dtype, case.size)
     if case.kernel in ("active", "skip"):
-        return active.configuration(dtype, case.size, case.tile, arch)
+        return active.configuration(dtype, case.size, case.tile, arch, case.strip or None)
     int8 = case.kernel == "int8"
     asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
     return forward.configuration(dtype, case.size, case.tile, arch, int8=int8, **asked)
@@ -172,7 +178,7 @@ def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dic
 def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
-    if case.kernel in ("pool", "virtual"):
+    if case.kernel in ("pool", "moments", "virtual"):
         return _virtual(case)
     if isinstance(config, LinearConfig):
         return _linear(case, config)
@@ -186,8 +192,8 @@ def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[st
         return _forward(case, config)
     if case.kernel in ("active", "skip"):
         types = dict.fromkeys(("Q", "K", "V", "OUT"), tensor)
-        types |= {"HITS": "*u8", "threshold": "fp32"}
-        constants = {"group": 1, "SUBS": -(-case.tile // config.block_n)}
+        types |= {"HITS": "*u8", "LSE": "*fp32", "threshold": "fp32"}
+        constants = {"group": 1, "SUBS": -(-(case.strip or case.tile) // config.block_n)}
         return (
             active.attend_active_kernel,
             constants | _none(case.kernel == "active", "HITS"),
@@ -228,9 +234,14 @@ def _gluon(case: Case, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[
 def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
     names = ("Q", "K", "V", "KEYS", "VALUES", "VARIANCE", "NEAR", "OUT")
     types = dict.fromkeys(names, f"*{case.dtype}")
-    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32") | {"log2_e": "fp32"}
+    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32")
+    types |= {"log2_e": "fp32", "SHOWN": "*u8"}
     if case.kernel == "pool":
         return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS}, types
+    if case.kernel == "moments":
+        alone = dict.fromkeys(("V", "VALUES"))
+        types |= dict.fromkeys(("KEYS", "VARIANCE"), "*fp32")
+        return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS} | alone, types
     return virtual.virtual_kernel, {"group": 1}, types
 
 

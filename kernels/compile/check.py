@@ -107,7 +107,7 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
         yield f"{result.stack} bytes of stack"
     if result.shared > GPUS[case.arch].shared:
         yield f"{result.shared} bytes of shared memory, {GPUS[case.arch].shared} allowed"
-    if case.dtype == "fp32" or case.kernel in ("quantize", "pool"):
+    if case.dtype == "fp32" or case.kernel in ("quantize", "pool", "moments"):
         return
     if not result.tensor_cores:
         yield f"no {instruction}"

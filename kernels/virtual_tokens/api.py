@@ -10,39 +10,20 @@ log-sum-exps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.merge import merge
+from diffpatch.kernels.pieces import cut
+from diffpatch.kernels.virtual_tokens import reference
+from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
 SCORE_BYTES = {"cpu": 2**20}
 SCORE_BYTES_ELSEWHERE = 2**26
 LOWEST = -1e30  # finite, so that -inf less the maximum of nothing is -inf
 TINY = 1e-30
-
-
-@dataclass(frozen=True, eq=False)
-class VirtualTokens:
-    """Pooled keys and values of every run of tokens.
-
-    Attributes:
-        keys: (B, V, K, D), means in the dtype of the keys.
-        values: (B, V, K, D).
-        variance: (B, V, K, D), of each key channel within its run, or None.
-        log_count: fp32 (B, V), log of the tokens a run stands for; -inf where all are masked.
-        tile: int64 (V,), the tile each run lies in.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    variance: torch.Tensor | None
-    log_count: torch.Tensor
-    tile: torch.Tensor
 
 
 def pool(
@@ -53,6 +34,7 @@ def pool(
     *,
     second_order: bool = True,
     key_mask: torch.Tensor | None = None,
+    strip: int = 0,
     backend: str = "auto",
 ) -> VirtualTokens:
     """Pool keys and values over runs of at most `size` tokens of each tile, in tile order.
@@ -64,15 +46,18 @@ def pool(
         size: most tokens a virtual token stands for.
         second_order: whether to keep the variance of the keys.
         key_mask: bool (B, S), True where a key counts.
-        backend: "triton", "torch", "reference" (which is torch), or "auto".
+        strip: most keys of a strip, as in `active_tiles.attend`: no run crosses its border.
+        backend: "triton", "torch", "reference", or "auto".
     """
-    runs = blocks.derived(("runs", size), lambda b: _runs(b, size))
-    if choose_backend(VIRTUAL_TOKENS, backend, blocks, k, v) == "triton":
+    runs = cut(blocks, size, strip)
+    used = choose_backend(VIRTUAL_TOKENS, backend, blocks, k, v)
+    if used == "reference":
+        return reference.pool(k, v, runs, second_order, key_mask)
+    if used == "triton":
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-        return VirtualTokens(
-            *kernels.pool(k, v, blocks, runs.first, second_order, key_mask), runs.tile
-        )
+        pooled = kernels.pool(k, v, blocks, runs.first, second_order, key_mask)
+        return VirtualTokens(*pooled, runs)
     weight = runs.valid.expand(k.shape[0], *runs.valid.shape)
     if key_mask is not None:
         weight = weight & key_mask[:, runs.index]
@@ -94,45 +79,8 @@ def pool(
         largest = torch.finfo(k.dtype).max
         variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
     values = mean(gathered(v))[:, :, 0].to(v.dtype)
-    return VirtualTokens(centre[:, :, 0].to(k.dtype), values, variance, count.log(), runs.tile)
-
-
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """The runs of tokens that are pooled, on the device of the blocks.
-
-    Attributes:
-        index: int64 (V, L), the tokens of each run, as sequence indices.
-        valid: bool (V, L), which of them are real.
-        tile: int64 (V,), the tile each run lies in.
-        first: int32 (V + 1,), where each run begins in tile order.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor
-    tile: torch.Tensor
-    first: torch.Tensor
-
-
-def _runs(blocks: BlockIndex, size: int) -> _Runs:
-    starts = blocks.starts.cpu().long()
-    first, last, tile = [], [], []
-    for i, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        parts = -(-(b - a) // size)
-        cuts = [a + (b - a) * p // parts for p in range(parts + 1)]
-        first += cuts[:-1]
-        last += cuts[1:]
-        tile += [i] * parts
-    place = torch.tensor(first)[:, None] + torch.arange(size)
-    valid = place < torch.tensor(last)[:, None]
-    index = blocks.order.cpu()[place.clamp(max=blocks.num_tokens - 1)]
-    begins = torch.tensor([*first, blocks.num_tokens], dtype=torch.int32)
-    return _Runs(*(x.to(blocks.device) for x in (index, valid, torch.tensor(tile), begins)))
-
-
-def _visits(blocks: BlockIndex) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool (P, N, N), which tiles are visited; int64 (S,), the tile of each token."""
-    return blocks.mask_map() != NOTHING, blocks.tile_of_place[blocks.place]
+    keys = centre[:, :, 0].to(k.dtype)
+    return VirtualTokens(keys, values, variance, count.log(), runs)
 
 
 def attend_virtual(
@@ -142,39 +90,59 @@ def attend_virtual(
     scale: float,
     near: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str = "auto",
+    *,
+    shown: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query to the virtual tokens of the tiles it does not visit.
+    """Attention of every query to the virtual tokens of the tiles it does not visit, or is shown.
 
     Args:
         q: (B, S, H, D).
         tokens: what `pool` made of the keys and values; K heads, K divides H.
-        blocks: tiles that a query's tile visits, even partly, are left out.
+        blocks: tiles that a query's tile visits, even partly, are left out, unless `shown` says
+            what is.
         scale: the factor on q·k.
         near: the exact part, an output (B, S, H, D) and its log-sum-exp (B, S, H), to be in the
             same softmax; None for the virtual tokens alone.
-        backend: "triton", "torch", "reference" (which is torch), or "auto".
+        backend: "triton", "torch", "reference", or "auto".
+        shown: bool (B, H, N, n) [query tile, strip], whose virtual tokens take part: what is not
+            active, where tiles are chosen by their content, and nothing in heads that drop it.
 
     Returns:
         The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
-    if choose_backend(VIRTUAL_TOKENS, backend, blocks, q, tokens.keys, tokens.values) == "triton":
+    used = choose_backend(VIRTUAL_TOKENS, backend, blocks, q, tokens.keys, tokens.values)
+    if used == "reference":
+        return reference.attend(q, tokens, blocks, scale, near, shown)
+    if used == "triton":
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-        # How many runs there are says what they are, so that the key needs no more.
-        seen = blocks.derived(
-            ("seen runs", len(tokens.tile)),
-            lambda b: pack_words(_visits(b)[0][:, :, tokens.tile].flatten(0, 1)),
-        )
-        return kernels.attend(
-            q, tokens.keys, tokens.values, tokens.variance, tokens.log_count, seen, blocks, scale,
-            near,
-        )  # fmt: skip
-    far = _attend_torch(q, tokens, blocks, scale)
+        return kernels.attend(q, tokens, blocks, scale, near, _shown_runs(tokens, blocks, shown))
+    far = _attend_torch(q, tokens, blocks, scale, shown)
     return far if near is None else merge(*near, *far)
 
 
+def _shown_runs(
+    tokens: VirtualTokens, blocks: BlockIndex, shown: torch.Tensor | None
+) -> torch.Tensor:
+    """bool (B or 1, H or 1, N, V): which runs each query tile of each head attends to."""
+    runs = tokens.runs
+    if shown is not None:
+        return shown if shown.shape[-1] == len(runs) else shown[..., runs.whole]
+
+    def build(index: BlockIndex) -> torch.Tensor:
+        left_out = (index.mask_map() == NOTHING)[None, :, :, runs.tile]  # (1, P, N, V)
+        heads = index.head_pattern
+        return left_out if heads is None else left_out[:, heads.long()]
+
+    return blocks.derived(("runs left out", runs.sizes), build)
+
+
 def _attend_torch(
-    q: torch.Tensor, tokens: VirtualTokens, blocks: BlockIndex, scale: float
+    q: torch.Tensor,
+    tokens: VirtualTokens,
+    blocks: BlockIndex,
+    scale: float,
+    shown: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Everything in fp32: scores are few, and 16-bit products would be converted again anyway."""
     batch, length, heads, _ = q.shape
@@ -187,18 +155,17 @@ def _attend_torch(
     k, v = of_heads(tokens.keys).mT * scale, of_heads(tokens.values)
     spread = None if tokens.variance is None else of_heads(tokens.variance).mT * (0.5 * scale**2)
     log_count = tokens.log_count.to(wide)[:, None, None, :]  # (B, 1, 1, V)
-    visits, tile_of = blocks.derived("visits", _visits)
-    hidden = torch.zeros(visits[:, :, tokens.tile].shape, dtype=wide, device=q.device)
-    hidden.masked_fill_(visits[:, :, tokens.tile], float("-inf"))  # (P, N, V)
+    seen = _shown_runs(tokens, blocks, shown)
+    hidden = torch.zeros(seen.shape, dtype=wide, device=q.device)
+    hidden.masked_fill_(~seen, float("-inf"))
+    tile_of = blocks.tile_of_place[blocks.place]
     held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
     rows = max(1, held // (wide.itemsize * batch * heads * v.shape[2]))
     out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=wide)
     for begin in range(0, length, rows):
         piece = slice(begin, min(begin + rows, length))
         x = q[:, piece].transpose(1, 2).to(wide)  # (B, H, R, D)
-        bias = hidden[:, tile_of[piece]]  # (P, R, V)
-        if blocks.head_pattern is not None:
-            bias = bias[blocks.head_pattern.long()]
+        bias = hidden[:, :, tile_of[piece]]  # (B or 1, H or 1, R, V)
         scores = x @ k
         if spread is not None:
             scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))

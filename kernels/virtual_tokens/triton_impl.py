@@ -2,7 +2,7 @@
 
 The second goes on with the softmax of the exact part: it begins with that part's output and
 log-sum-exp, so that near and far share one softmax and nothing has to be merged afterwards. All
-queries of a program lie in one tile, so that which runs they leave out is a bit for each run.
+queries of a program lie in one tile, so that which runs they attend to is a byte for each run.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,7 +38,7 @@ class Config(NamedTuple):
 # (bytes an element, padded head size) -> configuration. A step holds three things of the size of
 # keys (keys, values, variances) where plain attention holds two.
 CONFIGS = {
-    (2, 64): Config(128, 64, 8, 2),
+    (2, 64): Config(128, 32, 8, 2),
     (2, 128): Config(64, 32, 8, 2),
     (2, 256): Config(32, 32, 8, 1),
     (4, 64): Config(32, 16, 8, 1),
@@ -46,9 +47,12 @@ CONFIGS = {
 }
 
 
-def configuration(dtype: torch.dtype, size: int) -> Config:
-    """The configuration that ships for a dtype and a head size up to 256."""
-    return CONFIGS[dtype.itemsize, padded(size)]
+def configuration(dtype: torch.dtype, size: int, tile: int) -> Config:
+    """The configuration that ships for a dtype, a head size up to 256 and the largest tile."""
+    config = CONFIGS[dtype.itemsize, padded(size)]
+    if config.block_m == 128 and tile <= 64:
+        config = config._replace(block_m=64, num_warps=4)
+    return config
 
 
 def padded(size: int) -> int:
@@ -66,7 +70,7 @@ def pool_kernel(
     """One program: the means, the variance and the count of one run, one head, one batch entry.
 
     KEYS, VALUES and VARIANCE (B, V, heads, SIZE) and LOG_COUNT (B, V) are contiguous; FIRST (V + 1)
-    says where in ORDER each run begins.
+    says where in ORDER each run begins. Without V there are no values.
     """
     run = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -84,15 +88,18 @@ def pool_kernel(
             held = held & (tl.load(ALLOWED + batch * tokens + token, mask=held, other=0) != 0)
         read = held[:, None] & (channel < SIZE)[None, :]
         k_at = K + batch * stride_kb + head * stride_kh + token[:, None] * stride_ks
-        v_at = V + batch * stride_vb + head * stride_vh + token[:, None] * stride_vs
         key += tl.sum(tl.load(k_at + channel[None, :], mask=read, other=0.0).to(tl.float32), 0)
-        value += tl.sum(tl.load(v_at + channel[None, :], mask=read, other=0.0).to(tl.float32), 0)
+        if V is not None:
+            v_at = V + batch * stride_vb + head * stride_vh + token[:, None] * stride_vs
+            v = tl.load(v_at + channel[None, :], mask=read, other=0.0)
+            value += tl.sum(v.to(tl.float32), 0)
         count += tl.sum(held.to(tl.float32), 0)
     share = 1.0 / tl.maximum(count, 1.0)
     key = key * share
     at = ((batch * runs + run) * heads + head) * SIZE + channel
     tl.store(KEYS + at, key.to(KEYS.dtype.element_ty), mask=channel < SIZE)
-    tl.store(VALUES + at, (value * share).to(VALUES.dtype.element_ty), mask=channel < SIZE)
+    if V is not None:
+        tl.store(VALUES + at, (value * share).to(VALUES.dtype.element_ty), mask=channel < SIZE)
     if head == 0:
         tl.store(LOG_COUNT + batch * runs + run, tl.where(count > 0, tl.log(count), -float("inf")))
     if VARIANCE is not None:
@@ -113,25 +120,24 @@ def pool_kernel(
 
 @triton.jit
 def virtual_kernel(
-    Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SEEN, NEAR, NEAR_LSE, OUT, LSE,
-    ORDER, STARTS, HEAD_PATTERN,
-    scale, scale_log2, log2_e, stride_qb, stride_qs, stride_qh,
-    tokens, heads, group, tiles, parts, runs, words,
+    Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SHOWN, COUNTS, NEAR, NEAR_LSE, OUT, LSE,
+    ORDER, STARTS,
+    scale, scale_log2, log2_e, stride_qb, stride_qs, stride_qh, stride_sb, stride_sh,
+    tokens, heads, group, tiles, parts, runs,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one tile, for one head of one batch entry.
 
     KEYS, VALUES and VARIANCE (B, V, heads / group, SIZE), LOG_COUNT (B, V), NEAR and OUT
-    (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H) are contiguous, and so are the channels of Q. Bit
-    v % 32 of word v // 32 of SEEN (P * tiles, words) says that a tile sees run v exactly.
+    (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H) are contiguous, and so are the channels of Q. A byte
+    of SHOWN (B or 1, H or 1, tiles, V) says whether a tile attends to a run; COUNTS, laid out alike
+    without its last axis, holds V, or 0 where it attends to none.
     """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     tile = tl.program_id(0) // parts
-    row = tile
-    if HEAD_PATTERN is not None:
-        row += tl.load(HEAD_PATTERN + head) * tiles
+    row = batch * stride_sb + head * stride_sh + tile
     in_tile = (tl.program_id(0) % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.load(STARTS + tile)
     held = in_tile < tl.load(STARTS + tile + 1) - first
@@ -158,15 +164,16 @@ def virtual_kernel(
     key_heads = heads // group
     offsets = tl.arange(0, BLOCK_N)
     base = (batch * runs * key_heads + head // group) * SIZE + channel[None, :]
-    for start in tl.range(0, runs, BLOCK_N, num_stages=STAGES):
+    SHOWN += row * runs
+    for start in tl.range(0, tl.load(COUNTS + row), BLOCK_N, num_stages=STAGES):
         run = start + offsets
         inside = run < runs
         read = inside[:, None] & (channel < SIZE)[None, :]
         at = base + run[:, None].to(tl.int64) * (key_heads * SIZE)
         k = tl.load(KEYS + at, mask=read, other=0.0)
         log_count = tl.load(LOG_COUNT + batch * runs + run, mask=inside, other=-float("inf"))
-        word = tl.load(SEEN + row.to(tl.int64) * words + run // 32, mask=inside, other=0)
-        log_count = tl.where(((word >> (run % 32)) & 1) != 0, -float("inf"), log_count * log2_e)
+        shown = tl.load(SHOWN + run, mask=inside, other=0) != 0
+        log_count = tl.where(shown, log_count * log2_e, -float("inf"))
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + log_count[None, :]
         if VARIANCE is not None:
             spread = tl.load(VARIANCE + at, mask=read, other=0.0)
@@ -225,46 +232,71 @@ def pool(
     return keys, values, variance, log_count
 
 
+def moments(
+    x: torch.Tensor, blocks: BlockIndex, first: torch.Tensor, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means and variances (B, V, K, D) of every run of tokens, and log counts (B, V), in fp32.
+
+    Args:
+        x: (B, S, K, D), fp32, bf16 or fp16; read twice.
+        blocks: the tiles.
+        first: int32 (V + 1,), where each run begins in tile order.
+        key_mask: bool (B, S), True where a token counts; or None.
+    """
+    batch, tokens, heads, size = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    runs = first.shape[0] - 1
+    mean = torch.empty(batch, runs, heads, size, dtype=torch.float32, device=x.device)
+    variance, log_count = torch.empty_like(mean), mean.new_empty(batch, runs)
+    allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    pool_kernel[(runs, batch * heads)](
+        x, None, mean, None, variance, log_count, blocks.order, first, allowed,
+        *x.stride()[:3], 0, 0, 0, tokens, heads, runs,
+        SIZE=size, SIZE_PADDED=padded(size), ROWS=POOLED_ROWS, num_warps=4,
+    )  # fmt: skip
+    return mean, variance, log_count
+
+
 def attend(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    variance: torch.Tensor | None,
-    log_count: torch.Tensor,
-    seen: torch.Tensor,
+    tokens: VirtualTokens,
     blocks: BlockIndex,
     scale: float,
     near: tuple[torch.Tensor, torch.Tensor] | None,
+    shown: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to the virtual tokens that no tile of a query sees, after that to `near`.
+    """Attention to virtual tokens, after that to `near`.
 
     Args:
         q: (B, S, H, D), fp32, bf16 or fp16.
-        keys: (B, V, K, D) contiguous, where K divides H.
-        values: (B, V, K, D).
-        variance: (B, V, K, D) or None.
-        log_count: fp32 (B, V), -inf for runs that do not count.
-        seen: int32 (P * N, V / 32), bits as `pack` makes them.
-        blocks: the tiles and the patterns of the heads.
+        tokens: the virtual tokens, contiguous.
+        blocks: the tiles of the queries.
         scale: the factor on q·k.
         near: an output (B, S, H, D) and its natural log-sum-exp fp32 (B, S, H) to go on with.
+        shown: bool (B or 1, H or 1, N, V), which of them a query tile attends to.
 
     Returns:
         The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H).
     """
-    batch, tokens, heads, size = q.shape
-    config = configuration(q.dtype, size)
+    batch, length, heads, size = q.shape
+    config = configuration(q.dtype, size, blocks.max_tile)
     q = q if q.stride(3) == 1 else q.contiguous()
+    shown = shown.contiguous()
+    # A head or batch entry that shares the flags of another one begins where that one does.
+    runs, by_head = shown.shape[3], shown.shape[1] > 1
+    by_entry = shown.shape[1] * blocks.num_tiles if shown.shape[0] > 1 else 0
+    counts = shown.any(-1).int() * runs
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     begun, begun_lse = (None, None) if near is None else (x.contiguous() for x in near)
     parts = -(-blocks.max_tile // config.block_m)
     virtual_kernel[(blocks.num_tiles * parts, batch * heads)](
-        q, keys, values, variance, log_count, seen, begun, begun_lse, out, lse,
-        blocks.order, blocks.starts, blocks.head_pattern,
+        q, tokens.keys, tokens.values, tokens.variance, tokens.log_count,
+        shown.view(torch.uint8), counts, begun, begun_lse, out, lse,
+        blocks.order, blocks.starts,
         scale, scale * LOG2_E, LOG2_E, *q.stride()[:3],
-        tokens, heads, heads // keys.shape[2], blocks.num_tiles, parts, keys.shape[1],
-        seen.shape[1],
+        by_entry, blocks.num_tiles if by_head else 0,
+        length, heads, heads // tokens.keys.shape[2], blocks.num_tiles, parts, runs,
         SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages,

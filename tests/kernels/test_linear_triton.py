@@ -18,6 +18,7 @@ from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.linear import reference as linear_attention_reference
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 from diffpatch.methods.linear.method import Linear
 from tests.exactness import poisoned
 from tests.kernels.random_blocks import random_blocks, random_qkv, with_outliers
@@ -104,7 +105,7 @@ def test_near_and_far_share_one_softmax(dtype: torch.dtype, second_order: bool) 
     mask, scale = a_key_mask(blocks), 0.2
     x, y, z = (t.double() for t in (q, k, v))
 
-    def pooled(k: torch.Tensor, v: torch.Tensor) -> virtual_tokens.VirtualTokens:
+    def pooled(k: torch.Tensor, v: torch.Tensor) -> VirtualTokens:
         return virtual_tokens.pool(
             k, v, blocks, 9, second_order=second_order, key_mask=mask, backend="torch"
         )
@@ -124,9 +125,9 @@ def test_virtual_tokens_alone_with_patterns_by_head() -> None:
     q, k = with_outliers(q), with_outliers(k)  # the cap on the second order holds
     tokens = virtual_tokens.pool(k, v, blocks, 16, backend="torch")
     assert tokens.variance is not None
-    wide = virtual_tokens.VirtualTokens(
+    wide = VirtualTokens(
         tokens.keys.double(), tokens.values.double(), tokens.variance.double(),
-        tokens.log_count.double(), tokens.tile,
+        tokens.log_count.double(), tokens.runs,
     )  # fmt: skip
     expected, expected_lse = virtual_tokens.attend_virtual(
         q.double(), wide, blocks, 0.2, backend="torch"

@@ -15,12 +15,12 @@ from diffpatch import BadParameter, Dense, Method, Neighborhood, Temporal, Token
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles import reference as active_tiles_reference
 from diffpatch.kernels.active_tiles.api import tile_table
-from diffpatch.kernels.active_tiles.importance import tile_importance
 from diffpatch.kernels.block_sparse import reference as block_sparse_reference
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.selection.api import tile_scores
 from diffpatch.methods.base import AttentionCall
+from diffpatch.methods.selection import always
 from diffpatch.methods.temporal import mask as temporal_mask
-from diffpatch.methods.temporal.tiles import always
 from tests.kernels.random_blocks import random_blocks
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -163,6 +163,13 @@ def tile_masses(
     return torch.stack([rows[..., t].sum(-1) for t in tiles], -1)
 
 
+def tile_importance(
+    q: torch.Tensor, k: torch.Tensor, blocks: BlockIndex, scale: float, **options: Any
+) -> torch.Tensor:
+    """The mass of tiles, which values have no part in."""
+    return tile_scores(q, k, k, blocks, scale, rule="mass", **options)
+
+
 def test_importance_is_exact_without_pooling_and_close_with_it() -> None:
     grid = TokenGrid(3, 6, 8, text_after=5)
     blocks = Window(window=(2, 3, 8)).pattern(grid).blocks
@@ -241,7 +248,7 @@ def test_mask_chooses_now_and_keeps_to_it() -> None:
         done = method.attend(q, k, v, AttentionCall(pattern, step=step, state=state))
         active = active_tiles.unpack(state["bits"], table.length)
         chosen.append(active)
-        expected, _ = active_tiles_reference.attend(
+        expected, _, _ = active_tiles_reference.attend(
             q, k, v, pattern.blocks, active, 8**-0.5, None, None, False
         )
         assert torch.allclose(done.out, expected, atol=1e-12)

@@ -1,17 +1,27 @@
-"""Temporal attention, mode "mask": the tiles that matter are chosen once for some steps."""
+"""Temporal attention, mode "mask": the tiles that matter are chosen once for some steps.
+
+The choice is that of `dynamic` (see `kernels.selection`) with rule "error" and the rest dropped,
+from the tiles that the wrapped method visits. Masses come from runs of 16 tokens, as in SparseD.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from diffpatch.kernels.active_tiles import api as active_tiles
-from diffpatch.kernels.active_tiles.api import tile_table
-from diffpatch.kernels.active_tiles.importance import tile_importance
+from diffpatch.kernels.active_tiles.table import tile_table
+from diffpatch.kernels.block_sparse.backends import beside
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.selection import choose as choosing
+from diffpatch.kernels.selection.api import select
+from diffpatch.kernels.selection.choose import Counts
+from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.temporal.tiles import always, remembered
-from diffpatch.patterns.grid import Grid
+from diffpatch.methods.selection import always, remembered
 from diffpatch.patterns.pattern import BlockPattern
+
+RULE = "error"
+RUN = 16  # neighbouring tokens that count as one
 
 
 def attend(
@@ -24,18 +34,24 @@ def attend(
     kept: float,
     keep_frames: int,
 ) -> Attended:
-    """The chosen tiles; every `refresh` steps they are chosen anew, from this step's q and k."""
+    """The chosen tiles; every `refresh` steps they are chosen anew, from this step's tensors."""
     state, blocks = call.state, call.pattern.on(q.device)
-    bits = remembered(call, q)
+    used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
+    bits, table = remembered(call, q), tile_table(blocks)
     if bits is None or call.step - state["step"] >= refresh:
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        importance = tile_importance(q, k, blocks, scale, key_mask=call.key_mask)
+        options = Options("drop", RUN)
+        tiles = Tiles(q, k, v, blocks, 0, scale, call.key_mask, beside(used), options)
         fixed = always(blocks, call.pattern.grid, keep_frames)
-        bits = active_tiles.pack(choose(importance, blocks, fixed, kept))
+        counts = call.pattern.once(
+            ("counts", kept, keep_frames, q.shape[2], q.device),
+            lambda: _counts(call.pattern, kept, keep_frames, q.shape[2]).to(q.device),
+        )
+        (chosen,) = select(tiles, RULE, table.map(fixed), [counts])
+        bits = active_tiles.pack(table.flags(chosen) & table.valid())
         state.update(bits=bits, step=call.step, pattern=call.pattern)
-    active = active_tiles.unpack(bits, tile_table(blocks).length)
-    used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-    out, _ = active_tiles.attend(
+    active = active_tiles.unpack(bits, table.length)
+    out, _, _ = active_tiles.attend(
         q, k, v, blocks, active, scale=call.scale, key_mask=call.key_mask, backend=used
     )
     return Attended(out, active_tiles.kept(blocks, active), used)
@@ -47,7 +63,7 @@ def choose(
     """The most important tiles of every row, a fraction of them, the fixed ones included.
 
     Args:
-        importance: (B, H, N, N) [query tile, key tile], at least 0.
+        importance: (B, H, N, N) [query tile, key tile].
         blocks: the index, of E pairs of tiles.
         fixed: bool (H or 1, E), pairs that are in whatever their importance; they count.
         kept: fraction of the pairs of each row, rounded up.
@@ -55,36 +71,23 @@ def choose(
     Returns:
         bool (B, H, E).
     """
-    table, tiles = tile_table(blocks), blocks.num_tiles
-    heads = importance.shape[1]
-    pattern = table.pattern.expand(heads)
-    valid = table.valid().expand(heads, -1)
-    place = (table.query * tiles + table.key)[pattern]  # (H, E)
-    value = importance.flatten(2).gather(2, place.expand(len(importance), -1, -1))
-    value = value.masked_fill(fixed, torch.inf)
-    # Pairs that only fill up the table go to a place of their own.
-    place = place.masked_fill(~valid, tiles * tiles).expand_as(value)
-    ranked = value.new_full((*value.shape[:2], tiles * tiles + 1), -1.0)
-    ranked = ranked.scatter(2, place, value)[..., :-1].unflatten(2, (tiles, tiles))
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    number = torch.arange(tiles, device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, number).flatten(2)
-    count = _counts(blocks, fixed, kept)  # (H or 1, N)
-    limit = count.expand(heads, -1).gather(1, table.query[pattern])
-    return (rank.gather(2, place.clamp(max=tiles * tiles - 1)) < limit) & valid
+    table = tile_table(blocks)
+    counts = Counts.of(_rows(blocks, fixed, kept), importance.shape[1]).to(importance.device)
+    seen = table.map(table.valid())[None]
+    return table.flags(choosing.choose(importance, seen, table.map(fixed), counts)) & table.valid()
 
 
-def _counts(blocks: BlockIndex, fixed: torch.Tensor, kept: float) -> torch.Tensor:
+def _counts(pattern: BlockPattern, kept: float, keep_frames: int, heads: int) -> Counts:
+    """Of every head, on a CPU."""
+    blocks = pattern.blocks.to("cpu")
+    return Counts.of(_rows(blocks, always(blocks, pattern.grid, keep_frames), kept), heads)
+
+
+def _rows(blocks: BlockIndex, fixed: torch.Tensor, kept: float) -> torch.Tensor:
     """int64 (H or 1, N): pairs to keep in each row."""
     table = tile_table(blocks)
-    row = table.query[table.pattern]
-
-    def of_rows(flags: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros(len(row), blocks.num_tiles, dtype=torch.int64, device=row.device)
-        return zeros.scatter_add(1, row, flags.long())
-
-    wanted = (of_rows(table.valid()) * kept).ceil().long()
-    return torch.maximum(wanted, of_rows(fixed.expand_as(row)))
+    wanted = (table.map(table.valid()).sum(2) * kept).ceil().long()
+    return torch.maximum(wanted, table.map(fixed).sum(2))
 
 
 def bounds(pattern: BlockPattern, kept: float, keep_frames: int) -> tuple[float, float]:
@@ -92,19 +95,12 @@ def bounds(pattern: BlockPattern, kept: float, keep_frames: int) -> tuple[float,
 
     They are equal where all tiles have one size.
     """
-    key = ("bounds of a choice", kept, keep_frames)
-    return pattern.blocks.derived(key, lambda b: _bounds(b, pattern.grid, kept, keep_frames))
 
+    def make(blocks: BlockIndex) -> tuple[float, float]:
+        table, fixed = tile_table(blocks), always(blocks, pattern.grid, keep_frames)
+        counts = _counts(pattern, kept, keep_frames, len(table.pattern))
+        least, most = choosing.bounds(table, table.map(fixed), counts, "row", table.area)
+        pairs = len(table.pattern) * blocks.num_tokens**2
+        return least / pairs, most / pairs
 
-def _bounds(blocks: BlockIndex, grid: Grid, kept: float, keep_frames: int) -> tuple[float, float]:
-    table, tokens = tile_table(blocks), blocks.num_tokens
-    fixed = always(blocks, grid, keep_frames)
-    place = (table.query * blocks.num_tiles + table.key)[table.pattern]
-    area = table.area[table.pattern].float()
-    found = []
-    for preference in (tokens**2 - area, area):
-        value = preference.new_zeros(len(place), blocks.num_tiles**2).scatter_(1, place, preference)
-        value = value.view(1, len(place), blocks.num_tiles, -1)
-        active = choose(value, blocks, fixed, kept)
-        found.append(float(active_tiles.kept(blocks, active)))
-    return found[0], found[1]
+    return pattern.blocks.derived(("bounds of a choice", kept, keep_frames), make)

@@ -39,8 +39,9 @@ class Temporal(Wrapper):
     ``mode="skip"``: tiles whose scores stay below the running maximum by `threshold` powers of 2
     are left out from the next step on, until a re-check after `refresh` steps (LiteAttention).
 
-    ``mode="mask"``: every `refresh` steps, from the current queries and keys, each row of tiles
-    chooses its most important ones, a fraction `kept` of them, and keeps to them (SparseD).
+    ``mode="mask"``: every `refresh` steps, from the current queries, keys and values, each row of
+    tiles chooses those whose loss would change it most, a fraction `kept` of them, and keeps to
+    them (SparseD, which goes by attention alone; the choice is that of `dynamic`).
 
     The last two store a bit for each pair of tiles, choose for each head, always compute text and
     each tile's view of itself, and also work on dense attention. State is kept for each layer and
@@ -99,9 +100,10 @@ class Temporal(Wrapper):
         nested = not self.over.only_skips
         if nested or (self.mode == "tail" and isinstance(self.over, Dense)):
             other = "use mode='skip' or mode='mask', or" if not nested else "so"
+            why = "remembers that itself" if self.over.dynamic else "leaves nothing out"
             raise BadParameter(
-                f"temporal: it remembers what a method leaves out, and {self.over.name} leaves"
-                f" nothing out; {other} combine it with radial, neighborhood or window"
+                f"temporal: it remembers what a method leaves out, and {self.over.name} {why};"
+                f" {other} combine it with radial, neighborhood or window"
             )
 
     @classmethod

@@ -6,7 +6,7 @@ import torch
 
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.temporal.tiles import always, remembered
+from diffpatch.methods.selection import always, remembered
 
 
 def attend(
@@ -36,7 +36,7 @@ def attend(
         active = active_tiles.unpack(bits, active_tiles.tile_table(blocks).length)
         kept = active_tiles.kept(blocks, active)
     used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-    out, hits = active_tiles.attend(
+    out, _, hits = active_tiles.attend(
         q, k, v, blocks, active, scale=call.scale, key_mask=call.key_mask,
         threshold=threshold, reverse=reverse, backend=used,
     )  # fmt: skip

@@ -1,0 +1,285 @@
+"""Attention whose tiles are chosen by what queries, keys and values hold."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.kernels.active_tiles import api as active_tiles
+from diffpatch.kernels.active_tiles.table import TileTable, tile_table
+from diffpatch.kernels.block_sparse.backends import beside
+from diffpatch.kernels.selection.api import select
+from diffpatch.kernels.selection.rules import RULES
+from diffpatch.kernels.selection.tiles import Options, Tiles
+from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.methods import selection
+from diffpatch.methods.base import Attended, AttentionCall, Method, param
+from diffpatch.methods.dense import LARGE, Dense
+from diffpatch.methods.registry import register
+from diffpatch.methods.selection import Levels, always, remembered
+from diffpatch.patterns.grid import Grid, TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+
+RESTS = ("virtual", "drop", "pyramid")
+TILE, TILE_OF_LARGE = 64, 128  # queries of a tile
+STRIP, STRIP_OF_LARGE = 32, 64  # keys that are taken or left together
+REFRESH, REFRESH_OF_LONG, LONG = 2, 4, 30  # steps; the second in runs of 30 steps or more
+PYRAMID = ((1, 0.1), (2, 0.05), (8, 0.2))  # PSA's for CogVideoX
+
+Budgets = tuple[tuple[int, tuple[float, ...]], ...]
+
+
+@register
+@dataclass(frozen=True)
+class Dynamic(Method):
+    """Each head chooses for every tile of queries which strips of keys it attends to exactly.
+
+    The choice is made from this layer's queries, keys and values, for each guidance branch and
+    batch entry, kept for `refresh` steps, and never used in another layer. By default a strip is
+    chosen if leaving it out would change the output most, and what is not chosen is not dropped but
+    read in virtual tokens, the means of `pool` keys, in the same softmax. Text, each tile's view of
+    itself and the first `keep_frames` frames are always exact. The same tensors give the same
+    choice; of equal scores the first strips win.
+
+    `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key.
+    Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
+    the four that have one cut there as in print, and the data decide how much is kept.
+    """
+
+    name = "dynamic"
+    summary = "tiles chosen by content: by the error of leaving them out, or by a published rule"
+    source = "rule 'error': diffpatch; virtual tokens: PISA, arXiv 2602.01077, and PWT"
+    only_skips = False
+    dynamic = True
+    default_dense_steps = 0.15
+    kept_parameters = ("kept", "threshold", "budgets")
+    state_advice = "keep more layers dense, or take larger tiles and strips"
+
+    kept: float = param(0.25, "fraction of the pairs computed, virtual tokens included")
+    rule: str = param("error", f"what strips are chosen by: {', '.join(RULES)}")
+    rest: str = param(
+        "virtual", "what is not chosen: 'virtual' tokens, 'drop', or 'pyramid' (both, by rank)"
+    )
+    pool: int = param(32, "tokens that one virtual token stands for")
+    tile: int = param(0, "most queries of a tile; 0 takes 64, and 128 above 50,000 tokens")
+    strip: int = param(0, "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or pool")
+    refresh: int | None = param(
+        None, "steps from one choice to the next; None takes 2, and 4 in runs of 30 steps or more"
+    )
+    threshold: float | None = param(
+        None, "the published cut of sol, sparge, xattention or nabla, in place of kept"
+    )
+    keep_frames: int = param(0, "first latent frames whose keys are always computed")
+    pyramid: tuple[tuple[int, float], ...] = param(
+        PYRAMID, "rest='pyramid': tokens of a run and part of the strips, level by level"
+    )
+    guard: float = param(-0.1, "sparge: self-similarity below which a tile is always exact")
+    budgets: Any = param(
+        None, "kept of each head, {layer: (head, head, ...)}; other layers take kept"
+    )
+    budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
+
+    def __post_init__(self) -> None:
+        self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
+        self.check(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
+        self.check(self.rest in RESTS, "rest", f"one of {', '.join(RESTS)}")
+        for name, least in (("pool", 1), ("tile", 0), ("strip", 0), ("keep_frames", 0)):
+            value = getattr(self, name)
+            self.check(isinstance(value, int) and value >= least, name, f"a count from {least}")
+        fits = not self.strip or self.pool <= self.strip or self.rest != "virtual"
+        self.check(fits, "pool", f"at most strip={self.strip}, which holds whole virtual tokens")
+        whole = isinstance(self.refresh, int) and self.refresh >= 1
+        self.check(self.refresh is None or whole, "refresh", "a count of at least 1, or None")
+        cuts = [name for name, rule in RULES.items() if rule.cut]
+        able = self.threshold is None or (self.rule in cuts and self.rest != "pyramid")
+        self.check(able, "threshold", f"None but for {', '.join(cuts)}")
+        sizes = [size for size, _ in self.pyramid]
+        rising = all(a < b for a, b in zip([0, *sizes], sizes, strict=False))
+        parts = rising and sizes[:1] == [1] and all(part > 0 for _, part in self.pyramid)
+        self.check(parts, "pyramid", "(1, part), (run, part), ... with rising runs")
+        object.__setattr__(self, "budgets", _budgets(self.budgets))
+        Dense(tile=self.tile)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether a choice outlives its step."""
+        return self.refresh != 1
+
+    def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        """Every pair of tiles: what there is to choose from."""
+        large = grid.visual_tokens > LARGE
+        return Dense(tile=self.tile or (TILE_OF_LARGE if large else TILE)).pattern(grid)
+
+    def keys_of(self, grid: Grid) -> int:
+        """Most keys of a strip on a grid."""
+        usual = STRIP_OF_LARGE if grid.visual_tokens > LARGE else STRIP
+        return self.strip or max(usual, self.pool if self.rest == "virtual" else 0)
+
+    def every(self, total: int | None) -> int:
+        """Steps from one choice to the next in a run of that many."""
+        if self.refresh is not None:
+            return self.refresh
+        return REFRESH_OF_LONG if total is not None and total >= LONG else REFRESH
+
+    def levels(self, pattern: BlockPattern, kept: tuple[float, ...]) -> Levels:
+        """How many strips each row of each head computes in which way, on a CPU; made once."""
+        return pattern.once(("levels", self, kept), lambda: self._levels(pattern, kept))
+
+    def _levels(self, pattern: BlockPattern, kept: tuple[float, ...]) -> Levels:
+        grid, strip = pattern.grid, self.keys_of(pattern.grid)
+        blocks = pattern.blocks.to("cpu")
+        table = tile_table(blocks, strip)
+        fixed = table.map(always(blocks, grid, self.keep_frames, strip))
+        text = selection.text_tiles(blocks, grid)
+        visual = ~text[table.strips.tile]
+        length = table.strips.first.diff()[visual].double()
+        rest: float | None = None
+        quotas: tuple[tuple[int, float], ...] = ((1, 1.0),)
+        if self.rest == "virtual":  # tokens that one virtual token stands for, on this grid
+            rest = float(length.sum() / (-(-length // self.pool)).sum())
+        if self.rest == "pyramid":
+            quotas = self.pyramid
+        parts = [selection.shares(each, quotas, rest) for each in kept]
+        counts = tuple(
+            selection.counts_of(table, fixed, text, torch.tensor(level, dtype=torch.float64))
+            for level in zip(*parts, strict=True)
+        )
+        sizes = tuple(size for size, _ in quotas) + ((self.pool,) if rest else ())
+        return Levels(sizes, counts)
+
+    def bounds(self, pattern: BlockPattern, kept: float) -> tuple[float, float]:
+        """The least and the most that a call keeps, of all pairs, text included."""
+        if self.threshold is not None:
+            return 0.0, 1.0
+
+        def make() -> tuple[float, float]:
+            blocks, strip = pattern.blocks.to("cpu"), self.keys_of(pattern.grid)
+            table = tile_table(blocks, strip)
+            fixed = table.map(always(blocks, pattern.grid, self.keep_frames, strip))
+            levels = self.levels(pattern, (kept,))
+            return selection.cost_bounds(table, fixed, levels, RULES[self.rule].scope)
+
+        return pattern.once(("bounds", self, kept), make)
+
+    def kept_at(self, pattern: BlockPattern, age: int) -> float:
+        """At most this, the mean over layers where `budgets` differ."""
+        found = [self.bounds(pattern, each)[1] for each in self._all_kept()]
+        return sum(found) / len(found)
+
+    def at_most(self, pattern: BlockPattern) -> bool:
+        found = [self.bounds(pattern, each) for each in self._all_kept()]
+        return any(most - least > 1e-9 for least, most in found)
+
+    def _all_kept(self) -> list[float]:
+        return [x for _, heads in self.budgets for x in heads] if self.budgets else [self.kept]
+
+    def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
+        planes = len(self.pyramid) if self.rest == "pyramid" else 1
+        table = tile_table(pattern.blocks, self.keys_of(pattern.grid))
+        return heads * planes * -(-table.num_tiles * len(table.strips) // 8)
+
+    def state_limit(self) -> float:
+        return self.budget_gib * 2**30
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
+        blocks, strip = call.pattern.on(q.device), self.keys_of(call.pattern.grid)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
+        backend, table, state = beside(used), tile_table(blocks, strip), call.state
+        bits = remembered(call, q)
+        if bits is None or call.step - state["step"] >= self.every(call.total):
+            maps = self._chosen(q, k, v, call, scale, backend)
+            bits = active_tiles.pack(torch.stack([x.flatten(2) for x in maps], 2))
+            kept = self._kept(maps, call.pattern, q)
+            state.update(bits=bits, step=call.step, pattern=call.pattern, kept=kept)
+        shape = (table.num_tiles, len(table.strips))
+        flags = active_tiles.unpack(bits, shape[0] * shape[1])
+        maps = list(flags.unflatten(3, shape).unbind(2))
+        near = active_tiles.attend(
+            q, k, v, blocks, table.flags(maps[0]), scale=scale, key_mask=call.key_mask,
+            strip=strip, backend=used,
+        )  # fmt: skip
+        out, lse = near.out, near.lse
+        for size, shown in self._virtual(maps, table):
+            tokens = virtual_tokens.pool(
+                k, v, blocks, size, key_mask=call.key_mask, strip=strip, backend=backend
+            )
+            out, lse = virtual_tokens.attend_virtual(
+                q, tokens, blocks, scale, (out, lse), backend, shown=shown
+            )
+        return Attended(out, state["kept"], used)
+
+    def _chosen(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, scale: float,
+        backend: str,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """bool (B, H, N, n) for each level: the strips of that level and those before it."""
+        grid, heads = call.pattern.grid, q.shape[2]
+        blocks, strip = call.pattern.on(q.device), self.keys_of(grid)
+        kept = dict(self.budgets or ()).get(call.layer, (self.kept,) * heads)
+        if len(kept) != heads:
+            raise BadParameter(
+                f"dynamic: budgets name {len(kept)} heads in layer {call.layer} and the call has"
+                f" {heads}: name every head of the model; heads that processes share have none"
+            )
+        levels = self.levels(call.pattern, kept)
+        counts = call.pattern.once(
+            ("counts", self, kept, q.device), lambda: [x.to(q.device) for x in levels.counts]
+        )
+        fixed = tile_table(blocks, strip).map(always(blocks, grid, self.keep_frames, strip))
+        options = Options("drop" if self.rest == "drop" else "virtual", guard=self.guard)
+        tiles = Tiles(q, k, v, blocks, strip, scale, call.key_mask, backend, options)
+        return select(tiles, self.rule, fixed, counts, self.threshold)
+
+    def _virtual(
+        self, maps: list[torch.Tensor], table: TileTable
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Tokens of a run, and where such runs are shown, bool (B, H, N, n)."""
+        if self.rest == "virtual":
+            left = ~maps[0]
+            return [(self.pool, left if table.complete else left & table.map(table.valid()))]
+        sizes = [size for size, _ in self.pyramid]
+        return [(sizes[n], maps[n] & ~maps[n - 1]) for n in range(1, len(maps))]
+
+    def _kept(
+        self, maps: list[torch.Tensor], pattern: BlockPattern, q: torch.Tensor
+    ) -> torch.Tensor:
+        """The fraction of all pairs that is computed, on the device of the maps."""
+        table = tile_table(pattern.on(q.device), self.keys_of(pattern.grid))
+
+        def weighed(size: int, shown: torch.Tensor) -> torch.Tensor:
+            price = pattern.once(
+                ("price", size, self.strip, q.device), lambda: _prices(table, size, q.device)
+            )
+            return (table.flags(shown) * price[table.pattern]).sum(dtype=price.dtype)
+
+        total = weighed(1, maps[0])
+        for size, shown in self._virtual(maps, table):
+            total = total + weighed(size, shown)
+        return total / (q.shape[0] * q.shape[2] * q.shape[1] ** 2)
+
+
+def _prices(table: TileTable, size: int, device: torch.device) -> torch.Tensor:
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return selection.price(table, size).to(wide)
+
+
+def _budgets(given: Any) -> Budgets | None:
+    """Budgets as they are kept: ((layer, (kept of each head, ...)), ...), in order."""
+    if given is None:
+        return None
+    pairs = given.items() if isinstance(given, Mapping) else given
+    try:
+        found = tuple(sorted((int(n), tuple(float(x) for x in heads)) for n, heads in pairs))
+    except (TypeError, ValueError):
+        raise BadParameter(f"dynamic: budgets={given!r} must be {{layer: (kept, ...)}}") from None
+    wrong = [x for _, heads in found for x in heads if not 0 < x <= 1]
+    if wrong or not found:
+        raise BadParameter(f"dynamic: budgets={wrong or given!r} must be in (0, 1]")
+    return found

@@ -1,0 +1,1 @@
+"""Which tiles are worth computing exactly, from their content."""

@@ -1,0 +1,77 @@
+"""Means and variances of pieces of the sequence: all that most rules know of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.pieces import Pieces
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of every piece, over the tokens that count, in fp32 (fp64 for fp64).
+
+    Attributes:
+        mean: (B, K, V, D).
+        variance: (B, K, V, D), of each channel, about the mean.
+        count: (B, V), how many tokens there are; where there are none, moments are 0.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    count: torch.Tensor
+
+    @property
+    def square(self) -> torch.Tensor:
+        """The mean of the squares, which is not the square of the mean."""
+        return self.variance + self.mean.square()
+
+    def for_heads(self, heads: int) -> Moments:
+        """Each head of keys once for every head of queries that reads it."""
+        groups = heads // self.mean.shape[1]
+        if groups == 1:
+            return self
+        mean, variance = (x.repeat_interleave(groups, 1) for x in (self.mean, self.variance))
+        return Moments(mean, variance, self.count)
+
+
+def moments(
+    x: torch.Tensor,
+    blocks: BlockIndex,
+    pieces: Pieces,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Moments:
+    """The moments of (B, S, K, D) over pieces of its tokens.
+
+    Args:
+        x: queries, keys or values.
+        blocks: the tiles that were cut.
+        pieces: V of them.
+        key_mask: bool (B, S), True where a token counts; None counts all.
+        backend: "triton", "torch", "reference" (which is torch), or "auto".
+    """
+    if choose_backend(VIRTUAL_TOKENS, backend, blocks, x) == "triton":
+        from diffpatch.kernels.virtual_tokens import triton_impl as kernels
+
+        mean, variance, log_count = kernels.moments(x, blocks, pieces.first, key_mask)
+        return Moments(mean.transpose(1, 2), variance.transpose(1, 2), log_count.exp().round())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if pieces.even and key_mask is None:
+        x = x.index_select(1, blocks.order).to(wide).unflatten(1, (len(pieces), -1))
+        mean = x.mean(2)
+        variance = (x - mean[:, :, None]).square_().mean(2)
+        count = mean.new_full(mean.shape[:2], pieces.longest)
+        return Moments(mean.transpose(1, 2), variance.transpose(1, 2), count)
+    weight = pieces.valid.expand(len(x), -1, -1)
+    weight = weight if key_mask is None else weight & key_mask[:, pieces.index]
+    count = weight.sum(2).to(wide)  # (B, V)
+    share = (weight / count.clamp(min=1)[..., None])[..., None, None]  # (B, V, L, 1, 1)
+    x = x[:, pieces.index].to(wide).masked_fill(~weight[..., None, None], 0.0)
+    mean = (x * share).sum(2)
+    variance = ((x - mean[:, :, None]).square_() * share).sum(2)
+    return Moments(mean.transpose(1, 2), variance.transpose(1, 2), count)

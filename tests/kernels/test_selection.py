@@ -1,0 +1,418 @@
+"""Scores of tiles against their formulas in fp64, written apart, and the choice from scores."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffpatch import Dense, TokenGrid, Window
+from diffpatch.kernels.active_tiles.table import tile_table
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.selection import api as selection
+from diffpatch.kernels.selection.api import select, tile_scores
+from diffpatch.kernels.selection.choose import Counts, above, choose, spread_counts
+from diffpatch.kernels.selection.tiles import Options, Tiles
+from tests.kernels.random_blocks import random_qkv
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+SCALE = 0.4
+
+
+def pieces(blocks: BlockIndex, strip: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tokens of query tiles, and of strips of keys: equal parts of at most `strip`."""
+    tiles = [blocks.order[a:b] for a, b in itertools.pairwise(blocks.starts.tolist())]
+    strips = []
+    for tile in tiles:
+        parts = math.ceil(len(tile) / strip) if strip else 1
+        cuts = [len(tile) * p // parts for p in range(parts + 1)]
+        strips += [tile[a:b] for a, b in itertools.pairwise(cuts)]
+    return tiles, strips
+
+
+def error_by_formula(
+    tensors: Tensors, blocks: BlockIndex, strip: int, rest: str, key_mask: torch.Tensor
+) -> torch.Tensor:
+    """The rule "error" as research wrote it down, pair by pair."""
+    q, k, v = (x.double() for x in tensors)
+    tiles, strips = pieces(blocks, strip)
+    out = torch.zeros(len(q), q.shape[2], len(tiles), len(strips), dtype=torch.float64)
+    for b, h, i in itertools.product(range(len(q)), range(q.shape[2]), range(len(tiles))):
+        g = h * k.shape[2] // q.shape[2]
+        x = q[b, tiles[i], h]
+        mean, square = x.mean(0), x.square().mean(0)
+        logit, spread, mean_v, spread_v = [], [], [], []
+        for tokens in strips:
+            alive = tokens[key_mask[b, tokens]]
+            if not len(alive):
+                logit.append(-math.inf)
+                spread.append(0.0)
+                mean_v.append(torch.zeros_like(mean))
+                spread_v.append(0.0)
+                continue
+            key, value = k[b, alive, g], v[b, alive, g]
+            inside = float(SCALE**2 * (square * key.var(0, unbiased=False)).sum())
+            bound = math.log(len(alive))
+            own = SCALE * float(mean @ key.mean(0))
+            logit.append(own + min(inside / 2, bound) + bound)
+            spread.append(min(math.sqrt(inside), 3.0))
+            mean_v.append(value.mean(0))
+            spread_v.append(math.sqrt(float(value.var(0, unbiased=False).sum())))
+        share = torch.tensor(logit, dtype=torch.float64).softmax(0)
+        values = torch.stack(mean_v)
+        if rest == "drop":
+            distance = (values - share @ values).norm(dim=1)
+            out[b, h, i] = torch.where(share > 0.5, torch.inf, share * distance)
+        else:
+            out[b, h, i] = share * torch.tensor(spread).double() * torch.tensor(spread_v).double()
+    return out
+
+
+# Odd grids; two are parts of 21×30×52 and 21×45×80, as all of them would take minutes.
+GRIDS = [
+    (TokenGrid(3, 15, 13), 64, 32),
+    (TokenGrid(2, 15, 20, text_before=9), 60, 25),
+    (TokenGrid(1, 20, 16, text_after=5), 64, 0),
+    (TokenGrid(5, 7, 11, text_before=3, text_after=2), 33, 8),
+]
+
+
+def inputs(grid: TokenGrid, dtype: torch.dtype = torch.float64) -> tuple[Tensors, torch.Tensor]:
+    q, k, v = random_qkv(2, grid.num_tokens, 4, 16, dtype, key_heads=2)
+    mask = torch.rand(2, grid.num_tokens, generator=torch.Generator().manual_seed(3)) < 0.8
+    mask[1, :70] = False  # whole strips without a key that counts
+    return (q, k + 0.5, v - 1), mask
+
+
+@pytest.mark.parametrize("rest", ["drop", "virtual"])
+@pytest.mark.parametrize(("grid", "tile", "strip"), GRIDS, ids=lambda x: str(x))
+def test_the_error_of_leaving_a_tile_out(grid: TokenGrid, tile: int, strip: int, rest: str) -> None:
+    blocks = Dense(tile=tile).pattern(grid).blocks
+    tensors, mask = inputs(grid)
+    for hidden in (None, mask):
+        found = tile_scores(*tensors, blocks, SCALE, rest=rest, strip=strip, key_mask=hidden)
+        everything = torch.ones_like(mask) if hidden is None else mask
+        expected = error_by_formula(tensors, blocks, strip, rest, everything)
+        finite = expected.isfinite()
+        assert torch.allclose(found, expected, atol=1e-9 * float(expected[finite].max()) + 1e-14)
+    low = tensors[0].bfloat16(), tensors[1].bfloat16(), tensors[2].bfloat16()
+    found = tile_scores(*low, blocks, SCALE, rest=rest, strip=strip)
+    exact = error_by_formula(low, blocks, strip, rest, torch.ones_like(mask))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=1e-5)  # moments are in fp32
+
+
+def test_values_far_from_zero_do_not_drown_their_differences() -> None:
+    grid = TokenGrid(2, 8, 16)
+    blocks = Dense(tile=64).pattern(grid).blocks
+    (q, k, v), mask = inputs(grid)
+    v = v + 1000
+    found = tile_scores(q.float(), k.float(), v.float(), blocks, SCALE, rest="drop")
+    expected = error_by_formula((q, k, v), blocks, 0, "drop", torch.ones_like(mask))
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_a_sink_is_scored_by_what_it_says() -> None:
+    """A head whose attention is all on one tile: its output is that tile's, and so never far off,
+    but dropping the tile would leave nothing of it."""
+    grid = TokenGrid(2, 8, 16)
+    blocks = Dense(tile=64).pattern(grid).blocks
+    (q, k, v), mask = inputs(grid, torch.float32)
+    q = q.abs()
+    k[:, blocks.order[:64]] += 40.0
+    for rest in ("drop", "virtual"):
+        found = tile_scores(q, k, v, blocks, SCALE, rest=rest)
+        expected = error_by_formula((q, k, v), blocks, 0, rest, torch.ones_like(mask))
+        assert not found.isnan().any()
+        assert torch.allclose(found.double(), expected, rtol=1e-3, atol=2e-3)
+        seen, fixed = torch.ones(1, 1, 4, 4).bool(), torch.eye(4).bool()[None]
+        chosen = choose(found, seen, fixed, Counts.of(torch.full((1, 4), 2), 4))
+        assert (chosen & fixed).sum() == 2 * 4 * 4
+        assert chosen[..., 0].all() and (chosen[:, :, 1:].sum(-1) == 2).all()
+
+
+def by_rule(
+    rule: str, tensors: Tensors, blocks: BlockIndex, strip: int, seen: torch.Tensor
+) -> torch.Tensor:
+    """Published scores as their papers define them; all keys count. (B, H, N, n)."""
+    q, k, _ = (x.double() for x in tensors)
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    tiles, strips = pieces(blocks, strip)
+    mean_q = torch.stack([q[:, :, t].mean(2) for t in tiles], 2)
+    mean_k = torch.stack([k[:, :, t].mean(2) for t in strips], 2)
+    scores = SCALE * torch.einsum("bhid,bhjd->bhij", mean_q, mean_k)
+    if rule in ("pooled", "draft"):
+        return scores
+    if rule == "sol":
+        centred = mean_k - mean_k.mean(2, keepdim=True)
+        deviation = (
+            SCALE * torch.einsum("bhid,bhd->bhi", mean_q.square(), centred.square().mean(2)).sqrt()
+        )
+        return SCALE * torch.einsum("bhid,bhjd->bhij", mean_q, centred) / deviation[..., None]
+    if rule in ("nabla", "sparge"):
+        share = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        return -_before(share, inclusive=rule == "sparge")
+    if rule == "subblock":
+        out = torch.empty_like(scores)
+        quarter_q, quarter_k = (max(map(len, x)) for x in (tiles, strips))
+        parts_q = [_equal_parts(t, math.ceil(quarter_q / 4)) for t in tiles]
+        parts_k = [_equal_parts(t, math.ceil(quarter_k / 4)) for t in strips]
+        for (i, own), (j, others) in itertools.product(enumerate(parts_q), enumerate(parts_k)):
+            terms = [
+                SCALE * (q[:, :, a].mean(2) * k[:, :, b].mean(2)).sum(-1)
+                for a, b in itertools.product(own, others)
+            ]
+            out[:, :, i, j] = torch.stack(terms).logsumexp(0)
+        return out
+    if rule == "psa":
+        one_q = [[p[len(p) // 2] for p in _equal_parts(t, 4)] for t in tiles]
+        one_k = [[p[len(p) // 2] for p in _equal_parts(t, 4)] for t in strips]
+        every = torch.stack([k[:, :, t] for own in one_k for t in own], 2)
+        sizes, sums = [len(own) for own in one_k], []
+        for chosen in one_q:
+            x = torch.stack([q[:, :, t] for t in chosen], 2)
+            share = (SCALE * x @ every.mT).softmax(-1).mean(2)
+            sums.append(torch.stack([p.sum(-1) for p in share.split(sizes, -1)], -1))
+        return torch.stack(sums, 2)
+    assert rule == "xattention"
+    stride = 8
+
+    def antidiagonals(x: torch.Tensor, parts: list[torch.Tensor], backwards: bool) -> torch.Tensor:
+        made = []
+        for part in parts:
+            filled = torch.zeros(*x.shape[:2], stride, x.shape[3], dtype=x.dtype)
+            filled[:, :, : len(part)] = x[:, :, part]
+            made.append((filled.flip(2) if backwards else filled).flatten(2))
+        return torch.stack(made, 2)
+
+    groups = [_equal_parts(t, stride) for t in strips]
+    every = antidiagonals(k, [p for own in groups for p in own], False)
+    rows = []
+    for tile in tiles:
+        own = antidiagonals(q, _equal_parts(tile, stride), True)
+        share = (SCALE / stride * own @ every.mT).softmax(-1).mean(2)
+        rows.append(torch.stack([p.sum(-1) for p in share.split([len(g) for g in groups], -1)], -1))
+    return -_before(torch.stack(rows, 2), inclusive=False)
+
+
+def _equal_parts(tokens: torch.Tensor, most: int) -> list[torch.Tensor]:
+    parts = math.ceil(len(tokens) / most)
+    cuts = [len(tokens) * p // parts for p in range(parts + 1)]
+    return [tokens[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def _before(share: torch.Tensor, inclusive: bool) -> torch.Tensor:
+    """The mass of all entries of a row that come earlier in falling order, entry by entry; of equal
+    ones, which short groups of antidiagonals make, the first does."""
+    number = torch.arange(share.shape[-1])
+    larger = share[..., None, :] > share[..., None]
+    larger |= (share[..., None, :] == share[..., None]) & (number < number[:, None])
+    before = (share[..., None, :] * larger).sum(-1)
+    return before + share if inclusive else before
+
+
+PUBLISHED = ["pooled", "draft", "sol", "nabla", "sparge", "subblock", "psa", "xattention"]
+
+
+@pytest.mark.parametrize("rule", PUBLISHED)
+@pytest.mark.parametrize(("grid", "tile", "strip"), GRIDS[1:], ids=lambda x: str(x))
+def test_published_rules_are_their_formulas(
+    rule: str, grid: TokenGrid, tile: int, strip: int
+) -> None:
+    blocks = Dense(tile=tile).pattern(grid).blocks
+    tensors, _ = inputs(grid)
+    found = tile_scores(*tensors, blocks, SCALE, rule=rule, strip=strip, guard=-2.0)
+    seen = torch.ones(found.shape[2:]).bool()
+    expected = by_rule(rule, tensors, blocks, strip, seen)
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+def test_the_guard_of_sparge_keeps_tiles_that_are_unlike_themselves() -> None:
+    grid = TokenGrid(2, 8, 16)
+    blocks = Dense(tile=64).pattern(grid).blocks
+    (q, k, v), _ = inputs(grid)
+    k = torch.ones_like(k)
+    k[:, blocks.order[64:128:2]] *= -1  # tile 1 points both ways: a mean cosine of 0
+    q = torch.ones_like(q)
+    scores = tile_scores(q, k, v, blocks, SCALE, rule="sparge", guard=0.3)
+    assert scores[..., 1].isinf().all() and scores[..., [0, 2, 3]].isfinite().all()
+    share = torch.tensor([1 / 3] * 3).cumsum(0)  # the column is out of the softmax
+    assert torch.allclose(-scores[0, 0, 0, [0, 2, 3]].float(), share, atol=1e-6)
+    q = torch.where(torch.arange(q.shape[1])[:, None, None] % 2 == 0, 1.0, -1.0) * q
+    assert tile_scores(q, k, v, blocks, SCALE, rule="sparge", guard=0.3).isinf().all()
+
+
+@pytest.mark.parametrize("run", [1, 4])
+def test_mass_by_runs_is_the_softmax_to_second_order(run: int) -> None:
+    grid = TokenGrid(2, 5, 9, text_after=4)
+    blocks = Window(window=(1, 5, 9)).pattern(grid).blocks
+    (q, k, v), mask = inputs(grid)
+    found = tile_scores(q, k, v, blocks, SCALE, rule="mass", run=run, key_mask=mask)
+    table = tile_table(blocks)
+    visited = table.map(table.valid())[0]
+    tiles, _ = pieces(blocks, 0)
+    k = k.repeat_interleave(2, 2)
+    expected = torch.zeros_like(found)
+    for b, h, i in itertools.product(range(2), range(4), range(len(tiles))):
+        for own in _equal_parts(tiles[i], run):
+            x, logit, owner = q[b, own, h], [], []
+            for j, tile in enumerate(tiles):
+                for part in _equal_parts(tile, run) if visited[i, j] else []:
+                    alive = part[mask[b, part]]
+                    if not len(alive):
+                        continue
+                    key, bound = k[b, alive, h], math.log(len(alive))
+                    inside = SCALE**2 * (x.square().mean(0) * key.var(0, unbiased=False)).sum()
+                    second = min(float(inside) / 2, bound)
+                    logit.append(SCALE * float(x.mean(0) @ key.mean(0)) + second + bound)
+                    owner.append(j)
+            share = torch.tensor(logit, dtype=torch.float64).softmax(0) * len(own) / len(tiles[i])
+            expected[b, h, i].index_add_(0, torch.tensor(owner), share)
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+def best_by_sorting(
+    scores: list[float], seen: list[bool], fixed: list[bool], count: int
+) -> list[bool]:
+    """The definition: fixed ones, then by falling score, the first of equals first."""
+    must = [s and f for s, f in zip(seen, fixed, strict=True)]
+    order = sorted(
+        (j for j in range(len(scores)) if seen[j] and not must[j]), key=lambda j: -scores[j]
+    )
+    chosen = set(order[: max(0, count - sum(must))])
+    return [m or j in chosen for j, m in enumerate(must)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 7)),
+    values=st.sampled_from(["random", "ties", "equal", "empty"]),
+    scope=st.sampled_from(["row", "head", "layer"]),
+    seed=st.integers(0, 99),
+)
+def test_the_choice_is_the_best_with_ties_to_the_first(
+    shape: tuple[int, int, int, int], values: str, scope: str, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.rand(shape, generator=random)
+    if values == "ties":
+        scores = (scores * 3).floor()
+    if values in ("equal", "empty"):
+        scores = torch.zeros(shape)
+    seen = torch.rand(1, shape[1], *shape[2:], generator=random) < (0.8 if values != "empty" else 0)
+    fixed = torch.rand(1, *shape[2:], generator=random) < 0.2
+    rows = torch.randint(0, shape[3] + 2, (shape[1], shape[2]), generator=random)
+    found = choose(scores, seen, fixed, Counts.of(rows, shape[1]), scope)
+    for b in range(shape[0]):
+        whole = (scores[b], seen[0], fixed.expand(shape[1:]), rows)
+        groups: list[tuple[Any, ...]] = [whole]
+        if scope != "layer":
+            groups = [tuple(x[h] for x in whole) for h in range(shape[1])]
+        if scope == "row":
+            groups = [tuple(x[i] for x in group) for group in groups for i in range(shape[2])]
+        expected = [
+            flag
+            for value, visible, must, count in groups
+            for flag in best_by_sorting(
+                value.flatten().tolist(), visible.flatten().tolist(), must.flatten().tolist(),
+                int(count.sum()),
+            )
+        ]  # fmt: skip
+        assert found[b].flatten().tolist() == expected
+
+
+def test_scores_that_are_no_numbers_leave_what_is_always_in() -> None:
+    fixed = torch.eye(3).bool()[None]
+    scores = torch.full((1, 1, 3, 3), torch.nan)
+    found = choose(
+        scores, torch.ones(1, 1, 3, 3).bool(), fixed, Counts.of(torch.full((1, 3), 2), 1)
+    )
+    assert (found & fixed).sum() == 3
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=40))
+def test_counts_take_turns(wanted: list[float]) -> None:
+    found = spread_counts(torch.tensor(wanted))
+    sums = torch.tensor(wanted).double().cumsum(0)
+    assert (found.cumsum(0) - sums).abs().max() < 1.001
+    assert all(math.floor(x) <= n <= math.floor(x) + 1 for x, n in zip(wanted, found, strict=True))
+
+
+def test_a_threshold_takes_what_exceeds_it() -> None:
+    scores = torch.tensor([[[[0.0, 1.0, 2.0], [2.0, 1.5, 0.0]]]])
+    seen = torch.tensor([[[[True, True, False], [True, True, True]]]])
+    fixed = torch.tensor([[[False, False, True], [False, False, True]]])
+    expected = [[False, False, False], [True, True, True]]
+    assert above(scores, seen, fixed, 1.0)[0, 0].tolist() == expected
+
+
+def test_heads_few_at_a_time_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = TokenGrid(2, 8, 16)
+    blocks = Dense(tile=32).pattern(grid).blocks
+    (q, k, v), mask = inputs(grid, torch.float32)
+    fixed = torch.eye(8).bool()[None]
+    counts = [Counts.of(torch.tensor([[2] * 8, [3] * 8, [4] * 8, [1] * 8]), 4)]
+
+    def chosen(rule: str) -> torch.Tensor:
+        tiles = Tiles(q, k, v, blocks, 0, SCALE, mask, "torch", Options())
+        return select(tiles, rule, fixed, counts)[0]
+
+    for rule in ("error", "draft", "sol"):
+        expected = chosen(rule)
+        with monkeypatch.context() as patched:
+            patched.setattr(selection, "MAX_PAIRS", 1)
+            assert torch.equal(chosen(rule), expected)
+        if rule == "error":
+            assert torch.equal(expected.sum(-1), counts[0].rows.expand(2, -1, -1))
+
+
+def test_sol_attn_is_that_of_comfy_kitchen() -> None:
+    """Its reference: 64-token blocks in the order of the sequence, neighbours and sinks exact."""
+    from comfy_kitchen.backends.eager.sol_attn import sol_attn
+
+    from diffpatch.kernels.active_tiles import api as active_tiles
+    from diffpatch.patterns.tiles import raster
+
+    tokens = 9 * 64 + 20
+    grid = TokenGrid(1, 1, tokens)
+    from diffpatch.patterns.build import from_tiles
+
+    tiling = raster(grid, 64)
+    blocks = from_tiles(grid, tiling, torch.ones(10, 10).bool()).blocks
+    q, k, v = random_qkv(2, tokens, 3, 32)
+    number = torch.arange(10)
+    near = ((number[:, None] - number).abs() <= 1) | (number < 1)
+    tiles = Tiles(q, k, v, blocks, 0, 32**-0.5, None, "torch", Options())
+    kept = set()
+    for tau in (0.5, 1.0, 1.5):
+        counts = [Counts.of(torch.ones(1, 10), 3)]
+        (chosen,) = select(tiles, "sol", near[None], counts, threshold=tau)
+        kept.add(int(chosen.sum()))
+        out = active_tiles.attend(q, k, v, blocks, chosen.flatten(2), backend="torch").out
+        theirs = sol_attn(q, k, v, tau=tau, sink_blocks=[0, 1], tail=False)
+        assert torch.allclose(out, theirs, atol=1e-5)
+    assert len(kept) == 3
+
+
+def test_pooled_top_k_is_that_of_comfy_kitchen() -> None:
+    from comfy_kitchen.backends.eager.sol_attn import sol_attn
+
+    from diffpatch.kernels.active_tiles import api as active_tiles
+    from diffpatch.patterns.build import from_tiles
+    from diffpatch.patterns.tiles import raster
+
+    grid = TokenGrid(1, 1, 640)
+    blocks = from_tiles(grid, raster(grid, 64), torch.ones(10, 10).bool()).blocks
+    q, k, v = random_qkv(1, 640, 2, 32)
+    tiles = Tiles(q, k, v, blocks, 0, 32**-0.5, None, "torch", Options())
+    none = torch.zeros(1, 10, 10).bool()
+    (best,) = select(tiles, "pooled", none, [Counts.of(torch.full((1, 10), 3), 2)])
+    near = (torch.arange(10)[:, None] - torch.arange(10)).abs() <= 1
+    out = active_tiles.attend(q, k, v, blocks, (best | near).flatten(2), backend="torch").out
+    assert torch.allclose(out, sol_attn(q, k, v, topk_ratio=0.3, tail=False), atol=1e-5)
