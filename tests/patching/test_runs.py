@@ -109,6 +109,7 @@ class Turns:
 @pytest.mark.parametrize("method", [LOCAL, TEMPORAL], ids=["window", "temporal"])
 def test_requests_of_other_sizes_take_their_steps_in_turn(method: Any) -> None:
     tiny = wan()
+    tiny.run()  # a tokenizer's first call is not for threads
     early = clone(tiny, "config")
     diffpatch.patch(tiny.pipe, method, dense_steps=1)
     pipes = [early, clone(tiny, "copy"), clone(tiny, "config")]
@@ -290,6 +291,7 @@ def test_one_function_that_steps_several_schedulers_is_not_guessed_at(
 
 def test_threads_that_share_a_scheduler_are_refused() -> None:
     tiny = wan()
+    tiny.run()
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
     both = threading.Barrier(2, timeout=60)
     turns = Turns(2)
