@@ -20,7 +20,7 @@ from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # few: a pattern keeps its copies on devices, and nobody frees them
 def made_pattern(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
     with neutral():
         return pattern_on(method, grid, variant)
