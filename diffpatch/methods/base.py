@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
-from diffpatch.kernels.block_sparse.work import Work, work_of
+from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 

@@ -8,15 +8,11 @@ different things share one call. Flags never leave the device and are kept as bi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from diffpatch.kernels.active_tiles.table import TileTable, tile_table
+from diffpatch.kernels.active_tiles.table import Result, TileTable, tile_table
 from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.blocks import BlockIndex
-
-LOG2_E = 1.4426950408889634
 
 __all__ = [
     "Result",
@@ -28,21 +24,6 @@ __all__ = [
     "tile_table",
     "unpack",
 ]
-
-
-class Result(NamedTuple):
-    """What attention over active tiles returns.
-
-    Attributes:
-        out: (B, S, H, D), 0 for queries that see nothing.
-        lse: the natural log-sum-exp of each query's scores, fp32 (fp64 for fp64) (B, S, H), -inf
-            for queries that see nothing.
-        hits: bool (B, H, E), the active tiles that were hit, or None.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
-    hits: torch.Tensor | None
 
 
 def pack(flags: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ import itertools
 
 import torch
 
-from diffpatch.kernels.active_tiles.api import LOG2_E, Result
-from diffpatch.kernels.active_tiles.table import tile_table
+from diffpatch.kernels.active_tiles.table import Result, tile_table
 from diffpatch.kernels.block_sparse.reference import dense_mask
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import LOG2_E
 
 
 def attend(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -163,3 +164,18 @@ def _cut_masks(
     place = (offset[:, None] + column).clamp(max=edge - 1)
     own = masks[which].gather(2, place[:, None].expand(-1, edge, -1))
     return ids, own & (column < size[:, None])[:, None]
+
+
+class Result(NamedTuple):
+    """What attention over active tiles returns.
+
+    Attributes:
+        out: (B, S, H, D), 0 for queries that see nothing.
+        lse: the natural log-sum-exp of each query's scores, fp32 (fp64 for fp64) (B, S, H), -inf
+            for queries that see nothing.
+        hits: bool (B, H, E), the active tiles that were hit, or None.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    hits: torch.Tensor | None

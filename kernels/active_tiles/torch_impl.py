@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from diffpatch.kernels.active_tiles import torch_rows
-from diffpatch.kernels.active_tiles.api import LOG2_E, Result
-from diffpatch.kernels.active_tiles.table import TileTable, tile_table
+from diffpatch.kernels.active_tiles.table import Result, TileTable, tile_table
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import LOG2_E
 from diffpatch.kernels.pieces import Pieces
 
 MAX_SCORES = 1 << 23  # scores held at a time

@@ -14,12 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from diffpatch.kernels.active_tiles.api import LOG2_E, Result
-from diffpatch.kernels.active_tiles.table import TileTable, tile_table
+from diffpatch.kernels.active_tiles.table import Result, TileTable, tile_table
 from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.gpu.common import ASYNC_TENSOR_CORE, padded
+from diffpatch.kernels.gpu.common import ASYNC_TENSOR_CORE, LOG2_E, padded
 from diffpatch.kernels.gpu.support import arch
 from diffpatch.kernels.tile_order import in_tile_order
 

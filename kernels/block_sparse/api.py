@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, ROWS, choose_backend
+from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -127,3 +128,14 @@ def _check_blocks(q: torch.Tensor, blocks: BlockIndex, key_mask: torch.Tensor | 
         )
     if key_mask.device != q.device:
         raise ValueError(f"key_mask is on {key_mask.device} but q on {q.device}.")
+
+
+def work_of(blocks: BlockIndex, backend: str = "torch") -> Work:
+    """The work of block-sparse attention without gradients or key masks, on a CPU for "torch".
+
+    Args:
+        blocks: the pairs to keep.
+        backend: one of `BACKENDS` but "auto".
+    """
+    count = ROWS[backend].count
+    return blocks.derived(("work", count), count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from diffpatch.kernels.block_sparse.backends import ROWS
 from diffpatch.kernels.block_sparse.torch_plan.calls import SdpaPlan, plans
 from diffpatch.kernels.block_sparse.torch_plan.grouping import ROW_COSTS
 from diffpatch.kernels.blocks import BlockIndex
@@ -52,17 +51,6 @@ class Work:
 
 
 KINDS = tuple(field.name for field in fields(Work))
-
-
-def work_of(blocks: BlockIndex, backend: str = "torch") -> Work:
-    """The work of block-sparse attention without gradients or key masks, on a CPU for "torch".
-
-    Args:
-        blocks: the pairs to keep.
-        backend: one of `BACKENDS` but "auto".
-    """
-    count = ROWS[backend].count
-    return blocks.derived(("work", count), count)
 
 
 def reference_work(blocks: BlockIndex) -> Work:

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.gpu.common import LOG2_E
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 START = tl.constexpr(-1.0e30)  # a finite start of the running maximum, see block_sparse_triton
 LARGEST = tl.constexpr(60000.0)  # of a squared query, which fp16 could not hold

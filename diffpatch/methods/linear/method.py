@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
+from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.backends import beside
-from diffpatch.kernels.block_sparse.work import Work, work_of
+from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.merge import merge
