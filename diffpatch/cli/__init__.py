@@ -8,6 +8,7 @@ they come from.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,9 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         args = build_parser().parse_args(words)
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()  # so that a closed pipe is found here
+        return code
     except SystemExit as end:  # --help and --version
         return end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("diffpatch: interrupted; no file was left half-written", file=sys.stderr)
         return 130

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import diffpatch
 from diffpatch.cli import arguments, generation, progress
+from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.eval.files import to_json
 from diffpatch.pipelines.running import loading
@@ -31,7 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     group = parser.add_argument_group("what to calibrate")
     group.add_argument("-p", "--prompt", required=True, help="a typical one")
-    group.add_argument("--method", default="radial+temporal", help="x+temporal (radial+temporal)")
+    group.add_argument("--method", default="dense+temporal", help="x+temporal (dense+temporal)")
     group.add_argument(
         "--max-error", type=arguments.number(float, 0), default=0.075, metavar="E",
         help="relative L1 of the attention to dense, in the middle of a run (0.075)",
@@ -44,34 +48,63 @@ def add_parser(commands: Any) -> None:
     arguments.add_generation_options(parser)
     arguments.add_method_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate and print; returns the exit code."""
+    if not args.method.endswith("temporal"):
+        raise UsageError(
+            f"--method {args.method} has no thresholds: give --method {args.method}+temporal"
+        )
     # Before loading, so that what is wrong is found at once. A mode that the user gave comes last.
     parameters = method_parameters(args.method, ["mode=skip", *args.set])
     progress.hush_libraries()
     source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     pipe = generation.load(source, generation.load_options(args))
-    found = diffpatch.calibrate(
-        pipe,
-        args.method,
-        prompt=args.prompt,
-        call=fitted_call(call, pipe),
-        max_error=args.max_error,
-        spread=args.spread,
-        seed=args.seed,
-        **arguments.method_options(args),
-        **parameters,
-    )
+    with _bar(source, args.quiet) as watched:
+        try:
+            found = diffpatch.calibrate(
+                pipe,
+                args.method,
+                prompt=args.prompt,
+                call=fitted_call(call, pipe) | watched,
+                max_error=args.max_error,
+                spread=args.spread,
+                seed=args.seed,
+                **arguments.method_options(args),
+                **parameters,
+            )
+        except diffpatch.BadParameter as error:  # in the words of the command line
+            said = str(error).replace("max_error", "--max-error").replace("spread=", "--spread ")
+            raise UsageError(said) from error
     options = _options(args, found.threshold)
     if args.json:
         print(to_json(found.to_dict() | {"options": options}), end="")
     else:
         print(f"{found}\n\n{options}")
     return 0
+
+
+@contextlib.contextmanager
+def _bar(source: loading.Source, quiet: bool) -> Iterator[dict[str, Any]]:
+    """What a pipeline call takes to advance a bar; how many runs it needs, nobody knows before."""
+    if "callback_on_step_end" not in source.arguments:
+        yield {}
+        return
+    with progress.steps("calibrating", None, None, quiet) as advance:
+        last = time.monotonic()
+
+        def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal last
+            now = time.monotonic()
+            advance(step, now - last)
+            last = now
+            return tensors
+
+        yield {"callback_on_step_end": ended}
 
 
 def _options(args: argparse.Namespace, threshold: tuple[float, ...]) -> str:

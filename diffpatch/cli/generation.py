@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from diffpatch.cli.errors import UsageError
+from diffpatch.errors import DiffpatchError
 from diffpatch.pipelines.running import loading
-from diffpatch.pipelines.running.calls import preset_call, too_many_dense
+from diffpatch.pipelines.running.calls import preset_call, size_misfit, too_many_dense
 from diffpatch.pipelines.running.loading import Source
 
 OPTIONS = (
@@ -46,6 +47,7 @@ def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         UsageError: an option that the pipeline does not have.
     """
     known = source.arguments
+    check_prompts(source)
     call = preset_call(source)
     for name in OPTIONS:
         value = getattr(args, name)
@@ -55,7 +57,38 @@ def call_arguments(args: argparse.Namespace, source: Source) -> dict[str, Any]:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{source.pipeline.__name__} has no {name}; drop {option}")
         call[name] = value
-    return call | _image(args, source)
+    call |= _image(args, source)
+    if args.height is not None or args.width is not None:
+        check_size(source, call)
+    return call
+
+
+def check_prompts(source: Source) -> None:
+    """Refuse pipelines that make pictures of something else than text."""
+    if "prompt" in source.arguments:
+        return
+    needed = ", ".join(sorted(source.required - {"self"})) or "nothing"
+    raise UsageError(
+        f"{source.pipeline.__name__} takes no prompt, it needs {needed}: call it from Python after"
+        " diffpatch.patch(pipe)"
+    )
+
+
+def check_size(source: Source, call: Mapping[str, Any]) -> None:
+    """Refuse a size that the model cannot make, before its weights are loaded."""
+    try:
+        misfit = size_misfit(source, call)
+    except DiffpatchError:  # no plan can be made of it; the pipeline itself will check
+        return
+    if misfit:
+        raise UsageError(misfit)
+
+
+def method_for(name: str, source: Source) -> str:
+    """The method that "auto" stands for on a model, or the name itself."""
+    if name != "auto":
+        return name
+    return "radial" if source.is_video else "neighborhood"
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -193,6 +193,8 @@ def _check_call(spec: SweepSpec, source: loading.Source) -> None:
     for key, where in given.items():
         if key not in known:
             raise BadSweep(f"{where}: {name} has no argument {key!r}: {choices(key, known)}")
+    if "prompt" not in known:
+        raise BadSweep(f"model: {name} takes no prompt, so that there is nothing to sweep")
     image = spec.prompts[0].image
     if image is None and source.is_video and "image" in source.required:
         raise BadSweep(f"prompts: {name} starts from an image; write {{prompt: …, image: FILE}}")

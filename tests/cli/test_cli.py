@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.parameters import convert
-from tests import tiny
+from tests import tiny, tiny_images
 
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "17", "--steps", "2"]
 
@@ -201,7 +201,7 @@ def test_requests_that_only_the_model_can_refuse(
     for words, message in [
         ([*wan, *wide], "window"),
         ([*wan, "--dense-layers", "9"], "dense_layers=9"),
-        ([*wan, "--height", "50"], "divisible by 16"),
+        ([*wan, "--height", "50"], "height=50 must be a multiple of 16 for wan, such as 48"),
         ([*wan, "--image", str(image)], "takes no image"),
         ([*i2v, "--image", str(image)], "no image that Pillow can read"),
         (i2v, "give --image"),
@@ -213,6 +213,36 @@ def test_requests_that_only_the_model_can_refuse(
         ([], "required: COMMAND"),
     ]:
         assert message in fails(words, tmp_path / "out", capsys, code=2)
+
+
+def test_a_dry_run_finds_what_only_configs_tell(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any weights are loaded, which may take long."""
+    tiny_images.dit().pipe.save_pretrained(tmp_path / "dit")
+    render = ["render", "-p", "a cat", "--dry-run", "--quiet", "-m"]
+    for words, message in [
+        ([str(models / "wan"), "--width", "71"], "width=71 must be a multiple of 16"),
+        ([str(tmp_path / "dit")], "DiTPipeline takes no prompt, it needs class_labels"),
+    ]:
+        assert message in fails([*render, *words], tmp_path / "out", capsys, code=2)
+    quick = ["sweep", "-p", "a cat", "-o", str(tmp_path / "out"), "-m", str(tmp_path / "dit")]
+    assert "takes no prompt" in fails([*quick, "--height", "32", "--width", "32"], tmp_path / "x",
+                                      capsys, code=2)  # fmt: skip
+    assert main([*render, str(models / "flux"), "-o", str(tmp_path / "out")]) == 0
+    [run] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert run.split()[1] == "neighborhood"  # radial is for videos
+    if Path("/proc/version").is_file():  # where not even root can write
+        assert main([*render, str(models / "flux"), "-o", "/proc/diffpatch"]) == 2
+        assert "/proc/diffpatch cannot be written to" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "diffpatch", "families"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `| head` does
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_results_are_kept_unless_told_otherwise(

@@ -137,10 +137,10 @@ def run_render(args: argparse.Namespace) -> int:
     """Measure a whole pipeline call; returns the exit code."""
     from diffpatch.eval.bench.render import bench_render
 
-    methods = chosen(args)
     shared = arguments.method_options(args)
     progress.hush_libraries()
     source = loading.find(args.model)
+    methods = chosen(args, generation.method_for("auto", source))
     call = generation.call_arguments(args, source)
     generation.check_dense_steps(shared, steps_of(call, source))
     pipe = generation.load(source, generation.load_options(args))

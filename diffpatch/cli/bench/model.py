@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from diffpatch.eval.bench.checking import WrongResult
     from diffpatch.eval.bench.model import ModelCase, bench_model
 
-    methods = chosen(args)
     shape = shapes.shape_of(args.model)
+    methods = chosen(args, "radial" if shape.kind == "video" else "neighborhood")
     device = loading.choose_device(args.device)
     if shape.kind == "image" and args.num_frames not in (None, 1):
         raise UsageError(f"{shape.name} makes images; drop --num-frames")

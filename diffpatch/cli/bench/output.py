@@ -32,10 +32,10 @@ def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def chosen(args: argparse.Namespace, default: str = "radial") -> dict[str, dict[str, Any]]:
     """The methods asked for, each with those --set parameters that it has."""
     known, found, used = diffpatch.list_methods(), {}, set()
-    for name in args.method or ["radial"]:
+    for name in args.method or [default]:
         parts = [known[part].cls for part in name.split("+") if part in known]
         fields = {field for cls in parts for field in field_names(cls)}
         own = [text for text in args.set if text.partition("=")[0].replace("-", "_") in fields]

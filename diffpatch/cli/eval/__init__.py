@@ -197,9 +197,9 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
 
     if args.captions is not None:
         raise UsageError("--captions is for folders; give the folders and --reference")
-    methods = bench.chosen(args)
     shared = arguments.method_options(args)
     source = loading.find(args.model)
+    methods = bench.chosen(args, generation.method_for("auto", source))
     call = generation.call_arguments(args, source)
     generation.check_dense_steps(shared, steps_of(call, source))
     prompts, device = _prompts(args, source), process.device(args.device)

@@ -19,7 +19,7 @@ from diffpatch.eval import media
 from diffpatch.eval.environment import environment
 from diffpatch.eval.files import staged, to_json
 from diffpatch.eval.processes import Process
-from diffpatch.pipelines.running import sampling
+from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call
 
 EXAMPLES = """\
@@ -47,7 +47,10 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("what to make")
     group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
     group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
-    group.add_argument("--method", default="radial", help="see `diffpatch methods`, or dense")
+    group.add_argument(
+        "--method", default="auto",
+        help="see `diffpatch methods`, or dense (radial; on image models neighborhood)",
+    )  # fmt: skip
     group.add_argument(
         "--compare", choices=("dense", "none"), default="none",
         help="also render dense, from the same noise, and measure the difference (none)",
@@ -75,16 +78,17 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render every prompt; returns the exit code."""
-    variants = check_variants(args)
     texts = generation.prompts(args)
     progress.hush_libraries()
+    source = loading.find(args.model)
+    variants = check_variants(args, source)
     process = Process.current()
     if args.json and process.count > 1:
         raise UsageError(
             f"--json prints one document and there are {process.count} processes; drop it and read"
             " render.json in the folders"
         )
-    job = plan(args, variants, texts, process)
+    job = plan(args, source, variants, texts, process)
     if args.dry_run:
         print(describe(job))
         return 0

@@ -95,7 +95,7 @@ class Job:
         return {key: folder / name for key, name in names.items()}
 
 
-def check_variants(args: argparse.Namespace) -> list[RenderVariant]:
+def check_variants(args: argparse.Namespace, source: loading.Source) -> list[RenderVariant]:
     """What to run, in order: dense first if asked for; checks the method and its parameters."""
     dense = RenderVariant("dense", {})
     if args.method == "dense":
@@ -105,20 +105,24 @@ def check_variants(args: argparse.Namespace) -> list[RenderVariant]:
                 f"{option} changes a method and dense has none; choose another --method"
             )
         return [dense]
-    parameters = method_parameters(args.method, args.set)
-    fast = RenderVariant(args.method, arguments.method_options(args) | parameters)
+    name = generation.method_for(args.method, source)
+    parameters = method_parameters(name, args.set)
+    fast = RenderVariant(name, arguments.method_options(args) | parameters)
     return [dense, fast] if args.compare == "dense" else [fast]
 
 
 def plan(
-    args: argparse.Namespace, variants: list[RenderVariant], texts: list[str], process: Process
+    args: argparse.Namespace,
+    source: loading.Source,
+    variants: list[RenderVariant],
+    texts: list[str],
+    process: Process,
 ) -> Job:
     """Everything that can be found out, and go wrong, before weights are loaded.
 
     Of the prompts those that this process renders, without those that an earlier attempt finished
     if that is to be resumed.
     """
-    source = loading.find(args.model)
     call = generation.call_arguments(args, source)
     steps = steps_of(call, source)
     generation.check_dense_steps(vars(args), steps)
