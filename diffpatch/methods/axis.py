@@ -39,12 +39,12 @@ def each(values: Iterable[int]) -> tuple[int, int, int]:
 
 
 def resolve(size: Size, length: int, what: str) -> int:
-    """Tokens along an axis of `length` that a size means.
+    """Tokens along an axis of `length` that a size means; an axis of one token leaves no choice.
 
     Raises:
         BadParameter: the size exceeds the axis or is not positive.
     """
-    if size == -1:
+    if size == -1 or length == 1:
         return length
     if isinstance(size, float):
         if not 0 < size <= 1:
@@ -88,7 +88,7 @@ def neighborhood(
     """
     if window * dilation > length:
         raise BadParameter(
-            f"window {window} × dilation {dilation} exceeds the axis length {length}"
+            f"window={window} × dilation={dilation} exceeds the axis length {length}"
         )
     if not 1 <= stride <= window:
         raise BadParameter(f"stride={stride} must be between 1 and the window {window}")

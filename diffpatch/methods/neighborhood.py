@@ -17,9 +17,9 @@ from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Cuts, Tiling, choose_tile, even_cuts, refine, step_cuts
 
-GROUP = (
-    512  # query tokens that share a window under stride="auto": what CPUs want, and no loss on GPUs
-)
+# Query tokens that share a window under stride="auto": what CPUs want, and no loss on GPUs.
+GROUP = 512
+AXES = ("time", "height", "width")
 
 
 @register
@@ -32,6 +32,9 @@ class Neighborhood(Method):
     tokens, and windows given as fractions are rounded to whole tiles where that changes them by
     less than 15 %, so that most visited tiles are full; ``stride=1`` is sliding-window attention to
     the token; stride = window is blocked attention.
+
+    A window of w keys under dilation d spans w × d tokens. Counts must fit the axis; fractions and
+    -1 take what fits. Along an axis of one token, such as time in images, no setting matters.
 
     `heads` and `layers` hold windows, or whole settings where more than the window differs::
 
@@ -117,37 +120,53 @@ class Neighborhood(Method):
 
     def _axes(self, grid: TokenGrid) -> tuple[tuple[Cuts, Cuts, Cuts], list[torch.Tensor]]:
         """The best tiling and the rule of every axis, of one setting for all heads."""
-        names = ("time", "height", "width")
-        windows = [
-            axis.resolve(size, length, f"window along {name}")
-            for size, length, name in zip(axis.triple(self.window), grid.shape, names, strict=True)
-        ]
         dilations = _ints(self.dilation, "dilation")
         causal = self.causal if isinstance(self.causal, tuple) else (self.causal,) * 3
         if self.stride == "auto":
             strides = choose_tile(grid.shape, GROUP, [-(-n // 2) for n in grid.shape])
             tile = choose_tile(strides)
-            sizes = axis.triple(self.window)
-            for i, (size, length) in enumerate(zip(sizes, grid.shape, strict=True)):
-                if isinstance(size, float):
-                    windows[i] = _whole_tiles(windows[i], length, strides[i], tile[i])
         else:
             strides, tile = _ints(self.stride, "stride"), choose_tile(grid.shape)
-        # A window over the whole axis needs no stride, and a stride cannot exceed its window.
-        auto = self.stride == "auto"
-        strides = axis.each(
-            min(s, w) if auto or w == n else s
-            for s, w, n in zip(strides, windows, grid.shape, strict=True)
-        )
-        t, h, w = (
-            refine(step_cuts(n, s), size) if s > 1 else even_cuts(n, size)
-            for n, s, size in zip(grid.shape, strides, tile, strict=True)
-        )
-        rules = [
-            axis.neighborhood(*args)
-            for args in zip(grid.shape, windows, strides, dilations, causal, strict=True)
-        ]
+        cuts, rules = [], []
+        for i, length in enumerate(grid.shape):
+            dilation = dilations[i] if length > 1 else 1
+            window = self._window(i, length, dilation, strides[i], tile[i])
+            stride = self._stride(i, strides[i], window, whole=window == length // dilation)
+            even = even_cuts(length, tile[i])
+            cuts.append(refine(step_cuts(length, stride), tile[i]) if stride > 1 else even)
+            rules.append(axis.neighborhood(length, window, stride, dilation, causal[i]))
+        t, h, w = cuts
         return (t, h, w), rules
+
+    def _window(self, i: int, length: int, dilation: int, stride: int, tile: int) -> int:
+        """Keys along an axis."""
+        size, most = axis.triple(self.window)[i], length // dilation
+        if most == 0:
+            raise BadParameter(
+                f"neighborhood: dilation={dilation} along {AXES[i]} exceeds the axis length"
+                f" {length}; lower it"
+            )
+        window = axis.resolve(size, length, f"window along {AXES[i]}")
+        if size == -1 or (isinstance(size, float) and window >= most):
+            return most
+        if isinstance(size, float):
+            return _whole_tiles(window, most, stride, tile) if self.stride == "auto" else window
+        if window > most:
+            raise BadParameter(
+                f"neighborhood: window={size} × dilation={dilation} along {AXES[i]} spans"
+                f" {window * dilation} tokens and the axis has {length}: give a window of at most"
+                f" {most}, a fraction such as 0.5, or a smaller dilation"
+            )
+        return window
+
+    def _stride(self, i: int, stride: int, window: int, whole: bool) -> int:
+        """Queries that share a window along an axis, where that is not a whole one."""
+        if stride > window and not whole and self.stride != "auto":
+            raise BadParameter(
+                f"neighborhood: stride={stride} along {AXES[i]} must be between 1 and the window,"
+                f" {window} there"
+            )
+        return min(stride, window)
 
 
 def entropy_scale(tokens: int, trained: int) -> float:
@@ -172,9 +191,9 @@ def _ints(value: object, what: str) -> tuple[int, int, int]:
     return values
 
 
-def _whole_tiles(window: int, length: int, stride: int, tile: int) -> int:
+def _whole_tiles(window: int, most: int, stride: int, tile: int) -> int:
     """The window nearest to the wanted one that covers its stride and whole tiles on both sides."""
     side = min(tile, stride)
     more = max(0, round((window - stride) / (2 * side)))
-    rounded = min(length, stride + 2 * side * more)
+    rounded = min(most, stride + 2 * side * more)
     return rounded if abs(rounded - window) < 0.15 * window else window

@@ -66,9 +66,10 @@ class SlidingTile(Method):
 
 def _span(size: axis.Size, count: int, what: str) -> int:
     """Tiles that a window covers: as many on the left as on the right, as in the paper."""
-    if isinstance(size, float):
+    if isinstance(size, float) and size < 1:
         size = min(count, 2 * round((size * count - 1) / 2) + 1)
-    return count if size == count else min(count, 2 * (axis.resolve(size, count, what) // 2) + 1)
+    whole = isinstance(size, float) or size == count
+    return count if whole else min(count, 2 * (axis.resolve(size, count, what) // 2) + 1)
 
 
 def _slide(count: int, span: int) -> torch.Tensor:

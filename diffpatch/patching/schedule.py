@@ -101,6 +101,11 @@ class BoundSchedule:
     last: int | None
     layers: frozenset[int]
 
+    def ever_sparse(self, layer: int, total: int | None) -> bool:
+        """Whether any of `total` steps, None where they are not known, is sparse in this layer."""
+        end = total if self.last is None else self.last
+        return layer not in self.layers and (end is None or self.first < end)
+
     def reason(self, step: int, layer: int) -> str | None:
         """Why this call is dense, or None if it is not."""
         if step < self.first:

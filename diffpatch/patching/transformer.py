@@ -211,18 +211,20 @@ class PatchedTransformer:
         """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
         forward = self._forward(layer)
         sample = forward.called(layer)
-        reason = forward.bound.reason(forward.place.step, layer)
-        if reason is None:
+        # What cannot work says so at once and not after the dense steps.
+        place = forward.place
+        reason = forward.bound.reason(place.step, layer)
+        ahead = place.step == 0 and forward.bound.ever_sparse(layer, place.total)
+        if reason is None or ahead:
             seen = masks.read_mask(q, mask, self.family.square_masks)
             decision = self._decide(forward, q, seen, mask is not None, grid, layer, ranks)
-            reason = seen.reason or decision.dense
+            reason = reason or seen.reason or decision.dense
         if reason is not None:
             self._record_dense(forward, q, reason, layer)
             return self._dense(layer, q, k, v, mask, scale)
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample)
         for observe in list(self.patch.observers):
-            place = forward.place
             observe((self.name, layer, place.step, place.branch), out, dense)
         return out
 
