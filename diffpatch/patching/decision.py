@@ -34,6 +34,7 @@ class Question:
         rank: of this process among those that share the heads.
         parts: how many share the heads.
         ranks: from how many processes the sequence was joined.
+        deal: in which order the heads were shared out, None for their own.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Question:
     rank: int
     parts: int
     ranks: int
+    deal: parallel.Deal | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class Decider:
         """The decision about a grid, from the memo of that grid or made now."""
         return memo((self.text, question), lambda: self._decide(shape, question, memo))
 
+    def deal(
+        self, shape: Grid, variant: Hashable, heads: int, ranks: int, memo: Memo
+    ) -> parallel.Deal | None:
+        """How heads are shared out. Text costs them all the same, so the grid alone decides."""
+
+        def make() -> parallel.Deal | None:
+            frames, height, width = shape[:3]
+            pattern = pattern_on(self.method, TokenGrid(frames, height, width), variant)
+            return parallel.deal(pattern.for_heads(heads), ranks)
+
+        return memo(("deal", variant, heads, ranks), make)
+
     def _decide(self, shape: Grid, question: Question, memo: Memo) -> Decision:
         found = self._grid(shape, question)
         if isinstance(found, str):
@@ -92,7 +106,7 @@ class Decider:
         )
         heads = question.shape[2]
         pattern = pattern.for_heads(heads * question.parts)
-        pattern = parallel.of_heads(pattern, heads, question.rank, question.parts)
+        pattern = parallel.of_heads(pattern, heads, question.rank, question.parts, question.deal)
         if pattern.kept >= DENSE_FROM and not self.method.dynamic:
             return Decision("pattern keeps everything")
         like = torch.empty((), dtype=question.dtype, device=question.device).expand(question.shape)

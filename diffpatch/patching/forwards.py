@@ -11,6 +11,7 @@ import torch
 
 from diffpatch.errors import DiffpatchError
 from diffpatch.methods.base import Method
+from diffpatch.patching.parallel import Deal
 from diffpatch.patching.runs import Place
 from diffpatch.patching.schedule import BoundSchedule
 from diffpatch.pipelines.families.grids import Grid
@@ -32,6 +33,7 @@ class Forward:
         why: there is no grid.
         calls: of each layer so far.
         last: the layer called last.
+        deal: in which order the heads of the call at hand are shared out to processes.
     """
 
     place: Place
@@ -42,6 +44,7 @@ class Forward:
     why: str = ""
     calls: Counter[int] = field(default_factory=Counter)
     last: int = -1
+    deal: Deal | None = None
 
     def called(self, layer: int) -> int:
         """Count a call; the number of the sample, because some models call once for each."""

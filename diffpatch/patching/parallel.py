@@ -5,12 +5,21 @@ exchanges it for all the tokens of a part of the heads. Attention over a grid ru
 exchanges: the sequence is whole there, but the pieces of joined text and image stand in turn (text
 and image of the first process, then of the second, …), and patterns that differ between heads must
 be those of the heads at hand. Ring attention never has all the keys in one place; it is refused.
+
+Heads that keep less would leave their process waiting for the others, so heads are dealt out before
+the exchange: sorted by the pairs they compute, and dealt there and back again, so that who got the
+most of one round gets the least of the next. Twelve heads on 9×16×24 tokens, three of which see
+everything and the others windows of 0.9 down to 0.3 of every axis, load the busier of two processes
+with 1.81 times the mean as they stand, and with 1.00 times it dealt; of four, 2.31 and 1.09.
+Under torch.compile heads stay where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +32,7 @@ from diffpatch.patterns.pattern import BlockPattern
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None, int], torch.Tensor
 ]
+Deal = tuple[int, ...]  # the heads in the order in which they are shared out
 
 
 def context(model_or_processor: Any) -> Any:
@@ -76,6 +86,7 @@ def spread(
     scale: float | None,
     parallel_config: Any,
     attend: Attend,
+    dealing: AbstractContextManager[Deal | None],
 ) -> torch.Tensor:
     """One attention call of this process's tokens (B, S / N, H, D) through Ulysses.
 
@@ -87,6 +98,7 @@ def spread(
         scale: the factor on q·k.
         parallel_config: as diffusers passes it.
         attend: (q, k, v, mask, scale, degree) → attention over all tokens of some heads.
+        dealing: says for the length of a call in which order the heads are shared out.
 
     Raises:
         DiffpatchError: gradients are wanted.
@@ -101,10 +113,15 @@ def spread(
     def forward(_: Any, q: Any, k: Any, v: Any, mask: Any, *__: Any, **___: Any) -> torch.Tensor:
         return attend(q, k, v, mask, scale, degree)
 
-    return internals.exchange()(
-        q, k, v, mask, scale=scale,
-        forward_op=forward, backward_op=_no_gradient, _parallel_config=parallel_config,
-    )  # fmt: skip
+    with dealing as deal:
+        if deal is not None:
+            places = torch.tensor(deal, device=q.device)
+            q, k, v = (x.index_select(2, places) for x in (q, k, v))
+        out = internals.exchange()(
+            q, k, v, mask, scale=scale,
+            forward_op=forward, backward_op=_no_gradient, _parallel_config=parallel_config,
+        )  # fmt: skip
+    return out if deal is None else out.index_select(2, places.argsort())
 
 
 def _no_gradient(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +160,53 @@ def order(
     return pattern.once(("order", text, ranks, device), make)
 
 
-def of_heads(pattern: BlockPattern, heads: int, rank: int, ranks: int) -> BlockPattern:
+def share_of(heads: int, rank: int, ranks: int) -> slice:
+    """The places of the heads that one of several processes holds: as many each, the last fewer."""
+    each = -(-heads // ranks)
+    return slice(min(rank * each, heads), min((rank + 1) * each, heads))
+
+
+def deal(pattern: BlockPattern, ranks: int) -> Deal | None:
+    """How to share out heads so that every process computes about as many pairs.
+
+    Args:
+        pattern: of all heads.
+        ranks: how many processes share them.
+
+    Returns:
+        The heads of the first process, of the second, …; None where heads do not differ.
+    """
+    per_head = pattern.blocks.head_pattern
+    if ranks == 1 or per_head is None:
+        return None
+    pairs = _pairs(pattern)[per_head.long()]
+    if bool((pairs == pairs[0]).all()):
+        return None
+    places = [share_of(len(per_head), rank, ranks) for rank in range(ranks)]
+    room = [place.stop - place.start for place in places]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    back_and_forth = itertools.cycle([*range(ranks), *reversed(range(ranks))])
+    for head in pairs.argsort(descending=True, stable=True).tolist():
+        rank = next(r for r in back_and_forth if len(hands[r]) < room[r])
+        hands[rank].append(head)
+    return tuple(head for hand in hands for head in sorted(hand))
+
+
+def load(pattern: BlockPattern, ranks: int, dealt: Deal | None = None) -> float:
+    """Pairs that the busiest process computes, over the mean of all; 1 is in balance."""
+    per_head = pattern.blocks.head_pattern
+    if per_head is None:
+        return 1.0
+    pairs = _pairs(pattern)[per_head.long()]
+    if dealt is not None:
+        pairs = pairs[list(dealt)]
+    loads = [pairs[share_of(len(pairs), rank, ranks)].sum() for rank in range(ranks)]
+    return float(max(loads) * ranks / pairs.sum())
+
+
+def of_heads(
+    pattern: BlockPattern, heads: int, rank: int, ranks: int, dealt: Deal | None = None
+) -> BlockPattern:
     """The pattern of those heads that this process holds.
 
     Args:
@@ -151,18 +214,24 @@ def of_heads(pattern: BlockPattern, heads: int, rank: int, ranks: int) -> BlockP
         heads: how many heads this process holds.
         rank: this process.
         ranks: how many share the heads, each the same number but perhaps the last.
+        dealt: in which order the heads were shared out, or None for their own.
     """
     per_head = pattern.blocks.head_pattern
     if ranks == 1 or per_head is None:
         return pattern
-    first = rank * -(-len(per_head) // ranks)
-    mine = per_head[first : first + heads]
+    ordered = per_head if dealt is None else per_head[list(dealt)]
+    first = share_of(len(per_head), rank, ranks).start
+    mine = ordered[first : first + heads]
 
     def make() -> BlockPattern:
-        sizes = pattern.blocks.sizes.double()
-        pairs = (pattern.tile_map() * sizes[:, None] * sizes).sum((1, 2))
-        kept = float(pairs[mine.long()].mean() / sizes.sum() ** 2)
+        kept = float(_pairs(pattern)[mine.long()].mean() / pattern.grid.num_tokens**2)
         blocks = dataclasses.replace(pattern.blocks, head_pattern=mine)
         return BlockPattern(pattern.grid, blocks, kept)
 
-    return pattern.once(("heads", first, heads), make)
+    return pattern.once(("heads", first, heads, dealt), make)
+
+
+def _pairs(pattern: BlockPattern) -> torch.Tensor:
+    """float64 (P,): query-key pairs of each of the patterns that heads have."""
+    sizes = pattern.blocks.sizes.double()
+    return (pattern.tile_map() * sizes[:, None] * sizes).sum((1, 2))

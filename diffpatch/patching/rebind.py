@@ -17,6 +17,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,12 @@ class Owner(Protocol):
         ranks: int,
     ) -> torch.Tensor:
         """Attention of one layer; all tensors (B, S, H, D), joined from that many processes."""
+        ...
+
+    def dealing(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, layer: int
+    ) -> AbstractContextManager[parallel.Deal | None]:
+        """For the time of one call, the order in which its heads are shared out to processes."""
         ...
 
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
@@ -190,7 +197,11 @@ def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
                 attention_kwargs, backend=backend, **kwargs,
             )  # fmt: skip
         if (config := kwargs.get("parallel_config")) is not None:
-            return parallel.spread(query, key, value, attn_mask, scale, config, _route)
+            dealing: Any = nullcontext()
+            if not torch.compiler.is_compiling():
+                slot = _here()
+                dealing = slot.owner.dealing(query, key, attn_mask, int(slot.layer))
+            return parallel.spread(query, key, value, attn_mask, scale, config, _route, dealing)
         return _route(query, key, value, attn_mask, scale)
 
     return dispatch_attention_fn

@@ -228,6 +228,29 @@ class PatchedTransformer:
             observe((self.name, layer, place.step, place.branch), out, dense)
         return out
 
+    @contextlib.contextmanager
+    def dealing(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, layer: int
+    ) -> Iterator[parallel.Deal | None]:
+        """The order in which heads are shared out to processes. See `rebind.Owner`."""
+        forward, (_, ranks) = self.forwards.current, parallel.share(self._model())
+        grouped = q.shape[2] != k.shape[2] or (mask is not None and mask.ndim > 3 < mask.shape[1])
+        told = forward is not None and forward.hooked and forward.grid != NO_GRID
+        if forward is None or not told or grouped or self.family.text == "packed":
+            yield None
+            return
+        place = forward.place
+        if forward.bound.reason(place.step, layer) is None:
+            variant, memo = (
+                self.patch.method.variant(layer, place.step),
+                self.patch.memo(place.run, (forward.grid, 0)),
+            )
+            forward.deal = self._decider.deal(forward.grid, variant, q.shape[2], ranks, memo)
+        try:
+            yield forward.deal
+        finally:
+            forward.deal = None
+
     def _decide(
         self,
         forward: Forward,
@@ -245,7 +268,7 @@ class PatchedTransformer:
         variant = self.patch.method.variant(layer, forward.place.step)
         question = Question(
             tuple(q.shape), q.dtype, q.device, variant, masked, seen.bias is not None,
-            bool(self.learned[layer]), *parallel.share(self._model()), ranks,
+            bool(self.learned[layer]), *parallel.share(self._model()), ranks, forward.deal,
         )  # fmt: skip
         memo = self.patch.memo(forward.place.run, (grid, q.shape[1]))
         return self._decider.decide(grid, question, memo)

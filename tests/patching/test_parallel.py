@@ -20,7 +20,7 @@ from diffpatch.eval.processes import Process
 from diffpatch.patching import parallel
 
 ROOT = Path(__file__).parents[2]
-TEXTLESS = ("wan", "temporal")
+TEXTLESS = ("wan", "temporal", "uneven heads", "uneven heads, temporal")
 JOINT = ("flux", "kontext", "qwen", "flux2", "two kinds of heads", "anything")
 ORDERS = ("patch first", "cut first")
 NEAR = Neighborhood(window=1, stride=1)
@@ -149,6 +149,60 @@ def test_where_joined_tokens_stand(text: str, joined: list[int] | None) -> None:
     to_grid, back = places
     assert back.tolist() == joined
     assert torch.equal(torch.tensor(joined)[to_grid], torch.arange(8))
+
+
+UNEVEN = Neighborhood(heads=(-1, -1, -1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.3, 0.3))
+
+
+@pytest.mark.parametrize("heads", [12, 24])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+def test_heads_are_dealt_so_that_no_process_waits_long(heads: int, ranks: int) -> None:
+    grid = TokenGrid(9, 16, 24)
+    pattern = UNEVEN.pattern(grid).for_heads(heads)
+    dealt = parallel.deal(pattern, ranks)
+    assert dealt is not None and sorted(dealt) == list(range(heads))
+    places = [parallel.share_of(heads, rank, ranks) for rank in range(ranks)]
+    assert [i for place in places for i in range(heads)[place]] == list(range(heads))
+    each = pattern.blocks.head_pattern
+    assert each is not None
+    pairs = [UNEVEN._with(UNEVEN.heads[i]).pattern(grid).kept for i in each.tolist()]
+    work = [sum(pairs[head] for head in dealt[place]) for place in places]
+    assert parallel.load(pattern, ranks, dealt) == pytest.approx(max(work) / sum(work) * ranks)
+    most = -(-heads // ranks) * ranks / heads  # what places that do not come out even cost
+    biggest = max(pairs) / sum(pairs) * ranks  # no deal can split a head
+    assert parallel.load(pattern, ranks, dealt) <= max(1.25 * most, biggest)
+    assert parallel.load(pattern, ranks, dealt) < parallel.load(pattern, ranks)
+
+
+def test_the_figures_that_the_module_tells() -> None:
+    pattern = UNEVEN.pattern(TokenGrid(9, 16, 24)).for_heads(12)
+    said = [
+        f"{parallel.load(pattern, n, dealt):.2f}"
+        for n in (2, 4)
+        for dealt in (None, parallel.deal(pattern, n))
+    ]
+    assert said == ["1.81", "1.00", "2.31", "1.09"]
+    assert all(figure in (parallel.__doc__ or "") for figure in said)
+
+
+def test_a_process_gets_the_patterns_of_the_heads_that_it_is_dealt() -> None:
+    pattern = UNEVEN.pattern(TokenGrid(3, 5, 7, text_after=2)).for_heads(12)
+    dealt, whole = parallel.deal(pattern, 3), pattern.blocks.head_pattern
+    assert dealt is not None and whole is not None
+    mine = parallel.of_heads(pattern, 4, 1, 3, dealt)
+    assert mine.blocks.head_pattern is not None
+    assert mine.blocks.head_pattern.tolist() == [int(whole[head]) for head in dealt[4:8]]
+    dense = pattern.dense()
+    kept = [float(dense[int(whole[head])].double().mean()) for head in dealt[4:8]]
+    assert mine.kept == pytest.approx(sum(kept) / 4)
+
+
+def test_heads_that_do_not_differ_stay_where_they_are() -> None:
+    grid = TokenGrid(3, 4, 4)
+    assert parallel.deal(NEAR.pattern(grid), 2) is None
+    alike = Neighborhood(heads=((1, 1, 3), (1, 3, 1)), stride=1).pattern(grid).for_heads(4)
+    assert parallel.deal(alike, 2) is None
+    assert parallel.deal(UNEVEN.pattern(grid).for_heads(12), 1) is None
 
 
 def test_tensor_parallel_processes_know_their_heads() -> None:

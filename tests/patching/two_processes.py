@@ -33,6 +33,9 @@ from tests.tiny_parts import Bare
 
 PROCESSES = 2
 LOCAL = Neighborhood(window=(1, 3, 3), stride=1)
+# Two heads that see much and two that see little: dealt out, each process has one of both.
+UNEVEN = Neighborhood(heads=((3, 2, 3), (3, 2, 2), (1, 1, 3), (1, 1, 1)), stride=1)
+SKIPPING = diffpatch.Temporal(over=UNEVEN, mode="skip")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ def cut(pipe: Any, **config: Any) -> None:
     config = config or {"ulysses_degree": PROCESSES}
     model = getattr(pipe, "transformer", pipe)
     model.enable_parallelism(config=ContextParallelConfig(**config))
+
+
+def four_heads() -> Tiny:
+    """Wan, with heads that are worth dealing out."""
+    return tiny.wan(heads=4)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -156,6 +164,10 @@ def work(rank: int, target: str, meeting: str) -> None:
         "flux2": compare(tiny_images.flux2_references),
         "two kinds of heads": compare(tiny_images.flux, TwoKindsOfHeads()),
         "temporal": compare(tiny_videos.wan, diffpatch.Temporal(over=LOCAL), steps=0),
+        "uneven heads": compare(four_heads, UNEVEN),
+        "uneven heads, temporal": compare(
+            four_heads, diffpatch.Temporal(over=UNEVEN, mode="skip"), steps=0
+        ),
         "anything": compare(tiny_images.flux, ulysses_degree=2, ulysses_anything=True),
         "compiled": compiled(),
         "ring": refusal(ring),
