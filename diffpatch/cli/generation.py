@@ -12,8 +12,9 @@ from PIL import Image
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import DiffpatchError
 from diffpatch.pipelines.running import loading
-from diffpatch.pipelines.running.calls import preset_call, size_misfit, too_many_dense
+from diffpatch.pipelines.running.calls import preset_call, too_many_dense
 from diffpatch.pipelines.running.loading import Source
+from diffpatch.pipelines.shapes.find import find_shape
 
 OPTIONS = (
     "negative_prompt",
@@ -75,13 +76,26 @@ def check_prompts(source: Source) -> None:
 
 
 def check_size(source: Source, call: Mapping[str, Any]) -> None:
-    """Refuse a size that the model cannot make, before its weights are loaded."""
+    """Refuse a size that the model cannot make, before its weights are loaded: configs tell.
+
+    Raises:
+        UsageError: names the closest size that works.
+    """
+    used = {**source.arguments, **call}
+    height, width = used.get("height"), used.get("width")
+    if source.kind == "hub" or not (isinstance(height, int) and isinstance(width, int)):
+        return  # a hub model's configs come with its weights
     try:
-        misfit = size_misfit(source, call)
-    except DiffpatchError:  # no plan can be made of it; the pipeline itself will check
+        shape = find_shape(source.name)
+    except DiffpatchError:  # its rule is not known; the pipeline itself will check
         return
-    if misfit:
-        raise UsageError(misfit)
+    frames = used.get("num_frames") or 1
+    if frames > 1:  # pipelines round the number of frames themselves
+        frames = (frames - 1) // shape.time * shape.time + 1
+    try:
+        shape.grid(frames, height, width)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def method_for(name: str, source: Source) -> str:

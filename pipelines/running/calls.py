@@ -57,30 +57,6 @@ def too_many_dense(options: Mapping[str, Any], steps: int | None) -> str | None:
     return None
 
 
-def size_misfit(source: Source, call: Mapping[str, Any]) -> str | None:
-    """Why a model cannot make pictures of a size, with the closest that it can; None if it can.
-
-    Only configs are read, and only where the size is not the model's own.
-
-    Raises:
-        DiffpatchError: the model's rule is not known.
-    """
-    sizes = {key: call.get(key) or source.arguments.get(key) for key in ("height", "width")}
-    if source.kind == "hub" or not all(isinstance(size, int) for size in sizes.values()):
-        return None  # a hub model's configs come with its weights
-    from diffpatch.pipelines.shapes.find import find_shape
-
-    shape = find_shape(source.name)
-    frames = call.get("num_frames") or source.arguments.get("num_frames") or 1
-    if frames > 1:  # pipelines round the number of frames themselves
-        frames = max(0, frames - 1) // shape.time * shape.time + 1
-    try:
-        shape.grid(frames, sizes["height"], sizes["width"])
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def frames_per_second(source: Source) -> float:
     """What suits the model."""
     if source.kind == "demo":
