@@ -63,8 +63,8 @@ def patch(
             pairs of visual tokens, or what the family's published setting near that keeps. It only
             chooses what `params` leave open and never the dense steps and layers; `report` and
             `plan` print the result. None takes the published setting, else the method's defaults.
-        backend: "auto", "triton", "torch", "reference", or "triton-int8", "torch-int8", "gluon" as
-            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+        backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
+            "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         grid: for models without a family: a `TokenGrid`, or a function of the forward's arguments
             (as keywords) that returns one. Needs `modules`.
         modules: for models without a family: regular expression that full-matches the paths of the

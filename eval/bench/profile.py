@@ -16,6 +16,8 @@ import diffpatch
 from diffpatch.eval.bench.case import AttentionCase, Tensors
 from diffpatch.eval.bench.timing import dense_call, fastest_dense, interleaved
 from diffpatch.eval.environment import environment
+from diffpatch.kernels.block_sparse.backends import compare_again
+from diffpatch.kernels.block_sparse.chooser import Ranking
 from diffpatch.kernels.block_sparse.torch_plan.grouping import (
     CALL_COST,
     KEY_COST,
@@ -96,6 +98,8 @@ def profile(
 ) -> dict[str, Any]:
     """Measure a device: a profile and the measurements behind it, ready for JSON.
 
+    On a GPU the backends that "auto" chooses from are compared anew before anything is timed.
+
     Args:
         device: as in torch; None takes the accelerator, if there is one.
         dtypes: "fp32", "bf16" or "fp16".
@@ -109,8 +113,17 @@ def profile(
     rows: list[Row] = []
     for dtype in dtypes:
         for head_dim in head_dims:
+            compared = compare_again(place, DTYPES[dtype], head_dim)
+            if compared is not None:
+                say(f"{dtype}, heads of {head_dim}: auto takes {_order(compared)}")
             rows += measure(str(place), dtype, head_dim, sizes, repeats=repeats, say=say)
     return assemble(rows, place, {dtype: peak(place, DTYPES[dtype]) for dtype in dtypes})
+
+
+def _order(ranking: Ranking) -> str:
+    """Backends from fastest to slowest, and those that are not taken."""
+    times = [f"{name} ({1e3 * seconds:.2g} ms)" for name, seconds in ranking.seconds.items()]
+    return ", ".join([*times, *(f"not {name}: {why}" for name, why in ranking.refused.items())])
 
 
 def measure(

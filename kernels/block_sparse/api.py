@@ -65,11 +65,14 @@ def block_sparse_attention(
         scale: the factor on q·k, above 0; None means 1 / sqrt(D).
         key_mask: bool (B, S), True where a key may be attended to; None allows all.
         return_lse: whether to return the log-sum-exp of each query's scores as well.
-        backend: "triton", "torch", "reference", or "auto": triton where it can, else torch. With
-            "triton-int8" scores are computed from queries and smoothed keys in 8 bits, which costs
-            some accuracy (see `quantize`) and has no gradients; "torch-int8" rounds the same way
-            on any device, to see what it does to quality, and gains no time. "gluon" is a kernel
-            scheduled by hand for Hopper GPUs, without gradients. "auto" takes none of these.
+        backend: "triton", "torch", "reference", "flex" (FlexAttention, compiled by torch; tiles
+            are padded to whole blocks of 128, see `flex.layout`), or "gluon", a kernel scheduled by
+            hand for Hopper GPUs, without gradients. With "triton-int8" scores are computed from
+            queries and smoothed keys in 8 bits, which costs some accuracy (see `int8.levels`) and
+            has no gradients; "torch-int8" rounds the same way on any device, to see what it does to
+            quality, and gains no time. "auto" never takes the last two. On GPUs it compares the
+            others once and takes the fastest that is right (see `chooser`); where it does not,
+            triton where that can, else torch.
 
     Returns:
         The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffpatch.kernels.block_sparse.chooser import chooser, comparable, ranking_of, setting_of
+from diffpatch.kernels.block_sparse.chooser import (
+    Ranking,
+    chooser,
+    comparable,
+    ranking_of,
+    setting_of,
+)
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
 from diffpatch.kernels.gpu import support
@@ -291,6 +297,19 @@ def passed_over(q: torch.Tensor) -> Mapping[str, str]:
     """The backends that "auto" does not take here because they are wrong or fail, each with why."""
     found = chooser().known(setting_of(q)) if comparable(q) else None
     return {} if found is None else found.refused
+
+
+def compare_again(device: torch.device, dtype: torch.dtype, size: int) -> Ranking | None:
+    """Compare the backends for a device, a dtype and a head size, whatever was found before.
+
+    Returns:
+        What was found, and is used from now on; None where nothing is compared (see `chooser`).
+    """
+    q = torch.empty(1, 1, 1, size, dtype=dtype, device=device)
+    if not comparable(q):
+        return None
+    rows = [row for row in ROWS.values() if row.unasked or row.measured]
+    return chooser().ranking(setting_of(q), rows, redo=True)
 
 
 def beside(backend: str) -> str:

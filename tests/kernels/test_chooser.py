@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import diffpatch
+from diffpatch.eval.bench import profile as device_costs
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse import backends, chooser
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend, passed_over
@@ -240,3 +241,20 @@ def test_the_report_says_what_was_passed_over(
         report = diffpatch.report(model.pipe)
     assert set(report.backends) == {"fine"}
     assert report.notes.count("backend 'broken' is not taken: wrong") == 1
+
+
+def test_comparing_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [row("usual", unasked=True), row("other")]
+    made = Chooser(tmp_path, clock=times(usual=1.0, other=2.0))
+    monkeypatch.setattr(backends, "ROWS", {r.name: r for r in rows})
+    monkeypatch.setattr(backends, "chooser", lambda: made)
+    here = torch.device("cpu"), torch.float32, 32
+    monkeypatch.setenv("DIFFPATCH_CHOOSER", "on")
+    assert backends.compare_again(*here) is None  # a CPU
+    monkeypatch.setattr(chooser, "DEVICES", ("cpu",))
+    first = backends.compare_again(*here)
+    assert first is not None and list(first.seconds) == ["usual", "other"]
+    made.clock = times(usual=2.0, other=1.0)
+    again = backends.compare_again(*here)
+    assert again is not None and list(again.seconds) == ["other", "usual"]
+    assert device_costs._order(again) == "other (1e+03 ms), usual (2e+03 ms)"

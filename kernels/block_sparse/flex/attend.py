@@ -223,7 +223,7 @@ def _block_mask(
 
     def build(allowed: torch.Tensor, hidden: bool) -> Any:
         whole = layout.all & False if hidden else layout.all
-        lists = (*_lists(layout.some & ~whole), *_lists(whole))
+        lists: tuple[torch.Tensor, ...] = (*_lists(layout.some & ~whole), *_lists(whole))
         pattern = blocks.head_pattern
         if pattern is None:
             pattern = torch.zeros(heads, dtype=torch.int32, device=blocks.device)
