@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from diffpatch.errors import BadParameter, NotPatched, UnknownFamily
+from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.report import Record, Report
 from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
+from diffpatch.patching.target import components, models, transformers
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
-from diffpatch.pipelines.families.table import FamilyInfo, family_of, list_families
+from diffpatch.pipelines.families.table import FamilyInfo
+from diffpatch.pipelines.families.unwrap import bypassing
 
 if TYPE_CHECKING:
     from diffpatch.patching.patch import Patch
@@ -85,7 +87,7 @@ def patch(
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()
-    found = _transformers(target, _custom_family(grid, modules))
+    found = transformers(target, _custom_family(grid, modules))
     chosen, schedule = settle(
         method,
         params,
@@ -101,7 +103,8 @@ def patch(
     check_backend(backend)
     bare = not hasattr(target, "components")
     shared = Patch(chosen, schedule, backend, target, bare=bare)
-    fresh = [PatchedTransformer(m, name, f, shared) for name, m, f in found]
+    parts = components(target)
+    fresh = [PatchedTransformer(m, name, f, shared, bypassing(parts[name])) for name, m, f in found]
     for transformer in fresh:
         schedule.layers(len(transformer.modules))
     unpatch(target)  # only now: what cannot work leaves an earlier patch alone
@@ -109,17 +112,17 @@ def patch(
     return target
 
 
-def _install(target: Any, shared: Patch, transformers: Iterable[PatchedTransformer]) -> None:
+def _install(target: Any, shared: Patch, owners: Iterable[PatchedTransformer]) -> None:
     from diffpatch.patching.callers import schedulers_of
 
     try:
-        for transformer in transformers:
-            transformer.install()
+        for owner in owners:
+            owner.install()
     except Exception:
         shared.undo()
         raise
     if not isinstance(target, torch.nn.Module):
-        shared.follow(schedulers_of(_components(target)))
+        shared.follow(schedulers_of(components(target)))
         with contextlib.suppress(AttributeError):
             target._diffpatch = shared  # so that it is found when its components are exchanged
 
@@ -156,9 +159,9 @@ def patched(target: Target, method: MethodLike = "radial", **options: Any) -> It
         yield target
     finally:
         unpatch(target)
-        for shared, transformers in before.items():
+        for shared, previous in before.items():
             shared.runs.forget()
-            _install(target, shared, transformers)
+            _install(target, shared, previous)
 
 
 def report(target: Any) -> Report:
@@ -200,16 +203,6 @@ def _left_over(target: Any) -> Patch | None:
     return shared if shared is not None and shared.installed else None
 
 
-def _unwrap(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)  # torch.compile(transformer)
-
-
-def _components(target: Any) -> dict[str, Any]:
-    if isinstance(target, torch.nn.Module):
-        return {"transformer": target}
-    return dict(getattr(target, "components", {}))
-
-
 def owners(target: Any) -> list[PatchedTransformer]:
     """The patched transformers of a target; patched together, they share one `Patch`."""
     return list(named_owners(target).values())
@@ -217,34 +210,8 @@ def owners(target: Any) -> list[PatchedTransformer]:
 
 def named_owners(target: Any) -> dict[str, PatchedTransformer]:
     """The same by the names they have in the target."""
-    models = {name: _unwrap(m) for name, m in _components(target).items()}
-    modules = {name: m for name, m in models.items() if isinstance(m, torch.nn.Module)}
-    found = {name: getattr(m, "_diffpatch", None) for name, m in modules.items()}
+    found = {name: getattr(m, "_diffpatch", None) for name, m in models(target).items()}
     return {name: owner for name, owner in found.items() if owner is not None}
-
-
-def _transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any, FamilyInfo]]:
-    """(component name, model, family) of everything in the target that can be patched."""
-    found = []
-    for name, component in _components(target).items():
-        model = _unwrap(component)
-        if not isinstance(model, torch.nn.Module):
-            continue
-        family = custom if custom and name.startswith("transformer") else family_of(model)
-        if family is None:
-            continue
-        if family.refused:
-            raise UnknownFamily(
-                f"{type(model).__name__} ({family.name}) cannot be patched: {family.refused}"
-            )
-        found.append((name, model, family))
-    if not found:
-        known = ", ".join(sorted(f.transformer for f in list_families() if not f.refused))
-        raise UnknownFamily(
-            f"{type(target).__name__} holds no transformer of a known family ({known});"
-            " for your own model pass grid= and modules="
-        )
-    return found
 
 
 def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:

@@ -369,9 +369,8 @@ def hand_back(processor: Any) -> Any:
 
 def is_stray(processor: Any) -> bool:
     """Whether diffusers made the processor from a rebound class alone, as its IP-Adapters do."""
-    return hasattr(type(processor), "_diffpatch_original") and not hasattr(
-        processor, "_diffpatch_owner"
-    )
+    made = hasattr(type(processor), "_diffpatch_original")
+    return made and not hasattr(processor, "_diffpatch_owner")
 
 
 def is_rebound(processor: Any, owner: Owner) -> bool:

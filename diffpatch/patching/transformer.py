@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from diffpatch import internals
-from diffpatch.errors import UnknownFamily
 from diffpatch.kernels.block_sparse.backends import passed_over
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
@@ -23,8 +21,9 @@ from diffpatch.patching import model_masks as masks
 from diffpatch.patching.decision import Decider, Decision, Question
 from diffpatch.patching.forwards import NO_GRID, Forward, Forwards
 from diffpatch.patching.patch import Patch
+from diffpatch.patching.target import argument_names, layers, unreadable
 from diffpatch.pipelines.families.grids import Grid
-from diffpatch.pipelines.families.table import FamilyInfo, attention_modules
+from diffpatch.pipelines.families.table import FamilyInfo
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +31,26 @@ logger = logging.getLogger(__name__)
 class PatchedTransformer:
     """One transformer whose self-attention goes through a patch (see `rebind.Owner`)."""
 
-    def __init__(self, model: Any, name: str, family: FamilyInfo, patch: Patch) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        family: FamilyInfo,
+        patch: Patch,
+        callers: Iterable[Any] = (),
+    ) -> None:
         self.handle = rebind.new_handle(self)
         self.name = name
         self.family = family
         self.patch = patch
-        self.modules = attention_modules(model, family)
-        if not self.modules:
-            raise UnknownFamily(
-                f"no attention module of {type(model).__name__} matches {family.modules!r}:"
-                " this is not the model diffpatch knows under that name"
-            )
+        self.modules = layers(model, family)
         self.learned = self._learned(type(model).__name__)
         self.forwards = Forwards(len(self.modules))
         self.active = False
         self._model = weakref.ref(model)
-        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        # Wrappers that call the forward of the model past its hooks.
+        self._callers = [weakref.ref(caller) for caller in callers]
+        self._arguments = argument_names(model)
         self._decider = Decider(patch.method, patch.backend, family.text)
         # Of a forward whose hook was traced; in others the forward has its own.
         self._traced: Grid = NO_GRID
@@ -98,12 +101,19 @@ class PatchedTransformer:
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(_After(self), always_call=True),
             *rope_hooks,
+            *self._listen_around(model),
         ]
         if hasattr(type(model), internals.CACHE_CONTEXT):
             setattr(model, internals.CACHE_CONTEXT, _NamedForward(self, model))
         model._diffpatch = self
         self.patch.installed.add(self)
         self.active = True
+
+    def _listen_around(self, model: Any) -> Iterator[Any]:
+        for caller in (reference() for reference in self._callers):
+            if caller is not None:
+                yield caller.register_forward_pre_hook(_Before(self, model), with_kwargs=True)
+                yield caller.register_forward_hook(_After(self), always_call=True)
 
     def remove(self) -> None:
         """Put the original processors back; ones that somebody else has set since stay."""
@@ -138,7 +148,7 @@ class PatchedTransformer:
         except (KeyError, AttributeError) as error:
             if self.family.name == "custom":
                 raise
-            raise internals.changed(f"{type(model).__name__} was called without {error}") from error
+            raise unreadable(model, error) from error
         grid, why = (NO_GRID, found) if isinstance(found, str) else (found, self._traced_why)
         if torch.compiler.is_compiling():
             self._traced, self._traced_why = grid, why
@@ -340,13 +350,19 @@ class PatchedTransformer:
 
 
 class _Before:
-    """The hook before a forward; copies and pickles of it do nothing."""
+    """The hook before a forward; copies and pickles of it do nothing.
 
-    def __init__(self, owner: PatchedTransformer | None) -> None:
-        self.owner = owner
+    Args:
+        owner: who is told.
+        inside: the model, where the hook is on a wrapper of it.
+    """
+
+    def __init__(self, owner: PatchedTransformer | None, inside: Any = None) -> None:
+        self.owner, self.inside = owner, inside
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.owner is not None:
+            model = model if self.inside is None else self.inside
             self.owner.before_forward(model, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Before:

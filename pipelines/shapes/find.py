@@ -11,6 +11,7 @@ import torch
 from diffpatch.errors import UnknownFamily
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import attention_modules, family_of
+from diffpatch.pipelines.families.unwrap import unwrap
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.shapes.skeleton import skeleton, transformer_of
 from diffpatch.pipelines.shapes.table import ModelShape, shape_of, shape_of_pipeline
@@ -59,7 +60,7 @@ def _named(name: str) -> ModelShape:
 
 def _read(pipe: Any, parts: list[Any], name: str) -> ModelShape:
     for component in parts:
-        model = getattr(component, "_orig_mod", component)
+        model = unwrap(component)
         family = family_of(model) if isinstance(model, torch.nn.Module) else None
         if family is None:
             continue
