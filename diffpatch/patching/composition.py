@@ -9,6 +9,10 @@ Methods
                              window, not "step" or "random") and the softmax is not sharpened,
                              because results of earlier steps are merged into it
 ``linear`` and ``temporal``  refused: linear leaves nothing out that could be remembered
+``dynamic``                  alone: it remembers its choice itself, for ``refresh`` steps. With
+                             every layout, mask and number of key heads; rules that compare heads
+                             (sol, sparge, xattention, nabla) compare those of one process under
+                             Ulysses, and ``budgets`` name all heads and are refused there
 dense steps and layers       with everything; a method sees only the calls between
 ===========================  ====================================================================
 
@@ -23,13 +27,15 @@ patch first or enable first, it makes no difference
                                look at its threshold again, or keep that block dense
 ``MagCache``                   yes. Calibrate its ratios with the patch on
 ``TaylorSeerCache``, ``SeaCache``, ``TextKVCache``  yes
-``FasterCache``                yes, but not with ``temporal``: it drops the unconditional rows of
+``FasterCache``                yes, but not with ``temporal``, nor with ``dynamic`` unless
+                               ``refresh=1``: it drops the unconditional rows of
                                most batches, so that nothing can be carried from one to the next
 any other                      refused, because it is not known what it expects of attention
 =============================  ==================================================================
 
 A call that a cache skips is not made, so a method does nothing in it and the report does not count
-it. Steps go on counting: the state of ``temporal`` ages by steps, however many calls there were.
+it. Steps go on counting: the state of ``temporal`` and the choice of ``dynamic`` age by steps,
+however many calls there were.
 Perturbed-attention guidance (``LayerSkipConfig(skip_attention_scores=True)``) is refused: it goes
 into the attention of torch itself, which is not called any more.
 """

@@ -5,6 +5,13 @@ computed, and says among which pairs the numbers compete: those of one row of ti
 of one layer. Where a paper cuts at a threshold instead of a count, `cut` says what number that is.
 All rules are here as they choose tiles; tiles, dense steps and what becomes of the rest are options
 of their own, and the same for all.
+
+Others are settings of these, or cannot be. BiFormer (arXiv 2303.08810): "pooled" with the rest
+dropped and strips as large as tiles. VMoBA (2506.23858): every query chooses for itself, which
+leaves no tile to a kernel; "draft" once the queries of a tile choose together. HiP (2406.09827):
+searches a tree for the tiles that "pooled" finds by looking at all of them. AnchorAttention
+(2505.23520): cuts at a distance from the score of the first and the own tile, as "sol" does from
+another anchor, and takes single keys, which strips here do not hold.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffpatch.pipelines.families import grids
+from diffpatch.pipelines.families import grids, presets
 from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.families.info import (
     BLOCKS,
@@ -22,6 +22,7 @@ IMAGE_FAMILIES = (
         grids.image_ids,
         text="before",
         note="dev, schnell, Kontext (reference tokens stay always visible), Fill, Control",
+        presets=presets.FLUX,
         guidance="distilled",
         regional=True,
         ulysses=True,

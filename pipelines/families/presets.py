@@ -36,6 +36,9 @@ def two_experts(pipe: Any) -> bool:
     return boundary is not None or getattr(pipe, "transformer_2", None) is not None
 
 
+# Every published choice of tiles by content leaves its first steps and layers alone.
+SOL = "Sol-Attn at 85 % left out: 20 % of the steps and the first layer dense"
+FLUX = {"dynamic": Preset({}, None, 4, "PISA, FLUX.1-dev: the first 4 layers dense")}
 # Windows are published in tokens of one grid; as fractions of it they fit every resolution.
 WAN = {
     "radial": Preset(
@@ -44,9 +47,11 @@ WAN = {
         1,
         "Radial Attention, Wan 2.1 14B: 12 of 50 steps",
         experts=Preset({"decay": 0.8}, 0.275, 1, "Radial Attention, Wan 2.2 A14B: 11 of 40 steps"),
-    )
+    ),
+    "dynamic": Preset({}, 0.2, 1, SOL),
 }
 HUNYUAN = {
+    "dynamic": Preset({}, 0.2, 1, SOL),
     "radial": Preset({"decay": 0.95}, 0.24, 0, "Radial Attention, 768p: 12 of 50 steps"),
     "neighborhood": Preset(
         {"window": (0.6, 0.5, 0.3)},

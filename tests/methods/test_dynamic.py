@@ -161,6 +161,17 @@ def test_a_choice_holds_for_some_steps_and_for_its_own_tokens() -> None:
     assert [Dynamic().every(n) for n in (None, 8, 29, 30)] == [2, 2, 2, 4]
 
 
+def test_tiles_are_finer_on_small_grids_and_coarser_on_large_ones() -> None:
+    method = Dynamic()
+    sizes = []
+    for grid in (TokenGrid(13, 16, 16), TokenGrid(1, 64, 64), TokenGrid(16, 56, 64)):
+        blocks = method.pattern(grid).blocks
+        strips = tile_table(blocks, method.keys_of(grid)).strips
+        sizes.append((int(blocks.sizes.max()), strips.longest))
+    assert sizes == [(32, 32), (64, 32), (128, 64)]
+    assert Dynamic(pool=64).keys_of(TokenGrid(1, 64, 64)) == 64
+
+
 def test_the_same_tensors_give_the_same_bits() -> None:
     for rule in RULES:
         method = Dynamic(rule=rule, kept=0.3, tile=32, strip=16, pool=16)
@@ -302,7 +313,7 @@ def test_a_patched_model_reports_what_the_plan_predicts() -> None:
     tiny = wan()
     settings: dict[str, Any] = {"kept": 0.5, "tile": 16, "strip": 8, "pool": 8}
     before = tiny.run()
-    diffpatch.patch(tiny.pipe, "dynamic", dense_steps=1, **settings)
+    diffpatch.patch(tiny.pipe, "dynamic", dense_steps=1, dense_layers=0, **settings)
     assert not torch.equal(tiny.run(height=64, num_inference_steps=4), before)
     report = diffpatch.report(tiny.pipe)
     method = Dynamic(**settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import diffpatch
-from diffpatch import BadParameter, Neighborhood, Radial, Window
+from diffpatch import BadParameter, Dynamic, Neighborhood, Radial, Window
 from diffpatch.cli import main
 from diffpatch.patching.settle import QUALITIES, settle
 from diffpatch.pipelines.families.table import list_families
@@ -37,6 +37,24 @@ def test_radial_is_set_as_published(
     method, schedule = settle("radial", {}, FAMILIES[family], "video", experts=experts)
     assert method == Radial(decay=decay)
     assert schedule.dense_steps == pytest.approx(steps) and schedule.dense_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "steps", "layers"),
+    [
+        ("WanTransformer3DModel", "video", 0.2, 1),
+        ("HunyuanVideoTransformer3DModel", "video", 0.2, 1),
+        ("FluxTransformer2DModel", "image", 0.15, 4),
+        ("MochiTransformer3DModel", "video", 0.15, 0),
+    ],
+)
+def test_dynamic_leaves_alone_what_was_published(
+    family: str, kind: str, steps: float, layers: int
+) -> None:
+    method, schedule = settle("dynamic", {}, FAMILIES[family], kind)
+    assert method == Dynamic()
+    assert schedule.dense_steps == pytest.approx(steps) and schedule.dense_layers == layers
+    assert settle("dynamic", {}, FAMILIES[family], kind, quality="fast")[0] == Dynamic(kept=0.125)
 
 
 def test_the_pipeline_tells_wan_2_2_from_wan_2_1() -> None:

@@ -25,7 +25,8 @@ from diffpatch.patterns.grid import Grid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
 RESTS = ("virtual", "drop", "pyramid")
-TILE, TILE_OF_LARGE = 64, 128  # queries of a tile
+SMALL = 4096  # visual tokens below which tiles of 64 queries are too few to choose well
+TILE_OF_SMALL, TILE, TILE_OF_LARGE = 32, 64, 128  # queries of a tile
 STRIP, STRIP_OF_LARGE = 32, 64  # keys that are taken or left together
 REFRESH, REFRESH_OF_LONG, LONG = 2, 4, 30  # steps; the second in runs of 30 steps or more
 PYRAMID = ((1, 0.1), (2, 0.05), (8, 0.2))  # PSA's for CogVideoX
@@ -65,7 +66,7 @@ class Dynamic(Method):
         "virtual", "what is not chosen: 'virtual' tokens, 'drop', or 'pyramid' (both, by rank)"
     )
     pool: int = param(32, "tokens that one virtual token stands for")
-    tile: int = param(0, "most queries of a tile; 0 takes 64, and 128 above 50,000 tokens")
+    tile: int = param(0, "most queries of a tile; 0 takes 32, 64 or 128, by the size of the grid")
     strip: int = param(0, "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or pool")
     refresh: int | None = param(
         None, "steps from one choice to the next; None takes 2, and 4 in runs of 30 steps or more"
@@ -111,8 +112,9 @@ class Dynamic(Method):
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """Every pair of tiles: what there is to choose from."""
-        large = grid.visual_tokens > LARGE
-        return Dense(tile=self.tile or (TILE_OF_LARGE if large else TILE)).pattern(grid)
+        usual = TILE_OF_LARGE if grid.visual_tokens > LARGE else TILE
+        usual = TILE_OF_SMALL if grid.visual_tokens < SMALL else usual
+        return Dense(tile=self.tile or usual).pattern(grid)
 
     def keys_of(self, grid: Grid) -> int:
         """Most keys of a strip on a grid."""
