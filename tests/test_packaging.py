@@ -71,7 +71,9 @@ def test_the_wheel_holds_every_module_and_all_weights(wheel: Path) -> None:
         for path in (ROOT / "pipelines" / "demo" / "weights").rglob("*")
         if path.is_file() and not path.name.startswith(".")
     }
-    read = [*(ROOT / "eval").glob("*.[cj]s*"), *(ROOT / "eval" / "weights").glob("*.safetensors")]
+    report = ROOT / "eval" / "sweep" / "report"
+    read = [report / name for name in ("page.html", "page.css", "page.js", "plot.svg")]
+    read += (ROOT / "eval" / "weights").glob("*.safetensors")
     weights |= {f"diffpatch/{path.relative_to(ROOT).as_posix()}" for path in read}
     weights |= {"diffpatch/eval/results/profile_cpu.json"}
     assert modules | weights | {"diffpatch/py.typed"} <= names

@@ -84,7 +84,7 @@ def _gluon_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
 
     size = qkv[0].shape[-1]
 
-    def with_config(config: kernel.Config) -> Call:
+    def with_config(config: kernel.HopperConfig) -> Call:
         return lambda: kernel.attend_gluon(*qkv, blocks, size**-0.5, None, False, config=config)[0]
 
     calls = {f"gluon {name}": with_config(c) for name, c in kernel.alternatives(size).items()}

@@ -19,7 +19,9 @@ def arguments(method: Method | None, given: Mapping[str, Any], options: Mapping[
         options: schedule and backend.
     """
     found = dict(given) if method is None else _changed(method)
-    return found | {key: value for key, value in options.items() if value not in (None, "auto")}
+    usual = {"dense_last_steps": 0, "backend": "auto"}
+    told = {key: value for key, value in options.items() if value is not None}
+    return found | {key: value for key, value in told.items() if usual.get(key) != value}
 
 
 def line(name: str, arguments: Mapping[str, Any], remark: str = "") -> str:

@@ -62,6 +62,9 @@ def frames(path: Path) -> np.ndarray:
 
 def test_render_writes_everything_it_names(rendered: Path) -> None:
     names = {"dense.apng", "radial.apng", "radial_vs_dense.apng", "radial_vs_dense.png"}
+    names |= {"card.png", "card.webp"}
+    with Image.open(rendered / "card.png") as still, Image.open(rendered / "card.webp") as moving:
+        assert still.size == moving.size == (1200, 630)
     assert {path.name for path in rendered.iterdir()} == {*names, "render.json"}
     result = json.loads((rendered / "render.json").read_text())
     assert {Path(path).name for path in result["files"].values()} == {*names, "render.json"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import diffpatch
 from diffpatch.cli import arguments, generation, progress
@@ -16,8 +17,10 @@ from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.render import sheets, summary
 from diffpatch.cli.render.job import Job, RenderVariant, check_variants, describe, plan, request
 from diffpatch.eval import media
+from diffpatch.eval.card import thumbnail, write_card
 from diffpatch.eval.environment import environment
 from diffpatch.eval.files import staged, to_json
+from diffpatch.eval.load import load_of
 from diffpatch.eval.processes import Process
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call
@@ -120,12 +123,12 @@ def render_all(job: Job, printing: bool) -> list[dict[str, Any]]:
 
 def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run every variant on one prompt and write its files; returns the result."""
-    from diffpatch.internals import execution_device
+    from diffpatch.internals import execution_device  # diffusers is slow to import
 
     device = execution_device(pipe)
     samples, runs = {}, {}
     for variant in job.variants:
-        samples[variant.name], runs[variant.name] = _timed(job, pipe, variant, call)
+        samples[variant.name], runs[variant.name] = _timed(job, pipe, variant, call, device)
     result = request(job, call["prompt"]) | {
         "pipeline": type(pipe).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -140,7 +143,8 @@ def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str,
     result["environment"] = environment(device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
-    _write(job, samples, result, folder)
+    picture = _pattern(pipe, job.variants[-1], call) if len(samples) > 1 else None
+    _write(job, samples, result, folder, picture)
     return result
 
 
@@ -157,7 +161,7 @@ def _warm_up(job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]) 
 
 
 def _timed(
-    job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]
+    job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any], device: torch.device
 ) -> tuple[sampling.Sample, dict[str, Any]]:
     """One measured run: what it made, and its entry in the result."""
     with _explained(variant.name), variant.applied(pipe):
@@ -167,6 +171,7 @@ def _timed(
         with progress.steps(variant.name, job.steps, kept, job.quiet) as advance:
             sample = sampling.sample(pipe, call, job.seed, advance)
         entry: dict[str, Any] = {"seconds": summary.timing(sample), "kept": 1.0}
+        entry["load"] = load_of(sample, device)
         if not variant.is_dense:
             report = diffpatch.report(pipe)
             entry |= {"kept": round(report.kept, 5), "options": variant.options}
@@ -189,8 +194,23 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
+def _pattern(pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> Image.Image | None:
+    """A small picture of the pattern, for the card; None where the data decide."""
+    sizes = {key: call[key] for key in ("height", "width", "num_frames") if call.get(key)}
+    options = {key: value for key, value in variant.options.items() if key != "backend"}
+    try:
+        made = diffpatch.plan(pipe, variant.name, **sizes, **options)
+    except (diffpatch.DiffpatchError, TypeError):  # no size is known, or no plan of the model
+        return None
+    return None if made.at_most or not made.patterns else thumbnail(made.patterns[0])
+
+
 def _write(
-    job: Job, samples: dict[str, sampling.Sample], result: dict[str, Any], folder: Path
+    job: Job,
+    samples: dict[str, sampling.Sample],
+    result: dict[str, Any],
+    folder: Path,
+    pattern: Image.Image | None,
 ) -> None:
     """All files of one prompt, at once."""
     clips = {name: media.to_images(sample.frames) for name, sample in samples.items()}
@@ -205,6 +225,8 @@ def _write(
             if "contact_sheet" in names:
                 sheet = sheets.contact_sheet(list(clips.values()), labels)
                 media.save([sheet], stage / names["contact_sheet"], job.fps)
+            dense, fast = (sample.frames for sample in samples.values())
+            write_card(stage, dense, fast, summary.card_text(result), pattern, job.fps)
         (stage / names["result"]).write_text(to_json(result), encoding="utf-8")
 
 

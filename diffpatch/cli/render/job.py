@@ -89,8 +89,10 @@ class Job:
         if len(self.variants) > 1:
             pair = f"{stems[self.variants[-1].name]}_vs_dense"
             names["side_by_side"] = sheets.file_name(pair, self.format, video)
+            names["card"] = "card.png"
             if video:
                 names["contact_sheet"] = f"{pair}.png"
+                names["moving_card"] = "card.webp"
         names["result"] = "render.json"
         return {key: folder / name for key, name in names.items()}
 

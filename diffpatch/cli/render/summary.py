@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffpatch.eval.card import CardText, machine
+from diffpatch.eval.load import busy, worst
 from diffpatch.eval.quality.metrics import Score, psnr, ssim
+from diffpatch.eval.sweep.paste import arguments, line
 from diffpatch.eval.tables import table
 from diffpatch.pipelines.running.sampling import CLOCKS, Sample
 
@@ -58,6 +61,27 @@ def speedup(dense: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def busy_with(result: dict[str, Any]) -> str | None:
+    """Why the times of a result are unreliable, if they are."""
+    return busy(worst(run.get("load", {}) for run in result["runs"].values()))
+
+
+def card_text(result: dict[str, Any]) -> CardText:
+    """What the card of a comparison says."""
+    name, fast = list(result["runs"].items())[-1]  # dense is the first
+    options = arguments(None, {}, fast["options"])
+    return CardText(
+        label=name,
+        speedup=result["speedup"]["total"],
+        psnr=result["quality"]["psnr"]["mean"],
+        kept=fast["kept"],
+        line=line(name, options),
+        prompt=result["prompt"],
+        small=machine(result["environment"], [result["model"]]),
+        busy=busy_with(result),
+    )
+
+
 def describe(result: dict[str, Any]) -> str:
     """The result of one prompt as a short table."""
     runs: dict[str, Any] = result["runs"]
@@ -75,6 +99,8 @@ def describe(result: dict[str, Any]) -> str:
         rows.append([f"{name.upper()} to dense", "", f"{score:.{digits}f}{unit}", *blank])
     lines = [f"“{result['prompt']}”, seed {result['seed']}", table(rows)]
     fallbacks = _fallbacks(runs)
+    if noise := busy_with(result):
+        fallbacks.append(f"The machine was busy ({noise}): these times are unreliable, try again")
     return "\n".join(lines + fallbacks + [f"wrote {path}" for path in result["files"].values()])
 
 
