@@ -1,7 +1,8 @@
 """Who may know whom: the contracts of pyproject.toml hold, and a violation would be found.
 
-The contracts are checked on a copy, in which the links inside diffpatch/ are folders and the kernels
-have the `__init__.py` that they must not have in the tree: the checker follows neither otherwise.
+The contracts are checked on a copy, in which the links inside diffpatch/ are folders and the
+kernels have the `__init__.py` that they must not have in the tree: the checker follows neither
+otherwise.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from diffpatch import internals
 from diffpatch.errors import DiffpatchError
 from diffpatch.patterns.grid import PackedGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -37,6 +36,8 @@ Deal = tuple[int, ...]  # the heads in the order in which they are shared out
 
 def context(model_or_processor: Any) -> Any:
     """The `ContextParallelConfig` that is enabled on a model or processor, or None."""
+    from diffpatch import internals  # imports diffusers, which takes seconds
+
     config = getattr(model_or_processor, internals.PARALLEL, None)
     return getattr(config, "context_parallel_config", None)
 
@@ -66,6 +67,8 @@ def check(model: Any, processors: list[Any]) -> None:
 
 def share(model: Any) -> tuple[int, int]:
     """(rank, degree) of this process among those that hold the heads of a model; alone (0, 1)."""
+    from diffpatch import internals  # imports diffusers, which takes seconds
+
     config = getattr(model, internals.PARALLEL, None)
     parts = [
         (getattr(config, "context_parallel_config", None), internals.ULYSSES_MESH),
@@ -109,6 +112,8 @@ def spread(
             "training under context parallelism is not supported: unpatch(pipe) first, or train"
             " without enable_parallelism"
         )
+
+    from diffpatch import internals
 
     def forward(_: Any, q: Any, k: Any, v: Any, mask: Any, *__: Any, **___: Any) -> torch.Tensor:
         return attend(q, k, v, mask, scale, degree)
