@@ -76,7 +76,8 @@ def find(running: Callable[[Any], bool]) -> Caller | None:
 
 def calling_pipeline() -> Any:
     """The innermost pipeline whose call is on the stack, or None."""
-    return next(filter(None, map(_pipeline_called, _frames())), None)
+    called = (_pipeline_called(frame, _locals(frame)) for frame in _frames() if _is_call(frame))
+    return next(filter(None, called), None)
 
 
 def _frames() -> Iterator[types.FrameType]:
@@ -88,18 +89,21 @@ def _frames() -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
-def _pipeline_called(frame: types.FrameType) -> Any:
-    """The pipeline whose ``__call__`` this is, or None."""
+def _is_call(frame: types.FrameType) -> bool:
     code = frame.f_code
-    if code.co_name != "__call__" or code.co_varnames[:1] != ("self",):
-        return None
-    called = _locals(frame).get("self")
+    return code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
+
+
+def _pipeline_called(frame: types.FrameType, values: Mapping[str, Any]) -> Any:
+    """The pipeline whose ``__call__`` this is, or None."""
+    called = values.get("self") if _is_call(frame) else None
     return called if internals.is_pipeline(called) else None
 
 
 def _look(frame: types.FrameType, running: Callable[[Any], bool]) -> Caller | None:
     """What a function has in hand that is in the middle of a run."""
-    pipeline, values = _pipeline_called(frame), _locals(frame)
+    values = _locals(frame)
+    pipeline = _pipeline_called(frame, values)
     direct = [value for value in values.values() if _drives(value)]
     if pipeline is not None:
         chosen = _distinct(filter(running, schedulers_of(pipeline)))

@@ -60,7 +60,7 @@ class Tracker:
         self._own: weakref.ref[Any] | None = None  # not a copy
         self._output: weakref.ref[Any] | None = None
         self._copied = self._begun = False
-        self._ahead: int | None = None  # how far the scheduler's own index is ahead of the step
+        self._first: int | None = None  # the scheduler's own index of the first step
         self.step, self.branch, self.stepped = -1, -1, True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
@@ -70,7 +70,7 @@ class Tracker:
     def _begin(self) -> None:
         self.run += 1
         self.step, self.branch, self.stepped = -1, -1, True
-        self.total = self._ahead = None
+        self.total = self._first = None
 
     def add(self, scheduler: Any) -> None:
         """A scheduler, or a copy of it, reports here from now on."""
@@ -80,7 +80,7 @@ class Tracker:
 
     def is_own(self, scheduler: Any) -> bool:
         """Whether a scheduler is the one that this is about, and not a copy of it."""
-        return self._own is not None and self._own() is scheduler
+        return self._own is not None and self._scheduler is scheduler
 
     def on_set_timesteps(self, scheduler: Any) -> None:
         """A run begins; not by a copy that is made in the middle of one."""
@@ -96,12 +96,18 @@ class Tracker:
         """Begin in the middle of a run whose beginning nobody has told."""
         self.on_set_timesteps(scheduler)
         self.step = _steps_taken(scheduler) - 1
+        if self.step >= 0:
+            self._first = _begin_index(scheduler)
 
     def on_step(self, output: Any = None) -> None:
         """The scheduler consumed a model output."""
+        index = None if self._copied else getattr(self._scheduler, "step_index", None)
+        if index is not None:  # tells more than forwards do, some of which another model may make
+            self._first = index - 1 if self._first is None else self._first
+            self.step = index - self._first - 1
+        elif self.stepped and not self._copied:
+            self.step += 1  # after forwards that are not known here
         self.stepped = True
-        if self.step < 0:  # forwards were made that nothing ascribed to this loop: it is lost
-            self._begun = False
         if isinstance(output, torch.Tensor):
             self._output = weakref.ref(_whole(output))
         if self._over:
@@ -136,27 +142,21 @@ class Tracker:
             return
         if self.total is None and self._begun:
             self._count(announced)
-        if self._over or self._is_lost():  # whoever calls now has a loop that nobody follows
+        if self._over:  # whoever calls now has a loop that nobody follows
             self._begun = False
             self._begin()
         self.step, self.branch, self.stepped = self.step + 1, 0, False
 
-    def _is_lost(self) -> bool:
-        """Whether steps were taken after forwards that nothing ascribed to this loop."""
-        scheduler = None if self._own is None else self._own()
-        index = getattr(scheduler, "step_index", None)
-        if index is None or self._copied or self.step < 0:
-            return False
-        ahead, before = int(index) - self.step, self._ahead
-        self._ahead = ahead
-        return before is not None and ahead != before
+    @property
+    def _scheduler(self) -> Any:
+        return None if self._own is None else self._own()
 
     def _count(self, announced: int | None) -> None:
         """How many model evaluations the run has.
 
         Only at its first forward, because image-to-image pipelines set the begin index late.
         """
-        scheduler = None if self._own is None else self._own()
+        scheduler = self._scheduler
         if scheduler is None:
             return
         self.total = len(scheduler.timesteps) - _begin_index(scheduler)

@@ -312,7 +312,7 @@ def test_image_to_image_after_text_to_image_counts_its_own_steps() -> None:
     def edit() -> torch.Tensor:
         pipe = diffusers.AutoPipelineForImage2Image.from_pipe(tiny.pipe)
         pipe.set_progress_bar_config(disable=True)
-        changes = {"image": Image.new("RGB", (32, 16), "teal"), "strength": 1.0}
+        changes: dict[str, Any] = {"image": Image.new("RGB", (32, 16), "teal"), "strength": 1.0}
         out = Tiny(pipe, tiny.call).run(num_inference_steps=8, **changes)
         kept = diffpatch.report(pipe).kept_per_step
         assert [k == 1 for k in kept] == [True] * 2 + [False] * 6
@@ -411,9 +411,11 @@ class Windows(diffusers.WanPipeline):
     """Denoises a long video window by window, as LTX and Wan Animate do."""
 
     windows = 3
+    scheduler: Any
+    transformer: Any
 
     @torch.no_grad()
-    def __call__(self, steps: int) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, steps: int) -> torch.Tensor:
         latents = torch.zeros(1, 16, 3, 4, 8)
         for _ in range(self.windows):
             self.scheduler.set_timesteps(steps)

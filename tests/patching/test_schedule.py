@@ -154,3 +154,17 @@ def test_forwards_after_the_end_of_a_run_are_runs_of_their_own() -> None:
         tracker.on_forward()
         runs.append((tracker.run, tracker.step, tracker.branch))
     assert runs == [(2, 0, 0), (3, 0, 0), (4, 0, 0)]
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_steps_after_forwards_of_an_unknown_model_count(kind: str) -> None:
+    scheduler: Any = getattr(diffusers, kind)()
+    tracker, x = Tracker(), torch.zeros(1, 4)
+    track(scheduler, tracker)
+    scheduler.set_timesteps(4)
+    for step, t in enumerate(scheduler.timesteps):
+        if step != 1 and step > 0:
+            tracker.on_forward()
+            assert (tracker.step, tracker.branch, tracker.total) == (step, 0, 4)
+        scheduler.step(x, t, x)
+    assert not tracker.running
