@@ -145,9 +145,9 @@ def test_gradients_in_16_bits_go_through_scores_in_fp32(dtype: torch.dtype) -> N
     out, lse = block_sparse_attention(
         q, k, v, blocks, scale=scale, return_lse=True, backend="torch"
     )
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    x, y, z = (x.detach().double().requires_grad_() for x in (q, k, v))
     expected, expected_lse = block_sparse_attention(
-        *wide, blocks, scale=scale, return_lse=True, backend="reference"
+        x, y, z, blocks, scale=scale, return_lse=True, backend="reference"
     )
     blind = expected_lse.isinf()
     assert lse.dtype == torch.float32 and torch.equal(lse.isinf(), blind)
@@ -157,9 +157,10 @@ def test_gradients_in_16_bits_go_through_scores_in_fp32(dtype: torch.dtype) -> N
     assert (out.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
     for results in ((out, lse), (expected, expected_lse)):
         (results[0].sum() + results[1].masked_fill(blind, 0.0).sum()).backward()
-    for x, y in zip((q, k, v), wide, strict=True):
-        assert x.grad is not None and y.grad is not None and x.grad.isfinite().all()
-        assert (x.grad.double() - y.grad).norm() <= 8 * torch.finfo(dtype).eps * y.grad.norm()
+    for near, exactly in zip((q, k, v), (x, y, z), strict=True):
+        assert near.grad is not None and exactly.grad is not None and near.grad.isfinite().all()
+        off = (near.grad.double() - exactly.grad).norm()
+        assert off <= 8 * torch.finfo(dtype).eps * exactly.grad.norm()
 
 
 @pytest.mark.usefixtures("costs")

@@ -223,15 +223,13 @@ def _block_mask(
 
     def build(allowed: torch.Tensor, hidden: bool) -> Any:
         whole = layout.all & False if hidden else layout.all
-        lists: tuple[torch.Tensor, ...] = (*_lists(layout.some & ~whole), *_lists(whole))
         pattern = blocks.head_pattern
+        lists = _lists(layout.some & ~whole, pattern), _lists(whole, pattern)
         if pattern is None:
             pattern = torch.zeros(heads, dtype=torch.int32, device=blocks.device)
-        else:
-            lists = tuple(x[:, pattern.long()] for x in lists)
         length = len(layout.token)
         return flex_attention.BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=BLOCK, mask_mod=_mask_mod(layout, pattern, allowed),
+            *lists[0], *lists[1], BLOCK_SIZE=BLOCK, mask_mod=_mask_mod(layout, pattern, allowed),
             seq_lengths=(length, length), compute_q_blocks=gradients,
         )  # fmt: skip
 
@@ -262,7 +260,14 @@ def _mask_mod(
     return mask_mod
 
 
-def _lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks bool (P, NB, NB) as how many each row has, int32 (1, P, NB), and which, ascending."""
+def _lists(chosen: torch.Tensor, pattern: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks bool (P, NB, NB) as lists, of every head if they have patterns of their own.
+
+    Returns:
+        How many each row has, int32 (1, H or 1, NB), and which, ascending, (1, H or 1, NB, NB).
+    """
     counts = chosen.sum(2, dtype=torch.int32)
-    return counts[None], chosen.int().argsort(dim=2, descending=True, stable=True).int()[None]
+    which = chosen.int().argsort(dim=2, descending=True, stable=True).int()
+    if pattern is not None:
+        counts, which = counts[pattern.long()], which[pattern.long()]
+    return counts[None], which[None]
