@@ -16,7 +16,7 @@ from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching import composition
 from diffpatch.patching.autocast import as_autocast, without_autocast
-from diffpatch.patterns.grid import Grid
+from diffpatch.patterns.grid import Grid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
@@ -30,7 +30,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    grid: Grid,
+    grid: Grid | tuple[int, int, int],
     method: MethodLike = "radial",
     *,
     scale: float | None = None,
@@ -47,7 +47,8 @@ def attention(
         q: (B, S, H, D), after any normalisation and rotary embedding; S is ``grid.num_tokens``.
         k: (B, S, K, D), where K divides H.
         v: like k.
-        grid: where the tokens live: a `TokenGrid`, or a `PackedGrid` of several.
+        grid: where the tokens live: a `TokenGrid`, a `PackedGrid` of several, or three numbers
+            (num_frames, height, width).
         method: a name from `list_methods()` or a method object.
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
@@ -66,7 +67,7 @@ def attention(
         DiffpatchError: the method or a parameter cannot work.
         ValueError: a tensor does not fit the grid.
     """
-    method = make_method(method, **params)
+    method, grid = make_method(method, **params), as_grid(grid)
     composition.check_method(method)
     if q.shape[1] != grid.num_tokens:
         raise BadParameter(

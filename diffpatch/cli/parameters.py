@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import types
 import typing
 from collections.abc import Sequence
@@ -11,50 +10,38 @@ from typing import Any
 
 import diffpatch
 from diffpatch import Method
+from diffpatch.checking import check_names, expected
 from diffpatch.cli.errors import UsageError
-from diffpatch.errors import choices
+from diffpatch.methods.registry import parameter_types
 
 
 def method_parameters(name: str, texts: Sequence[str]) -> dict[str, Any]:
     """The `key=value` pairs of a method, or of a combination such as radial+temporal, checked.
 
     Raises:
-        UsageError: no such method or parameter, or a value of another type.
-        DiffpatchError: a value that the method refuses.
+        UsageError: a text that is nothing of its parameter's type.
+        BadParameter, UnknownMethod: no such method or parameter, or a value that it refuses.
     """
-    known = diffpatch.list_methods()
-    for part in name.split("+"):
-        if part not in known:
-            raise UsageError(f"unknown method {part!r}: {choices(part, known)}")
-    values = settings(texts, name, [known[part].cls for part in name.split("+")])
+    values = settings(texts, name)
     diffpatch.make_method(name, **values)
     return values
 
 
-def settings(texts: Sequence[str], name: str, classes: Sequence[type[Method]]) -> dict[str, Any]:
-    """`key=value` pairs, typed by the fields of the first dataclass that has the key."""
-    hints: dict[str, Any] = {}
-    for cls in reversed(classes):
-        hints |= {field: typing.get_type_hints(cls)[field] for field in field_names(cls)}
+def settings(texts: Sequence[str], name: str) -> dict[str, Any]:
+    """`key=value` pairs, read as the types of a method's parameters."""
+    hints = parameter_types(name)
     values = {}
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals:
             raise UsageError(f"--set {text!r} must be key=value; keys: {', '.join(hints)}")
-        if key not in hints:
-            raise UsageError(f"{name} has no parameter {key!r}: {choices(key, hints)}")
+        check_names(name, [key], hints)
         try:
             values[key] = convert(value.strip(), hints[key])
         except ValueError:
-            kind = getattr(hints[key], "__name__", str(hints[key]))
-            raise UsageError(f"--set {key}={value} must be of type {kind}") from None
+            raise UsageError(f"--set {key}={value} must be {expected(hints[key])}") from None
     return values
-
-
-def field_names(cls: type[Method]) -> list[str]:
-    """The parameters of a method."""
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def convert(text: str, hint: Any) -> Any:
@@ -65,6 +52,8 @@ def convert(text: str, hint: Any) -> Any:
     """
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return convert(text, options[0])
     if origin in (typing.Union, types.UnionType):
         # bool before int before float before str: the narrowest reading wins.
         for option in sorted(options, key=_breadth):

@@ -5,31 +5,38 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Annotated, TypeVar
 
 import torch
 
 from diffpatch.errors import BadParameter
 
+Value = TypeVar("Value")
+
 # A size along an axis: an int in tokens, a float as a fraction of the axis, -1 for the whole axis.
 Size = int | float
-Sizes = Size | tuple[Size, ...]  # one for all axes, or one for each
+# What is one for all axes, or one for each.
+Sizes = Annotated[Size | tuple[Size, Size, Size], "one number or three: (time, height, width)"]
+Flags = Annotated[
+    bool | tuple[bool, bool, bool], "true or false, for all axes or for each: (time, height, width)"
+]
+Counts = int | tuple[int, int, int]
+SIZES = "a count ≥ 1, a fraction in (0, 1], or -1 for the whole axis; or three such"
 
 PAIRED = 4  # tiles of an axis from which on neighbours share windows
 
 
-def triple(value: Size | Sequence[Size]) -> tuple[Size, Size, Size]:
-    """One size for all axes, or one for each of (time, height, width)."""
-    sizes = (value,) * 3 if isinstance(value, int | float) else tuple(value)
-    numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in sizes)
-    if len(sizes) != 3 or not numbers:
-        raise BadParameter(f"{value!r} must be one number or three: (time, height, width)")
-    for size in sizes:
-        if not (size == -1 or (isinstance(size, int) and size >= 1) or 0 < size <= 1):
-            raise BadParameter(
-                f"size {size} must be a count ≥ 1, a fraction in (0, 1], or -1 for the whole axis"
-            )
-    t, h, w = sizes
-    return t, h, w
+def triple(value: Value | tuple[Value, Value, Value]) -> tuple[Value, Value, Value]:
+    """What is one for all axes, or one for each of (time, height, width), for each of them."""
+    return value if isinstance(value, tuple) else (value, value, value)
+
+
+def are_sizes(value: Sizes) -> bool:
+    """Whether all are what `SIZES` says."""
+    return all(
+        size == -1 or (isinstance(size, int) and size >= 1) or 0 < size <= 1
+        for size in triple(value)
+    )
 
 
 def each(values: Iterable[int]) -> tuple[int, int, int]:

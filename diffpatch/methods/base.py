@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, final
 
 import torch
 
+from diffpatch import checking
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
@@ -88,19 +89,42 @@ class Method:
 
     What a method says of itself are class attributes, such as ``kinds = ("video",)``, or properties
     where it depends on a parameter.
+
+    Every parameter is checked against its annotation, whatever door it comes through; lists become
+    tuples. What the annotation does not say, `validate` checks.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "method"  # what patch() and the command line call it
     summary: ClassVar[str]
     source: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "__post_init__" in vars(cls):
+            raise TypeError(f"{cls.__name__} defines __post_init__: call it validate")
         if "attend" in vars(cls) and "only_skips" not in vars(cls):
             raise TypeError(
                 f"{cls.__name__} defines attend: write beside it only_skips = False, or True if it"
                 " computes the softmax over the pattern and nothing else"
             )
+
+    def __new__(cls, *values: Any, **params: Any) -> Self:
+        checking.check_names(cls.name, params, parameter_names(cls))
+        return super().__new__(cls)
+
+    @final
+    def __post_init__(self) -> None:
+        checking.check_fields(self, self.name)
+        self.validate()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(cls)  # its own values were checked as it was made
+
+    def validate(self) -> None:
+        """Refuse values that cannot work though their types are right; `check` helps to say so."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -33,9 +33,9 @@ class Dense(Method):
 
     tile: int = param(0, "most tokens in a tile; 0 takes 128, and 256 above 50,000 tokens")
 
-    def __post_init__(self) -> None:
-        whole = isinstance(self.tile, int) and (self.tile == 0 or 16 <= self.tile <= LARGEST)
-        self.check(whole, "tile", f"a count of tokens from 16 to {LARGEST}, or 0")
+    def validate(self) -> None:
+        fits = self.tile == 0 or 16 <= self.tile <= LARGEST
+        self.check(fits, "tile", f"a count of tokens from 16 to {LARGEST}, or 0")
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         most = self.tile or (LARGEST if grid.visual_tokens > LARGE else MAX_TILE)

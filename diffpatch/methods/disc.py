@@ -39,10 +39,10 @@ class Disc(Method):
     time: axis.Size = param(-1, "frames that are seen: int, fraction, or -1 for all")
     sharpen: float = param(1.0, "factor on the scale of the softmax (see entropy_scale)")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(self.radius > 0, "radius", "positive")
         self.check(self.sharpen > 0, "sharpen", "positive")
-        axis.triple((self.time, -1, -1))
+        self.check(axis.are_sizes(self.time), "time", "a count ≥ 1, a fraction in (0, 1], or -1")
 
     def softmax_factor(self) -> float:
         return self.sharpen

@@ -52,7 +52,7 @@ class Longer(Method):
     scale: float = param(1.0, "frames that a query sees, as a multiple of the trained ones")
     riflex: bool = param(True, "slow one temporal frequency down, so that nothing repeats")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.trained is not None:
             self.check(self.trained >= 1, "trained", "a count of latent frames, or None")
         self.check(self.window >= 0, "window", "a count of frames")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -49,9 +50,9 @@ class Neighborhood(Method):
     kept_parameters = ("window", "heads", "layers")
 
     window: axis.Sizes = param(0.6, "keys along each axis: int, fraction, or -1 for all")
-    stride: str | int | tuple[int, ...] = param("auto", "queries that share a window, or 'auto'")
-    dilation: int | tuple[int, ...] = param(1, "distance between the keys of a window")
-    causal: bool | tuple[bool, ...] = param(False, "see only earlier positions, per axis")
+    stride: Literal["auto"] | axis.Counts = param("auto", "queries that share a window, or 'auto'")
+    dilation: axis.Counts = param(1, "distance between the keys of a window")
+    causal: axis.Flags = param(False, "see only earlier positions, per axis")
     heads: tuple[axis.Sizes | Neighborhood, ...] = param(
         (), "windows of equal groups of heads, instead of one window"
     )
@@ -60,12 +61,15 @@ class Neighborhood(Method):
     )
     sharpen: float = param(1.0, "factor on the scale of the softmax (see entropy_scale)")
 
-    def __post_init__(self) -> None:
-        axis.triple(self.window)
-        _ints(self.dilation, "dilation")
-        self.check(
-            self.stride == "auto" or not isinstance(self.stride, str), "stride", "'auto' or ints"
-        )
+    def validate(self) -> None:
+        self.check(axis.are_sizes(self.window), "window", axis.SIZES)
+        for name in ("heads", "layers"):
+            windows = [s for s in getattr(self, name) if not isinstance(s, Neighborhood)]
+            good = all(map(axis.are_sizes, windows))
+            self.check(good, name, f"made of windows, each {axis.SIZES}")
+        self.check(min(axis.triple(self.dilation)) >= 1, "dilation", "one positive int or three")
+        strides = () if self.stride == "auto" else axis.triple(self.stride)
+        self.check(min(strides, default=1) >= 1, "stride", "'auto', one positive int or three")
         self.check(self.sharpen > 0, "sharpen", "positive")
         for setting in map(self._with, (*self.heads, *self.layers)):
             # The softmax is one for all heads and layers, and groups do not nest.
@@ -120,13 +124,12 @@ class Neighborhood(Method):
 
     def _axes(self, grid: TokenGrid) -> tuple[tuple[Cuts, Cuts, Cuts], list[torch.Tensor]]:
         """The best tiling and the rule of every axis, of one setting for all heads."""
-        dilations = _ints(self.dilation, "dilation")
-        causal = self.causal if isinstance(self.causal, tuple) else (self.causal,) * 3
+        dilations, causal = axis.triple(self.dilation), axis.triple(self.causal)
         if self.stride == "auto":
             strides = choose_tile(grid.shape, GROUP, [-(-n // 2) for n in grid.shape])
             tile = choose_tile(strides)
         else:
-            strides, tile = _ints(self.stride, "stride"), choose_tile(grid.shape)
+            strides, tile = axis.triple(self.stride), choose_tile(grid.shape)
         cuts, rules = [], []
         for i, length in enumerate(grid.shape):
             dilation = dilations[i] if length > 1 else 1
@@ -182,13 +185,6 @@ def entropy_scale(tokens: int, trained: int) -> float:
     if min(tokens, trained) < 2:
         raise BadParameter(f"tokens={tokens} and trained={trained} must both be at least 2")
     return math.sqrt(math.log(tokens) / math.log(trained))
-
-
-def _ints(value: object, what: str) -> tuple[int, int, int]:
-    values = value if isinstance(value, tuple) else (value,) * 3
-    if len(values) != 3 or not all(isinstance(v, int) and v >= 1 for v in values):
-        raise BadParameter(f"neighborhood: {what}={value!r} must be one positive int or three")
-    return values
 
 
 def _whole_tiles(window: int, most: int, stride: int, tile: int) -> int:

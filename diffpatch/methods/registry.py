@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from diffpatch import checking
 from diffpatch.errors import BadParameter, UnknownMethod, choices
 from diffpatch.methods.base import Method, parameter_names
 from diffpatch.methods.wrapper import Wrapper
@@ -112,15 +112,15 @@ def make_method(method: MethodLike, **params: Any) -> Method:
             )
         return method
     classes = classes_of(method)
-    _check_names(method, params)
+    known = {name for cls in classes for name in parameter_names(cls)}
+    known -= {"over"} if len(classes) == 2 else set()  # the name says what it is over
+    checking.check_names(method, params, known)
     if len(classes) == 1:
         return classes[0](**classes[0].complete(params))
     inner, wrapper = classes
     assert issubclass(wrapper, Wrapper)
     own, others = parameter_names(wrapper), parameter_names(inner)
-    claimed = {
-        k for k in params if k in own and (k not in others or wrapper.claims(k, params))
-    }  # fmt: skip
+    claimed = {k for k in params if k in own and (k not in others or wrapper.claims(k, params))}
     over = inner(**inner.complete({k: v for k, v in params.items() if k not in claimed}))
     return wrapper(over=over, **{k: v for k, v in params.items() if k in claimed})
 
@@ -147,17 +147,6 @@ def parameter_types(name: str) -> Mapping[str, Any]:
     """The type of every parameter of a method or a combination; of one that both have, either."""
     types: dict[str, Any] = {}
     for cls in classes_of(name):
-        hints = typing.get_type_hints(cls, include_extras=True)
-        for parameter in parameter_names(cls):
-            hint = hints[parameter]
+        for parameter, hint in checking.field_types(cls).items():
             types[parameter] = types[parameter] | hint if parameter in types else hint
     return types
-
-
-def _check_names(method: str, params: Mapping[str, Any]) -> None:
-    classes = classes_of(method)
-    known = {name for cls in classes for name in parameter_names(cls)}
-    known -= {"over"} if len(classes) == 2 else set()  # the name says what it is over
-    for name in params:
-        if name not in known:
-            raise BadParameter(f"{method} has no parameter {name!r}: {choices(name, known)}")

@@ -36,12 +36,9 @@ class SlidingTile(Method):
     window: axis.Sizes = param(0.6, "tiles along each axis: int, fraction, or -1 for all")
     tile: tuple[int, int, int] = param((6, 8, 8), "most tokens of a tile along each axis")
 
-    def __post_init__(self) -> None:
-        axis.triple(self.window)
-        whole = isinstance(self.tile, tuple) and all(isinstance(n, int) for n in self.tile)
-        self.check(
-            whole and len(self.tile) == 3 and min(self.tile) >= 1, "tile", "three positive ints"
-        )
+    def validate(self) -> None:
+        self.check(axis.are_sizes(self.window), "window", axis.SIZES)
+        self.check(min(self.tile) >= 1, "tile", "three positive ints")
 
     def with_kept(self, kept: float, kind: str = "video") -> SlidingTile:
         if kind == "image":

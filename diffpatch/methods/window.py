@@ -53,10 +53,11 @@ class Window(Method):
         (), "windows of equal groups of heads, instead of one window"
     )
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(self.shift in SHIFTS, "shift", f"one of {', '.join(SHIFTS)}")
-        for window in (self.window, *self.heads):
-            axis.triple(window)
+        self.check(axis.are_sizes(self.window), "window", axis.SIZES)
+        windows = all(map(axis.are_sizes, self.heads))
+        self.check(windows, "heads", f"made of windows, each {axis.SIZES}")
 
     @classmethod
     def cross(cls, stripe: axis.Size) -> Window:
@@ -73,8 +74,8 @@ class Window(Method):
         width, height, time = cut if kind == "video" else [kept**0.5] * 2 + [1.0]
         if time < 0.5:
             width = height = time = kept ** (1 / 3)
-        window = tuple(axis.part(share) for share in (time, height, width))
-        return replace(self, window=window, heads=())
+        t, h, w = (axis.part(share) for share in (time, height, width))
+        return replace(self, window=(t, h, w), heads=())
 
     def variant(self, layer: int, step: int) -> int:
         """Quarters of a window by which the partition moves; for "count", windows that it adds."""

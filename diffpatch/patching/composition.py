@@ -48,7 +48,6 @@ from typing import Any
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.wrapper import Wrapper
-from diffpatch.patching import parallel
 
 CACHES = (
     "PyramidAttentionBroadcast",
@@ -97,6 +96,7 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
         DiffpatchError: names what is on and what to do.
     """
     from diffpatch import internals  # imports diffusers, which takes seconds
+    from diffpatch.patching import parallel
 
     if method.slowed_from is not None and parallel.context(model) is not None:
         raise DiffpatchError(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
 
+from diffpatch.checking import check
 from diffpatch.errors import BadParameter
 
 BARE = "a bare transformer has no scheduler: patch the pipeline, or pass dense_steps=0"
-Amount = int | float  # an int counts, a float in (0, 1] is a fraction of the total
+# An int counts, a float in (0, 1] is a fraction of the total.
+Amount = Annotated[int | float, "a count ≥ 0 or a fraction between 0.0 and 1.0"]
+Layers = Annotated[
+    int | float | tuple[int, ...], "a count ≥ 0, a fraction between 0.0 and 1.0, or layer numbers"
+]
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,17 @@ class Schedule:
     dense_layers: Amount | Collection[int] = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, Collection) and not isinstance(self.dense_layers, str):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name, kind in (
+            ("dense_steps", Amount), ("dense_last_steps", Amount), ("dense_layers", Layers)
+        ):  # fmt: skip
+            object.__setattr__(self, name, check("", name, getattr(self, name), kind))
         _check("dense_steps", self.dense_steps)
         _check("dense_last_steps", self.dense_last_steps)
         if isinstance(self.dense_layers, int | float):
             _check("dense_layers", self.dense_layers)
-        elif any(not isinstance(i, int) or i < 0 for i in self.dense_layers):
+        elif any(i < 0 for i in self.dense_layers):
             raise BadParameter(f"dense_layers={self.dense_layers!r} must hold layer numbers from 0")
 
     def layers(self, num_layers: int) -> frozenset[int]:

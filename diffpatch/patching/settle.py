@@ -90,7 +90,7 @@ def _at_quality(
     kind: str,
 ) -> Method:
     if quality not in QUALITIES:
-        raise BadParameter(f"unknown quality {quality!r}: {choices(quality, QUALITIES)}")
+        raise BadParameter(f"unknown quality {quality!r}: {choices(str(quality), QUALITIES)}")
     if not isinstance(method, str):
         raise BadParameter(
             f"quality={quality!r} chooses the size of a method and {chosen} has one: give the name"

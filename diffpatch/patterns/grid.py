@@ -9,12 +9,14 @@ between two grids a rule of the layout does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from diffpatch.checking import check_fields, frozen
 from diffpatch.errors import BadParameter
 
 Shape = tuple[int, int, int]  # (num_frames, height, width)
@@ -44,16 +46,15 @@ class TokenGrid:
     text_after: int = 0
 
     def __post_init__(self) -> None:
+        numbers = (self.num_frames, self.height, self.width, self.text_before, self.text_after)
+        if not all(type(number) is int for number in numbers):  # torch.compile traces no further
+            check_fields(self, "TokenGrid")
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
-                raise BadParameter(
-                    f"{name}={getattr(self, name)} of a TokenGrid must be at least 1"
-                )
+                raise BadParameter(f"TokenGrid: {name}={getattr(self, name)} must be at least 1")
         for name in ("text_before", "text_after"):
             if getattr(self, name) < 0:
-                raise BadParameter(
-                    f"{name}={getattr(self, name)} of a TokenGrid must not be negative"
-                )
+                raise BadParameter(f"TokenGrid: {name}={getattr(self, name)} must be at least 0")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -110,6 +111,7 @@ class PackedGrid:
     between: str = "exact"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", frozen(self.spans))
         if self.between not in BETWEEN:
             raise BadParameter(
                 f"between={self.between!r} of a PackedGrid must be 'exact' or 'aligned'"
@@ -183,6 +185,21 @@ class PackedGrid:
 
 
 Grid = TokenGrid | PackedGrid
+
+
+def as_grid(value: Grid | Sequence[int]) -> Grid:
+    """A layout as users may write it: three numbers are a `TokenGrid` without text.
+
+    Raises:
+        BadParameter: it is neither of these.
+    """
+    if isinstance(value, TokenGrid | PackedGrid):
+        return value
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
+        return TokenGrid(*value)
+    raise BadParameter(
+        f"grid={value!r} must be a TokenGrid, a PackedGrid, or (num_frames, height, width)"
+    )
 
 
 def _is_span(span: Any) -> bool:

@@ -6,18 +6,21 @@ import itertools
 import math
 from typing import Any
 
+from diffpatch.checking import check
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
-from diffpatch.methods.registry import make_method
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.methods.registry import MethodLike, make_method
+from diffpatch.patterns.grid import TokenGrid, as_grid
 
 CLOSE = 0.01  # relative; nearer than this a search ends
 TRIES = 12
 ROUNDS = range(4)  # layers and steps to look at: methods that alternate do so within these
 
 
-def fit_kept(method: str | Method, grid: TokenGrid, kept: float, **params: Any) -> Method:
+def fit_kept(
+    method: MethodLike, grid: TokenGrid | tuple[int, int, int], kept: float, **params: Any
+) -> Method:
     """The method with its size set so that a sparse call on `grid` keeps about `kept`.
 
     Sizes are whole tokens or tiles, so the result is near, not equal: `kept_of` says how near. A
@@ -28,22 +31,25 @@ def fit_kept(method: str | Method, grid: TokenGrid, kept: float, **params: Any) 
     Args:
         method: a name, a combination such as "radial+temporal", or an object. Of an object
             everything stays but its `kept_parameters`.
-        grid: where it will run.
+        grid: where it will run; three numbers are (num_frames, height, width).
         kept: wanted fraction of all query-key pairs, text included, in (0, 1].
         **params: other parameters of the method.
 
     Raises:
         UnknownMethod, BadParameter: the method, the budget or a parameter cannot work.
     """
-    if not 0 < kept <= 1:
+    if not 0 < check("", "kept", kept, float) <= 1:
         raise BadParameter(f"kept={kept} must be a fraction of the pairs in (0, 1]")
+    place = as_grid(grid)
+    if not isinstance(place, TokenGrid):
+        raise BadParameter(f"grid={place} holds several grids: fit to one of them")
     base = make_method(method, **params)
-    kind = "image" if grid.num_frames == 1 else "video"
+    kind = "image" if place.num_frames == 1 else "video"
     low, amount, high = 1e-4, kept, 1.0
     best, misfit = base, math.inf
     for _ in range(TRIES):
         candidate = base.with_kept(amount, kind)
-        share = kept_of(candidate, grid)
+        share = kept_of(candidate, place)
         if abs(share - kept) < misfit:
             best, misfit = candidate, abs(share - kept)
         if misfit <= CLOSE * kept:

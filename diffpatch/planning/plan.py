@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
@@ -225,6 +226,18 @@ def plan(
         UnknownFamily: the target is no known model.
         ModelError: the target names a model that cannot be read.
     """
+    height, width, num_frames, num_inference_steps, branches = (
+        check("plan", name, value, COUNT)
+        for name, value in (
+            ("height", height),
+            ("width", width),
+            ("num_frames", num_frames),
+            ("num_inference_steps", num_inference_steps),
+            ("branches", branches),
+        )
+    )
+    text_tokens = check("plan", "text_tokens", text_tokens, NATURAL | None)
+    dtype = check("plan", "dtype", dtype, str | None)
     shape = find_shape(target)
     device = None if profile is None else load_profile(profile)
     family = next((f for f in list_families() if f.transformer == shape.family), None)

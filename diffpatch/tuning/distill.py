@@ -71,7 +71,9 @@ class _Watch(Wrapper):
     name = "watch"
     only_skips = False
 
-    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall, torch.Tensor]]
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall, torch.Tensor]] = (
+        dataclasses.field(default_factory=list, compare=False)
+    )
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
@@ -120,7 +122,7 @@ class Distiller:
 
     def _watch(self, sample: Forward) -> list[Any]:
         """What the attention of every layer gets and gives in a dense forward."""
-        watch = _Watch(self.method, [])
+        watch = _Watch(self.method)
         with torch.no_grad(), patched(self.transformer, watch, **EVERYWHERE):
             self.transformer(*sample.args, **sample.kwargs)
         return watch.seen

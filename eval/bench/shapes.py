@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import diffpatch
 
@@ -33,7 +34,7 @@ def _shape(
     heads: int,
     head_dim: int,
     window: tuple[float, float, float],
-    stride: str | tuple[int, int, int] = "auto",
+    stride: Literal["auto"] | tuple[int, int, int] = "auto",
     text: int = 0,
     last: bool = False,
 ) -> Shape:

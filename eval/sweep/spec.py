@@ -15,6 +15,7 @@ import yaml
 import diffpatch
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.backends import BACKENDS
+from diffpatch.methods.registry import parameter_types
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 SCHEDULE_KEYS = ("dense_steps", "dense_layers", "dense_last_steps")
@@ -320,10 +321,7 @@ def _method(item: Any) -> list[MethodSpec]:
         _choice(part, "methods", known)
     if name == "dense":
         raise BadSweep("methods: dense is rendered anyway, for every prompt; drop it")
-    hints: dict[str, Any] = {}
-    for part in reversed(name.split("+")):
-        hints |= typing.get_type_hints(known[part].cls)
-    hints = {key: hint for key, hint in hints.items() if typing.get_origin(hint) is not _CLASS_VAR}
+    hints = parameter_types(name)
     fixed = _mapping(item.get("set", {}), f"methods: {name}: set", hints)
     varied = _mapping(item.get("vary", {}), f"methods: {name}: vary", hints)
     axes = [_list(values, f"methods: {name}: vary: {key}") for key, values in varied.items()]
@@ -334,20 +332,12 @@ def _method(item: Any) -> list[MethodSpec]:
     found = []
     for values in itertools.product(*axes):
         parameters = {**fixed, **dict(zip(varied, values, strict=True))}
-        _check_parameters(name, parameters, hints)
+        try:
+            diffpatch.make_method(name, **parameters)
+        except BadParameter as error:
+            raise BadSweep(f"methods: {error}") from None
         found.append(MethodSpec(name, parameters, options, kept))
     return found
-
-
-_CLASS_VAR = typing.ClassVar
-
-
-def _check_parameters(name: str, parameters: dict[str, Any], hints: dict[str, Any]) -> None:
-    for key, value in parameters.items():
-        if not fits(value, hints[key]):
-            kind = getattr(hints[key], "__name__", str(hints[key]))
-            raise BadSweep(f"methods: {name}: {key}={value!r} must be of type {kind}")
-    diffpatch.make_method(name, **parameters)
 
 
 def fits(value: Any, hint: Any) -> bool:

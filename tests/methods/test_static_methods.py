@@ -125,7 +125,7 @@ def window_of(x: int, length: int, size: int, move: int, shift: str) -> int:
 def test_window(
     data: st.DataObject, grid: TokenGrid, tile: int, shift: str, layer: int, step: int, groups: int
 ) -> None:
-    sizes = [tuple(data.draw(st.integers(1, n)) for n in grid.shape) for _ in range(groups)]
+    sizes: Any = [tuple(data.draw(st.integers(1, n)) for n in grid.shape) for _ in range(groups)]
     seed: dict[str, Any] = {"seed": data.draw(few), "shift": shift}
     method = Window(heads=tuple(sizes), **seed) if groups > 1 else Window(sizes[0], **seed)
     move = {"layer": layer % 2 * 2, "step": step % 2 * 2, "count": layer % 2, "none": 0}
@@ -157,7 +157,8 @@ def test_sliding_tile(data: st.DataObject, grid: TokenGrid, tile: int) -> None:
         tiles.append(size)
         windows.append(window)
     t, h, w = tiles
-    method = SlidingTile(window=tuple(windows), tile=(t, h, w))
+    size_of_each: Any = tuple(windows)
+    method = SlidingTile(window=size_of_each, tile=(t, h, w))
     check(method, grid, masks(grid, along_axes(tables)), tile)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffpatch
 from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
-from diffpatch.cli.parameters import field_names, method_parameters
+from diffpatch.cli.parameters import method_parameters
 from diffpatch.eval.files import to_json
 from diffpatch.eval.tables import table
+from diffpatch.methods.registry import parameter_types
 
 
 def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -34,10 +34,9 @@ def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def chosen(args: argparse.Namespace, default: str = "radial") -> dict[str, dict[str, Any]]:
     """The methods asked for, each with those --set parameters that it has."""
-    known, found, used = diffpatch.list_methods(), {}, set()
+    found, used = {}, set()
     for name in args.method or [default]:
-        parts = [known[part].cls for part in name.split("+") if part in known]
-        fields = {field for cls in parts for field in field_names(cls)}
+        fields = parameter_types(name)
         own = [text for text in args.set if text.partition("=")[0].replace("-", "_") in fields]
         found[name] = method_parameters(name, own)
         used |= set(own)

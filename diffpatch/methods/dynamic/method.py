@@ -84,17 +84,17 @@ class Dynamic(Method):
     )
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
         self.check(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
         self.check(self.rest in RESTS, "rest", f"one of {', '.join(RESTS)}")
         for name, least in (("pool", 1), ("tile", 0), ("strip", 0), ("keep_frames", 0)):
             value = getattr(self, name)
-            self.check(isinstance(value, int) and value >= least, name, f"a count from {least}")
+            self.check(value >= least, name, f"a count from {least}")
         fits = not self.strip or self.pool <= self.strip or self.rest != "virtual"
         self.check(fits, "pool", f"at most strip={self.strip}, which holds whole virtual tokens")
-        whole = isinstance(self.refresh, int) and self.refresh >= 1
-        self.check(self.refresh is None or whole, "refresh", "a count of at least 1, or None")
+        often = self.refresh is None or self.refresh >= 1
+        self.check(often, "refresh", "a count of at least 1, or None")
         cuts = [name for name, rule in RULES.items() if rule.cut]
         able = self.threshold is None or (self.rule in cuts and self.rest != "pyramid")
         self.check(able, "threshold", f"None but for {', '.join(cuts)}")

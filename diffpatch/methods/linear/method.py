@@ -66,13 +66,13 @@ class Linear(Method):
     weights: str | None = param(None, "file of learned parameters; it says the others too")
     allow_untrained: bool = param(False, "run a feature map without learned parameters")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(0 < self.kept <= 1, "kept", "in (0, 1]")
-        self.check(isinstance(self.pool, int) and self.pool >= 1, "pool", "a count of at least 1")
+        self.check(self.pool >= 1, "pool", "a count of at least 1")
         self.check(self.far in FARS, "far", f"one of {', '.join(FARS)}")
         least = 1 if self.far == "pool" else 0
-        count = self.near is None or (isinstance(self.near, int) and self.near >= least)
-        self.check(count, "near", f"a count of at least {least}, or None")
+        enough = self.near is None or self.near >= least
+        self.check(enough, "near", f"a count of at least {least}, or None")
         if self._features and not (self.weights or self.allow_untrained):
             raise BadParameter(
                 f"linear: far={self.far!r} needs a model that was trained for it; on any other,"

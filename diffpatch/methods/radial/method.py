@@ -44,7 +44,7 @@ class Radial(Method):
     sink: bool = param(True, "every token sees the whole first frame")
     kept: float | None = param(None, "fraction of the pairs to keep (rule 'tiles'), or None")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(self.decay > 0, "decay", "positive")
         self.check(self.rule in ("tiles", "published"), "rule", "'tiles' or 'published'")
         if self.kept is not None:

@@ -23,6 +23,7 @@ from diffpatch.patterns.pattern import BlockPattern
 
 REFRESH = {"tail": 4, "skip": 10, "mask": 5}  # each mode's own
 DENSE_STEPS = {"tail": 0.15, "skip": 0.1, "mask": 0.2}
+KEPT = 0.3  # of mode "mask"
 PHASES = 3  # parts of a run that may have thresholds of their own
 
 
@@ -70,17 +71,16 @@ class Temporal(Wrapper):
         -10.0, "skip: powers of 2 below the running maximum; three for the thirds of a run"
     )
     order: str = param("alternate", "skip: the order of the keys: forward, reverse or alternate")
-    kept: float = param(0.3, "mask: the part of the wrapped method's tiles to keep")
+    kept: float | None = param(
+        None, "mask: the part of the wrapped method's tiles to keep; None takes 0.3"
+    )
     keep_frames: int = param(0, "skip, mask: first latent frames whose keys are always computed")
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         self.check(self.mode in REFRESH, "mode", f"one of {', '.join(REFRESH)}")
-        whole = isinstance(self.refresh, int) and self.refresh >= 2
-        self.check(
-            self.refresh is None or whole, "refresh", "a count of at least 2; 1 would be dense"
-            " attention" if self.mode != "mask" else "a count of at least 2",
-        )  # fmt: skip
+        least = "a count of at least 2" + ("; 1 would be dense attention" * (self.mode != "mask"))
+        self.check(self.refresh is None or self.refresh >= 2, "refresh", least)
         thresholds = self.threshold if isinstance(self.threshold, Sequence) else (self.threshold,)
         self.check(
             len(thresholds) in (1, PHASES) and all(t <= 0 for t in thresholds),
@@ -90,10 +90,13 @@ class Temporal(Wrapper):
             self.order in ("forward", "reverse", "alternate"),
             "order", "'forward', 'reverse' or 'alternate'",
         )  # fmt: skip
-        self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
-        self.check(
-            isinstance(self.keep_frames, int) and self.keep_frames >= 0, "keep_frames", "a count"
-        )
+        if self.kept is not None:
+            self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
+            self.check(
+                self.mode == "mask", "kept",
+                f"None with mode={self.mode!r}, where {self.over.name} says what is kept",
+            )  # fmt: skip
+        self.check(self.keep_frames >= 0, "keep_frames", "a count")
         self._check_over()
 
     def _check_over(self) -> None:
@@ -127,6 +130,11 @@ class Temporal(Wrapper):
         return REFRESH[self.mode] if self.refresh is None else self.refresh
 
     @property
+    def chosen(self) -> float:
+        """The part of the wrapped method's tiles that mode "mask" keeps."""
+        return KEPT if self.kept is None else self.kept
+
+    @property
     def kept_parameters(self) -> tuple[str, ...]:
         return ("kept",) if self.mode == "mask" else self.over.kept_parameters
 
@@ -141,14 +149,14 @@ class Temporal(Wrapper):
 
     def kept_at(self, pattern: BlockPattern, age: int) -> float:
         if self.mode == "mask":
-            return temporal_mask.bounds(pattern, self.kept, self.keep_frames)[1]
+            return temporal_mask.bounds(pattern, self.chosen, self.keep_frames)[1]
         if self.mode == "skip":
             return pattern.kept
         return 1.0 if age % self.every == 0 else pattern.kept
 
     def at_most(self, pattern: BlockPattern) -> bool:
         if self.mode == "mask":
-            least, most = temporal_mask.bounds(pattern, self.kept, self.keep_frames)
+            least, most = temporal_mask.bounds(pattern, self.chosen, self.keep_frames)
             return least < most
         return self.mode == "skip"
 
@@ -188,7 +196,7 @@ class Temporal(Wrapper):
             return temporal_tail.attend(q, k, v, call, self.every)
         shared: dict[str, Any] = {"refresh": self.every, "keep_frames": self.keep_frames}
         if self.mode == "mask":
-            return temporal_mask.attend(q, k, v, call, kept=self.kept, **shared)
+            return temporal_mask.attend(q, k, v, call, kept=self.chosen, **shared)
         reverse = self.order == "reverse" or (self.order == "alternate" and call.step % 2 == 1)
         threshold = self.phase_threshold(call)
         return temporal_skip.attend(
