@@ -1,0 +1,278 @@
+"""Curves of error against kept fraction for a model, from a few dense runs of it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.methods.dynamic import Dynamic
+from diffpatch.patching.api import named_owners, patched, report
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.pipelines.running.sampling import Sample, sample
+from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
+from diffpatch.tuning.probe import Candidate, Probe
+
+SIZES = (0.06, 0.125, 0.25, 0.5)  # kept fractions that every head is tried at
+PAIRS = (0.125, 0.25, 0.5)  # those that are rendered, to learn how errors become pictures
+RULES = ("virtual", "drop")
+BEST_PSNR = 100.0  # dB, of equal pictures
+PACKAGES = ("diffpatch", "torch", "diffusers")
+
+Progress = Callable[[str, int, int], None]  # what was done, how many of how many
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one prompt told: curves of every head, and rendered pairs."""
+
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    rendered: list[dict[str, Any]]
+    floor: float
+
+    def mean_error(self, kept: float) -> float:
+        """Over all heads, at the size nearest to a kept fraction, with virtual tokens."""
+        near = [min(c["virtual"], key=lambda p: abs(p[0] - kept))[1] for c in self.curves.values()]
+        return math.fsum(near) / len(near)
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    dense_steps: float = 0.15,
+    pairs: int = 2,
+    path: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Settings:
+    """Find out what every head of a model loses to sparse attention, to choose settings from.
+
+    Each prompt is run dense once with all candidates tried beside it at three steps, which takes
+    two to three times as long as a dense run of few steps and hardly longer than one of many. For
+    the first `pairs` prompts a dense clip and three sparse ones are rendered besides. A patch that
+    the pipeline carries is back afterwards.
+
+    Args:
+        pipe: a diffusers pipeline of a known family.
+        prompts: typical ones; four say far more than one.
+        call: other arguments of the pipeline's call, such as ``num_inference_steps``.
+        seed: of the noise.
+        dense_steps: first steps that stay dense, as a fraction of the run.
+        pairs: prompts that are rendered sparsely as well; three pairs and more let PSNR and time
+            be predicted, so one prompt is enough for a prediction and two tell how good it is.
+        path: where the result is written. What is done is kept beside it, so that the same call
+            goes on after it was stopped, and loses at most the prompt it was at.
+        on_progress: called after each prompt.
+
+    Raises:
+        BadParameter: there is no prompt, or a parameter cannot work.
+        UnknownFamily: the pipeline holds no transformer of a known family.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise BadParameter(f"prompts={prompts!r} must be a list of at least one text")
+    if not 0 <= dense_steps < 1 or pairs < 0:
+        raise BadParameter(
+            f"dense_steps={dense_steps} must be a fraction below 1, and pairs={pairs} at least 0"
+        )
+    call = dict(call or {})
+    ties = json.dumps([_model(pipe), call, seed, dense_steps, SIZES], sort_keys=True, default=str)
+    done = _Done(None if path is None else Path(path), ties)
+    for number, prompt in enumerate(prompts):
+        wanted = PAIRS if number < pairs else ()
+        if not done.has(prompt, len(wanted)):
+            done.add(prompt, *_of_prompt(pipe, prompt, call, seed, dense_steps, wanted))
+        if on_progress is not None:
+            on_progress(prompt, number + 1, len(prompts))
+    settings = _joined(pipe, prompts, seed, dense_steps, done)
+    if path is not None:
+        settings.save(path)
+        done.forget()
+    return settings
+
+
+def _of_prompt(
+    pipe: Any, prompt: str, call: dict[str, Any], seed: int, dense_steps: float,
+    sizes: Sequence[float],
+) -> tuple[_Found, dict[str, Any]]:  # fmt: skip
+    """What one prompt tells, and what the run was like."""
+    candidates = tuple(
+        Candidate(rest, Dynamic(kept=kept, rest=rest, refresh=1))
+        for rest in RULES
+        for kept in SIZES
+    )
+    probe = Probe.of(candidates, dense_steps)
+    arguments = {"prompt": prompt, **call}
+    with patched(pipe, probe, dense_steps=0, dense_layers=0), torch.no_grad():
+        exact = sample(pipe, arguments, seed)
+        place = {"grid": _grid(probe), "steps": report(pipe).steps}
+        (name,) = named_owners(pipe)
+    found = _Found(dict(probe.curves(name)), [], BEST_PSNR)
+    if not sizes:
+        return found, place
+    dense = sample(pipe, arguments, seed)
+    rendered = [
+        _pair(pipe, arguments, seed, dense_steps, kept, dense, found.mean_error(kept))
+        for kept in sizes
+    ]
+    return _Found(found.curves, rendered, psnr(exact.frames, dense.frames)), place
+
+
+def _pair(
+    pipe: Any, arguments: dict[str, Any], seed: int, dense_steps: float, kept: float,
+    dense: Sample, error: float,
+) -> dict[str, Any]:  # fmt: skip
+    with patched(pipe, Dynamic(kept=kept), dense_steps=dense_steps, dense_layers=0):
+        sparse = sample(pipe, arguments, seed)
+        counted = report(pipe).kept
+    return Rendered(
+        prompt=arguments["prompt"],
+        kept=min(counted, 1.0),
+        error=error,
+        psnr=psnr(sparse.frames, dense.frames),
+        seconds=sparse.clocks.get("denoising", sparse.total_seconds),
+        dense_seconds=dense.clocks.get("denoising", dense.total_seconds),
+    ).model_dump()
+
+
+def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean PSNR of the frames (F, 3, H, W) in [0, 1], in dB, equal ones counted as 100."""
+    squares = (frames - reference).double().square().mean((1, 2, 3))
+    return float((-10 * squares.clamp(min=10 ** (-BEST_PSNR / 10)).log10()).mean())
+
+
+def _grid(probe: Probe) -> tuple[int, int, int, int]:
+    """The grid of a run, and its tokens of text.
+
+    Raises:
+        BadParameter: it had none, or several.
+    """
+    grids = [grid for grid in probe.grids if isinstance(grid, TokenGrid)]
+    if len(grids) != 1 or len(probe.grids) != 1:
+        raise BadParameter(
+            f"tune knows runs over one grid of tokens, and this one had {len(probe.grids)}: choose"
+            " settings for this model by hand"
+        )
+    return (*grids[0].shape, grids[0].text_before + grids[0].text_after)
+
+
+def _model(pipe: Any) -> dict[str, Any]:
+    """Fingerprint, dtype and class of the transformers, without patching anything for longer."""
+    with patched(pipe, "dense"):
+        owners = named_owners(pipe)
+        if len(owners) != 1:
+            raise BadParameter(
+                f"tune knows pipelines of one transformer, and this one has {', '.join(owners)}:"
+                " choose settings for this model by hand"
+            )
+        models = {name: getattr(pipe, name) for name in owners}
+        layers = {name: len(owner.modules) for name, owner in owners.items()}
+    dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
+    classes = {name: (type(model).__name__, layers[name]) for name, model in models.items()}
+    return {"fingerprint": fingerprint(models), "dtype": dtype, "classes": classes}
+
+
+class _Done:
+    """What is finished, in a file beside the result, so that nothing is measured twice."""
+
+    def __init__(self, path: Path | None, ties: str) -> None:
+        self._file = None if path is None else path.with_name(path.name + ".part")
+        self._ties = ties
+        self.found: dict[str, _Found] = {}
+        self.place: dict[str, Any] = {}
+        if self._file is not None and self._file.is_file():
+            self._read(self._file)
+
+    def _read(self, file: Path) -> None:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data["ties"] == self._ties:
+                self.found = {prompt: _Found(**found) for prompt, found in data["found"].items()}
+                self.place = data["place"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # cut off or of something else: measured again
+
+    def has(self, prompt: str, pairs: int) -> bool:
+        """Whether a prompt is finished, with that many pairs."""
+        return prompt in self.found and len(self.found[prompt].rendered) >= pairs
+
+    def add(self, prompt: str, found: _Found, place: dict[str, Any]) -> None:
+        """One prompt is finished."""
+        self.found[prompt], self.place = found, place
+        if self._file is None:
+            return
+        data = {"ties": self._ties, "place": place,
+                "found": {name: vars(one) for name, one in self.found.items()}}  # fmt: skip
+        partial = self._file.with_name(f".{self._file.name}.writing")
+        partial.write_text(json.dumps(data), encoding="utf-8")
+        partial.replace(self._file)
+
+    def forget(self) -> None:
+        """The result is written."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+def _joined(
+    pipe: Any, prompts: Sequence[str], seed: int, dense_steps: float, done: _Done
+) -> Settings:
+    """The settings from what all prompts told: means of their curves."""
+    found = [done.found[prompt] for prompt in prompts]
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for unit, rules in found[0].curves.items():
+        curves[unit] = {}
+        for rule, points in rules.items():
+            each = [one.curves[unit][rule] for one in found]
+            curves[unit][rule] = [
+                (sum(c[i][0] for c in each) / len(each), sum(c[i][1] for c in each) / len(each))
+                for i in range(len(points))
+            ]
+    model = _model(pipe)
+    heads: dict[str, int] = {}
+    for unit in curves:
+        name, _, head = unit.rsplit(".", 2)
+        heads[name] = max(heads.get(name, 0), int(head) + 1)
+    grid = tuple(done.place["grid"])
+    first = Dynamic()
+    shape = TokenGrid(*grid[:3])
+    return Settings(
+        measured_on=MeasuredOn(
+            model=model["fingerprint"],
+            transformers={
+                name: (cls, layers, heads[name])
+                for name, (cls, layers) in model["classes"].items()
+                if name in heads
+            },
+            grid=grid,
+            kind="image" if grid[0] == 1 else "video",
+            tile=first.pattern(shape).blocks.max_tile,
+            pool=first.pool,
+            steps=done.place["steps"],
+            dense_steps=dense_steps,
+            dtype=model["dtype"],
+            prompts=list(prompts),
+            seeds=[seed],
+            versions={name: _version(name) for name in PACKAGES},
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        ),
+        curves=curves,
+        rendered=[Rendered(**pair) for one in found for pair in one.rendered],
+        floor=min(one.floor for one in found),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,134 @@
+"""Tuning a tiny model: its curves against attention by hand, resuming, and using the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffpatch
+from diffpatch import BadParameter
+from diffpatch.kernels.dense import attend_dense
+from diffpatch.methods.base import AttentionCall
+from diffpatch.methods.dynamic import Dynamic
+from diffpatch.patterns.grid import TokenGrid
+from diffpatch.targets.settings import Settings
+from diffpatch.tuning import tune as tuning
+from diffpatch.tuning.probe import Candidate, Probe, sampled_steps
+from diffpatch.tuning.tune import psnr, tune
+from tests.tiny import Tiny, wan
+
+CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 4}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    monkeypatch.setattr(tuning, "SIZES", (0.3, 0.6))
+    monkeypatch.setattr(tuning, "PAIRS", (0.3, 0.6))
+    return wan()
+
+
+def call_of(tiny: Tiny) -> dict[str, Any]:
+    return {k: v for k, v in tiny.call.items() if k not in ("prompt", "output_type")} | CALL
+
+
+def test_errors_are_those_of_each_head() -> None:
+    grid = TokenGrid(3, 8, 16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, grid.num_tokens, 3, 8, generator=generator).unbind(0)
+    method = Dynamic(kept=0.4, tile=32, strip=16, pool=16, refresh=1)
+    probe = Probe.of((Candidate("virtual", method),), 0.0)
+    pattern = method.pattern(grid)
+    for step in range(8):
+        out = probe.attend(q, k, v, AttentionCall(pattern, step=step, total=8, layer=2)).out
+    exact = attend_dense(q, k, v, None, None)
+    torch.testing.assert_close(out, exact)
+    tried = method.attend(q, k, v, AttentionCall(pattern, layer=2))
+    curves = probe.curves("transformer")
+    assert set(curves) == {f"transformer.2.{head}" for head in range(3)}
+    for head in range(3):
+        ((kept, error),) = curves[f"transformer.2.{head}"]["virtual"]
+        wrong = (tried.out - exact)[:, :, head].abs().sum() / exact[:, :, head].abs().sum()
+        assert error == pytest.approx(float(wrong), rel=1e-4)
+        assert kept == pytest.approx(float(torch.as_tensor(tried.kept)), rel=1e-5)
+    assert len(probe.errors[2, 0]) == 3 and probe.grids == {grid}
+
+
+def test_steps_are_sampled_in_the_middle_of_the_parts() -> None:
+    assert sampled_steps(8, 0.25) == {3, 5, 7}
+    assert sampled_steps(30, 0.0) == {5, 15, 25}
+    assert sampled_steps(1, 0.9) == {0} and sampled_steps(None, 0.5) == {0}
+
+
+def test_a_model_is_tuned_checked_and_run(small: Tiny, tmp_path: Path) -> None:
+    path, told = tmp_path / "wan.json", []
+    before = small.run()
+    settings = tune(
+        small.pipe, ["a cat", "a dog"], call=call_of(small), pairs=1, path=path,
+        on_progress=lambda prompt, done, of: told.append((prompt, done, of)),
+    )  # fmt: skip
+    assert told == [("a cat", 1, 2), ("a dog", 2, 2)]
+    assert Settings.load(path) == settings and [p.name for p in tmp_path.iterdir()] == ["wan.json"]
+    layers = len(diffpatch.patch(small.pipe, "window").transformer._diffpatch.modules)
+    diffpatch.unpatch(small.pipe)
+    heads = small.pipe.transformer.config.num_attention_heads
+    assert len(settings.curves) == layers * heads
+    for rules in settings.curves.values():
+        for rest in ("virtual", "drop"):
+            (low, wrong), (high, right) = rules[rest]
+            assert 0 < low < high <= 1 and wrong > 0 and right >= 0
+    assert len(settings.rendered) == 2 and all(p.psnr > 5 for p in settings.rendered)
+    assert settings.measured_on.steps == 4 and settings.floor is not None
+    assert torch.equal(small.run(), before), "tuning left something behind"
+
+
+def test_a_stopped_tuning_goes_on_where_it_was(
+    small: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "wan.json"
+    whole = tune(small.pipe, ["a cat", "a dog"], call=call_of(small), pairs=0, path=path)
+    path.unlink()
+
+    def stop(prompt: str, done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(small.pipe, ["a cat", "a dog"], call=call_of(small), pairs=0, path=path,
+             on_progress=stop)  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["wan.json.part"]
+    seen: list[str] = []
+    real = tuning._of_prompt
+
+    def noted(pipe: Any, prompt: str, *rest: Any) -> Any:
+        seen.append(prompt)
+        return real(pipe, prompt, *rest)
+
+    monkeypatch.setattr(tuning, "_of_prompt", noted)
+    again = tune(small.pipe, ["a cat", "a dog"], call=call_of(small), pairs=0, path=path)
+    assert seen == ["a dog"]
+    assert again.curves == whole.curves
+
+
+def test_a_damaged_or_foreign_part_is_measured_again(small: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "wan.json"
+    for content in ("{", json.dumps({"ties": "of something else", "found": {}, "place": {}})):
+        (tmp_path / "wan.json.part").write_text(content)
+        assert tune(small.pipe, ["a cat"], call=call_of(small), pairs=0, path=path).curves
+
+
+def test_bad_requests_are_refused(small: Tiny) -> None:
+    for wrong in ([], [3]):
+        with pytest.raises(BadParameter, match="prompts="):
+            tune(small.pipe, wrong)  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match=r"dense_steps=1\.5"):
+        tune(small.pipe, ["a"], dense_steps=1.5)
+
+
+def test_psnr_is_the_mean_over_frames() -> None:
+    reference = torch.full((2, 3, 4, 4), 0.5)
+    frames = reference.clone()
+    frames[1] += 0.1
+    assert psnr(frames, reference) == pytest.approx((100 + 20) / 2, abs=1e-4)
