@@ -38,8 +38,10 @@ from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.planning.plan import Plan, plan
+from diffpatch.targets.settings import Settings
 from diffpatch.tuning.attention_error import AttentionErrors, attention_error
 from diffpatch.tuning.calibration import Calibration, calibrate
+from diffpatch.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ __all__ = [
     "Plan",
     "Radial",
     "Report",
+    "Settings",
     "SlidingTile",
     "Temporal",
     "TokenGrid",
@@ -80,5 +83,6 @@ __all__ = [
     "register",
     "report",
     "reset",
+    "tune",
     "unpatch",
 ]

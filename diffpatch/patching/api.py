@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo
 from diffpatch.pipelines.families.unwrap import bypassing
+from diffpatch.targets.choice import choose_for
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target as Wanted
 
 if TYPE_CHECKING:
     from diffpatch.patching.patch import Patch
@@ -29,7 +33,7 @@ Grid = TokenGrid | Callable[..., TokenGrid]
 
 
 def patch(
-    target: Target,
+    pipe: Target,
     method: MethodLike = "radial",
     *,
     dense_steps: Amount | None = None,
@@ -39,6 +43,8 @@ def patch(
     backend: str = "auto",
     grid: Grid | None = None,
     modules: str | None = None,
+    settings: str | Path | Settings | None = None,
+    target: str | None = None,
     **params: Any,
 ) -> Target:
     """Make a pipeline or transformer attend to less, in place.
@@ -52,7 +58,7 @@ def patch(
         patch(model, "window", grid=grid, modules=r"blocks\\.\\d+\\.attn")
 
     Args:
-        target: a diffusers pipeline (all its known transformers are patched) or one transformer.
+        pipe: a diffusers pipeline (all its known transformers are patched) or one transformer.
         method: a name from `list_methods()`, a combination such as ``"radial+temporal"`` or
             ``["radial", "temporal"]`` (see `diffpatch.patching.composition`), or an object such
             as ``Radial(decay=0.5)``.
@@ -71,10 +77,13 @@ def patch(
             (as keywords) that returns one. Needs `modules`.
         modules: for models without a family: regular expression that full-matches the paths of the
             self-attention modules, each with a diffusers ``processor``.
+        settings: what `diffpatch.tune` found out about this model: a file of it, or the object. The
+            method is then ``dynamic`` with a budget for every head.
+        target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x".
         **params: parameters of the method.
 
     Returns:
-        The target. Patching again replaces the earlier patch.
+        The pipeline or transformer. Patching again replaces the earlier patch.
 
     Raises:
         UnknownMethod, BadParameter: the method or a parameter cannot work.
@@ -87,7 +96,9 @@ def patch(
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()
-    found = transformers(target, _custom_family(grid, modules))
+    found = transformers(pipe, _custom_family(grid, modules))
+    if settings is not None or target is not None:
+        method, dense_steps = _for_target(found, settings, target, method, params, dense_steps)
     chosen, schedule = settle(
         method,
         params,
@@ -96,20 +107,52 @@ def patch(
         dense_steps=dense_steps,
         dense_last_steps=dense_last_steps,
         dense_layers=dense_layers,
-        stepless=not hasattr(target, "components"),
+        stepless=not hasattr(pipe, "components"),
         quality=quality,
-        experts=two_experts(target),
+        experts=two_experts(pipe),
     )
     check_backend(backend)
-    bare = not hasattr(target, "components")
-    shared = Patch(chosen, schedule, backend, target, bare=bare)
-    parts = components(target)
+    bare = not hasattr(pipe, "components")
+    shared = Patch(chosen, schedule, backend, pipe, bare=bare)
+    parts = components(pipe)
     fresh = [PatchedTransformer(m, name, f, shared, bypassing(parts[name])) for name, m, f in found]
     for transformer in fresh:
         schedule.layers(len(transformer.modules))
-    unpatch(target)  # only now: what cannot work leaves an earlier patch alone
-    _install(target, shared, fresh)
-    return target
+    unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
+    _install(pipe, shared, fresh)
+    return pipe
+
+
+def _for_target(
+    found: list[tuple[str, Any, FamilyInfo]],
+    settings: str | Path | Settings | None,
+    target: str | None,
+    method: MethodLike,
+    params: dict[str, Any],
+    dense_steps: Amount | None,
+) -> tuple[MethodLike, Amount | None]:
+    """The method and the dense steps that tuned settings give for a target.
+
+    Raises:
+        BadParameter: one of the two is missing, the settings are not of this model, or the target
+            cannot be reached.
+    """
+    if settings is None:
+        raise BadParameter(
+            f"target={target!r} needs settings=, a file that diffpatch.tune wrote for this model"
+        )
+    if target is None:
+        raise BadParameter("settings= needs target=, such as '30 dB', 'kept 0.25' or '2x'")
+    if params or method not in ("radial", "dynamic"):
+        raise BadParameter(
+            f"target={target!r} chooses the method and its parameters: leave out"
+            f" {', '.join(params) or f'method={method!r}'}"
+        )
+    loaded = settings if isinstance(settings, Settings) else Settings.load(settings)
+    loaded.check_model({name: model for name, model, _ in found})
+    chosen = choose_for(loaded, Wanted.parse(target))
+    method = chosen.method(found[0][0])
+    return method, chosen.dense_steps if dense_steps is None else dense_steps
 
 
 def _install(target: Any, shared: Patch, owners: Iterable[PatchedTransformer]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffpatch.errors import BadParameter
+from diffpatch.methods.dynamic import Dynamic
 from diffpatch.targets.curves import Choice, Curve, choose
 from diffpatch.targets.picture import SMALLEST, quality_line, time_line
 from diffpatch.targets.settings import Settings
@@ -41,6 +42,10 @@ class Chosen:
     spread: float | None
     speedup: float | None
     next_kept: float
+
+    def method(self, transformer: str) -> Dynamic:
+        """The method for one transformer of the model, by its name in the pipeline."""
+        return Dynamic(rest=self.rest, budgets=dict(self.budgets[transformer]))
 
     def __str__(self) -> str:
         lines = [

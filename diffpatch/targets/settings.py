@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -168,26 +169,27 @@ class Settings(_Part):
                 f"settings {name}: {where}: {first['msg'].lower()}; tune again"
             ) from None
 
-    def check_model(self, model: str, transformers: dict[str, tuple[str, int, int]]) -> None:
+    def check_model(self, models: Mapping[str, torch.nn.Module]) -> None:
         """Refuse another model.
 
         Args:
-            model: its fingerprint.
-            transformers: name -> (class, layers, heads).
+            models: the transformers of a pipeline, by name.
 
         Raises:
             BadParameter: the curves are of another model.
         """
-        own = self.measured_on
-        if dict(own.transformers) != transformers:
+        own = {name: cls for name, (cls, _, _) in self.measured_on.transformers.items()}
+        here = {name: type(model).__name__ for name, model in models.items()}
+        if own != here:
             raise BadParameter(
-                f"settings are of {_described(own.transformers)}, and this model has"
-                f" {_described(transformers)}: tune it, or take its own settings"
+                f"settings are of {_described(own)}, and this model has {_described(here)}: tune"
+                " it, or take its own settings"
             )
-        if own.model != model:
+        found = fingerprint(models)
+        if self.measured_on.model != found:
             raise BadParameter(
-                f"settings are of other weights (fingerprint {own.model}, this model {model}):"
-                " tune this model, or load the weights that the settings were made for"
+                f"settings are of other weights (fingerprint {self.measured_on.model}, this model"
+                f" {found}): tune this model, or load the weights that they were made for"
             )
 
     def check_grid(self, grid: tuple[int, int, int, int]) -> str | None:
@@ -212,15 +214,15 @@ class Settings(_Part):
         return f"curves of {_size(own)} tokens, carried to {_size(grid)}"
 
 
-def _described(transformers: Any) -> str:
-    return ", ".join(f"{c} ({n} layers × {h} heads)" for c, n, h in transformers.values())
+def _described(transformers: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {cls}" for name, cls in transformers.items())
 
 
 def _size(grid: tuple[int, int, int, int]) -> str:
     return "×".join(map(str, grid[:3])) + (f" + {grid[3]}" if grid[3] else "")
 
 
-def fingerprint(transformers: dict[str, torch.nn.Module]) -> str:
+def fingerprint(transformers: Mapping[str, torch.nn.Module]) -> str:
     """16 hex digits that name a model's weights, without reading all of them.
 
     Names, shapes and a few values of every parameter go into it, so a merged LoRA or another

@@ -105,13 +105,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         Settings.load(huge)
 
 
+class WanTransformer3DModel(torch.nn.Linear):
+    """A model of that name."""
+
+
 def test_another_model_is_refused() -> None:
-    settings = Settings.model_validate(made())
-    settings.check_model(MODEL, dict(TRANSFORMERS))
-    with pytest.raises(BadParameter, match=r"\(2 layers × 3 heads\).* \(4 layers × 3 heads\)"):
-        settings.check_model(MODEL, {"transformer": ("WanTransformer3DModel", 4, 3)})
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(3, 5)
+    data = made()
+    data["measured_on"]["model"] = fingerprint({"transformer": model})
+    settings = Settings.model_validate(data)
+    settings.check_model({"transformer": model})
+    with pytest.raises(BadParameter, match=r"of transformer: Wan.* has transformer: Linear"):
+        settings.check_model({"transformer": torch.nn.Linear(3, 5)})
+    with pytest.raises(BadParameter, match="has transformer: WanTransformer3DModel, transformer_2"):
+        settings.check_model({"transformer": model, "transformer_2": model})
     with pytest.raises(BadParameter, match="other weights"):
-        settings.check_model("f" * 16, dict(TRANSFORMERS))
+        settings.check_model({"transformer": WanTransformer3DModel(3, 5)})
 
 
 def test_other_grids_are_carried_over_or_refused() -> None:

@@ -15,7 +15,9 @@ from diffpatch.kernels.dense import attend_dense
 from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.dynamic import Dynamic
 from diffpatch.patterns.grid import TokenGrid
+from diffpatch.targets.choice import choose_for
 from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
 from diffpatch.tuning import tune as tuning
 from diffpatch.tuning.probe import Candidate, Probe, sampled_steps
 from diffpatch.tuning.tune import psnr, tune
@@ -83,6 +85,23 @@ def test_a_model_is_tuned_checked_and_run(small: Tiny, tmp_path: Path) -> None:
     assert len(settings.rendered) == 2 and all(p.psnr > 5 for p in settings.rendered)
     assert settings.measured_on.steps == 4 and settings.floor is not None
     assert torch.equal(small.run(), before), "tuning left something behind"
+
+    chosen = choose_for(settings, Target.parse("kept 0.8"))
+    diffpatch.patch(small.pipe, settings=path, target="kept 0.8")
+    small.run(**CALL)
+    report = diffpatch.report(small.pipe)
+    assert report.kept <= 0.8 + 1e-6 and report.kept == pytest.approx(chosen.kept, abs=0.1)
+    with pytest.raises(BadParameter, match="cannot be reached"):
+        diffpatch.patch(small.pipe, settings=settings, target="kept 0.1")
+    for wrong, message in (
+        ({"target": "30 dB"}, "needs settings="),
+        ({"settings": path}, "needs target="),
+        ({"settings": path, "target": "fast"}, "must be a text such as"),
+        ({"settings": path, "target": "kept 0.8", "decay": 1.0}, "leave out decay"),
+        ({"settings": path, "target": "kept 0.8", "method": "window"}, "leave out method='window'"),
+    ):
+        with pytest.raises(BadParameter, match=message):
+            diffpatch.patch(small.pipe, **wrong)  # type: ignore[arg-type]
 
 
 def test_a_stopped_tuning_goes_on_where_it_was(
