@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import arguments
+from diffpatch.cli import arguments, progress
 from diffpatch.cli.errors import UsageError
+from diffpatch.cli.output import check_writable
 from diffpatch.cli.parameters import method_parameters
+from diffpatch.cli.render import sheets
 from diffpatch.eval.files import to_json
 from diffpatch.eval.tables import table
-from diffpatch.patterns.drawing import KINDS
+from diffpatch.patterns.drawing import KINDS, draw
+from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import preset_call, steps_of
 from diffpatch.pipelines.running.loading import DTYPES
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import MODELS
+from diffpatch.planning.plan import operations
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.profiles import load_profile, profile_names
 
+STEPS = 50  # of a model that does not say
+PICTURES = (".png", ".webp", ".jpg")
 WORTH = 1.05  # a step must gain this much before a method is recommended
 EXAMPLES = """\
 examples:
@@ -49,8 +56,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--width", type=arguments.number(int, 1), required=True, help="in pixels")
     parser.add_argument("--num-frames", type=arguments.number(int, 1), default=1, help="of a video")
     parser.add_argument(
-        "--num-inference-steps", "--steps", type=arguments.number(int, 1), default=50,
-        help="denoising steps (50)",
+        "--num-inference-steps", "--steps", type=arguments.number(int, 1),
+        help="denoising steps (those of the pipeline; 50 for a built-in shape)",
     )  # fmt: skip
     parser.add_argument("--method", help="one method in detail; without it, all are compared")
     arguments.add_method_options(parser)
@@ -63,8 +70,9 @@ def add_parser(commands: Any) -> None:
         "--dtype", choices=tuple(DTYPES), help="for the times (bf16; with the torch backend fp32)"
     )
     parser.add_argument(
-        "--draw", type=Path, metavar="FILE", help="save a picture of the mask; all in a folder/"
-    )
+        "--draw", type=Path, metavar="FILE.png",
+        help="save a picture of the mask, or of every method's; all kinds in a folder/",
+    )  # fmt: skip
     parser.add_argument(
         "--draw-kind", choices=KINDS, default="tiles",
         help="pairs of tiles, what one query sees, or kept by the distance of frames (tiles)",
@@ -89,20 +97,25 @@ def place(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan or the comparison; returns the exit code."""
-    if args.method is None and (args.draw or args.set):
-        raise UsageError("--set and --draw are about one method: name it with --method")
+    if args.method is None and args.set:
+        raise UsageError("--set is about one method: name it with --method")
     if args.dtype and not args.device_profile:
         raise UsageError("--dtype is about times: name a device with --device-profile")
     folder = args.draw is not None and (args.draw.is_dir() or not args.draw.suffix)
-    if args.draw and not folder and not args.draw.absolute().parent.is_dir():
-        raise UsageError(f"{args.draw.parent} is no folder; choose another --draw")
+    if args.draw and not folder and args.draw.suffix.lower() not in PICTURES:
+        raise UsageError(f"--draw {args.draw} cannot be written: give {' or '.join(PICTURES)}")
+    if args.draw:
+        check_writable(args.draw if folder else args.draw.absolute().parent, "--draw")
+    progress.hush_libraries()
     device = None if args.device_profile is None else load_profile(args.device_profile)
     shape = find_shape(args.model)  # once, for all methods
+    args.num_inference_steps = args.num_inference_steps or _steps(args.model)
     if args.method is not None:
         values = method_parameters(args.method, args.set)
         made = _plan(args, shape, device, args.method, values)
         if args.draw:
             _draw(args, made, folder)
+            progress.say(f"wrote {args.draw}")
         print(to_json(made.to_dict()) if args.json else made, end="" if args.json else "\n")
         return 0
     plans, refused = {}, {}
@@ -113,6 +126,9 @@ def run(args: argparse.Namespace) -> int:
             refused[name] = str(error)
     if not plans:
         raise UsageError(next(iter(refused.values())))
+    if args.draw:
+        _draw_all(args, plans, folder)
+        progress.say(f"wrote {args.draw}")
     plans = dict(sorted(plans.items(), key=lambda item: _cost(item[1])))
     if args.json:
         print(to_json([plan.to_dict() for plan in plans.values()]), end="")
@@ -124,13 +140,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _steps(model: str) -> int:
+    """The denoising steps that the pipeline of a model makes by itself."""
+    try:
+        source = loading.find(model)
+    except diffpatch.DiffpatchError:  # a built-in shape, or a transformer alone
+        return STEPS
+    return steps_of(preset_call(source), source) or STEPS
+
+
 def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:
     if not folder:
-        made.draw(args.draw_kind, args.draw_query).save(args.draw, format="PNG")
+        args.draw.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made.draw(args.draw_kind, args.draw_query).save(args.draw)
         return
     args.draw.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         made.draw(kind, args.draw_query).save(args.draw / f"{kind}.png", format="PNG")
+
+
+def _draw_all(args: argparse.Namespace, plans: dict[str, diffpatch.Plan], folder: bool) -> None:
+    """Every method's picture on one sheet, or a sheet for each kind of picture in a folder."""
+    path = args.draw if folder else args.draw.absolute().parent
+    path.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS if folder else (args.draw_kind,):
+        pictures = {
+            f"{name}, {plan.kept_sparse:.1%} kept": draw(
+                plan.patterns[0], kind, query=args.draw_query
+            )
+            for name, plan in plans.items()
+            # Where the data decide, or nothing is left out, there is nothing to see.
+            if plan.patterns and not plan.at_most and plan.kept_sparse < 1
+        }
+        sheets.named(pictures).save(path / f"{kind}.png" if folder else args.draw)
 
 
 def _comparable() -> list[str]:
@@ -157,13 +199,21 @@ def _plan(
         quality=args.quality,
         profile=device,
         dtype=args.dtype,
+        backend=_backend(args.backend) if device is None else None,
         **params,
     )
 
 
+def _backend(asked: str) -> str:
+    """Whose tiles are counted: the backend asked for, or the one that runs on this machine."""
+    if asked == "auto":
+        asked = "torch" if loading.choose_device().type == "cpu" else "triton"
+    return "torch" if asked.startswith("torch") else "triton"
+
+
 def _gain(plan: diffpatch.Plan) -> float:
-    """The speedup of the transformer: predicted, or the bound where nothing is."""
-    return plan.step_speedup if plan.predicted is None else plan.predicted.step_speedup
+    """The speedup of the transformer: predicted, or the bound by what is computed."""
+    return plan.computed_speedup if plan.predicted is None else plan.predicted.step_speedup
 
 
 def _cost(plan: diffpatch.Plan) -> tuple[bool, bool, float]:
@@ -174,34 +224,39 @@ def _cost(plan: diffpatch.Plan) -> tuple[bool, bool, float]:
 def _comparison(plans: dict[str, diffpatch.Plan]) -> str:
     first = next(iter(plans.values()))
     device = first.predicted  # predicted ones come first
-    header = ["", "kept, sparse calls", "kept, run", "attention", "transformer", "state"]
+    header = ["", "kept / sparse call", "computed", "kept / run", "attention ≤", "step ≤", "state"]
     if device is not None:
-        header[5:5] = ["predicted", "transformer", "a step"]
+        header[6:6] = ["attention, predicted", "step, predicted", "a step"]
     rows = [header]
     for name, plan in plans.items():
         row = [
             name,
             ("≤ " if plan.at_most else "") + f"{plan.kept_sparse:.1%}",
+            "" if plan.computed is None else f"{plan.computed:.1%}",
             f"{plan.kept:.1%}",
-            f"≤ {plan.attention_speedup:.2f}×",
-            f"≤ {plan.step_speedup:.2f}×",
+            f"{plan.attention_speedup:.2f}×",
+            f"{plan.step_speedup:.2f}×",
             f"{plan.state_bytes / 2**20:,.0f} MiB" if plan.state_bytes else "",
         ]
         if not plan.fits:
-            row[5] += ": refused"
+            row[6] += ": refused"
         if plan.at_most:  # the data decide how much more
-            row[3:5] = [f"{plan.attention_speedup:.2f}× +", f"{plan.step_speedup:.2f}× +"]
+            row[4:6] = [f"{plan.attention_speedup:.2f}× +", f"{plan.step_speedup:.2f}× +"]
         if device is not None:
-            row[5:5] = ["", "", ""] if plan.predicted is None else _times(plan)
+            row[6:6] = ["", "", ""] if plan.predicted is None else _times(plan)
         rows.append(row)
     lines = [
         f"{first.model}: grid {first.grid} = {first.tokens:,} tokens, {first.steps} steps,"
         f" attention {first.attention_share:.0%} of a dense step's"
-        f" {first.dense_step_flops / 1e12:,.4g} TFLOP",
+        f" {operations(first.dense_step_flops)}",
         table(rows),
     ]
     if device is None:
-        lines.append("bounds by operations; --device-profile predicts times")
+        lines.append(
+            "≤: bounds on speedups by operations; computed: pairs in the blocks of the"
+            f" {first.backend} backend, by which methods are ranked; --device-profile predicts"
+            " times"
+        )
     else:
         how = "fitted to measurements" if device.calibrated else (
             "UNCALIBRATED: at published peaks, which no kernel reaches; trust the order, not the"
@@ -229,7 +284,7 @@ def recommendation(plans: dict[str, diffpatch.Plan], quality: str | None) -> str
     name, best = min(plans.items(), key=lambda item: _cost(item[1]))
     gain = _gain(best)
     level = f"at quality {quality!r}" if quality else "at the methods' published settings"
-    how = "by operations" if best.predicted is None else "predicted"
+    how = "by what is computed" if best.predicted is None else "predicted"
     if gain < WORTH:
         return (
             f"which one? none: the best, {name}, gains {gain:.2f}× a step ({how}); attention is too"

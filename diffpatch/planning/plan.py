@@ -93,6 +93,14 @@ class Plan:
     at_most: bool = False
     fits: bool = True
 
+    @property
+    def computed_speedup(self) -> float:
+        """Bound on the speedup of the run's transformer, with all that the backend computes."""
+        kept, sparse = self.kept, self.kept_sparse
+        if self.computed is not None and sparse < 1:
+            kept += (self.computed - sparse) * (1 - kept) / (1 - sparse)
+        return 1 / (1 - self.attention_share + self.attention_share * kept)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the patterns, ready for JSON."""
         fields = {k: v for k, v in vars(self).items() if k not in ("patterns", "grid", "predicted")}
@@ -130,8 +138,8 @@ class Plan:
             f" {self.layers} layers",
             *self._waste(),
             f"  attention  {self.attention_share:.0%} of a dense step's operations",
-            f"  a step     {self.dense_step_flops / 1e12:,.4g} TFLOP dense,"
-            f" {self.step_flops / 1e12:,.4g} TFLOP in the mean of the run",
+            f"  a step     {operations(self.dense_step_flops)} dense,"
+            f" {operations(self.step_flops)} in the mean of the run",
             self._bound(),
         ]
         if self.predicted is not None:
@@ -166,6 +174,16 @@ class Plan:
         )
 
 
+def operations(flops: float) -> str:
+    """A number of floating-point operations in the unit that suits it.
+
+    >>> operations(1.304e16), operations(2.5e12)
+    ('13.04 PFLOP', '2.5 TFLOP')
+    """
+    unit, size = ("PFLOP", 1e15) if flops >= 1e15 else ("TFLOP", 1e12)
+    return f"{flops / size:,.4g} {unit}"
+
+
 def runs(values: Sequence[float], most: int = 4) -> str:
     """Equal neighbours counted; only the range, where they change often.
 
@@ -198,6 +216,7 @@ def plan(
     branches: int = 2,
     profile: str | Path | DeviceProfile | None = None,
     dtype: str | None = None,
+    backend: str | None = None,
     **params: Any,
 ) -> Plan:
     """What a run would cost with a method; needs no weights and runs no model.
@@ -219,6 +238,8 @@ def plan(
         profile: a device to predict times for: a name such as "h100", or a file that
             `diffpatch bench profile --json FILE` wrote; None for bounds alone.
         dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
+        backend: "triton" or "torch": whose padding `Plan.computed` counts; None takes that of the
+            profile, or "triton".
         **params: parameters of the method.
 
     Raises:
@@ -254,9 +275,9 @@ def plan(
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
     grid = _grid(shape, (num_frames, height, width), text_tokens)
-    backend = BACKEND if device is None else device.backend
+    used = backend or (BACKEND if device is None else device.backend)
     with neutral():
-        run = Run(chosen, grid, bound, num_inference_steps, shape.layers, backend)
+        run = Run(chosen, grid, bound, num_inference_steps, shape.layers, used)
         predicted = None
         if device is not None and run.modelled and not run.at_most():
             predicted = predict(

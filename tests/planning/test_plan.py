@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import diffpatch
 from diffpatch import BadParameter, Neighborhood, TokenGrid, UnknownFamily, Window
@@ -15,7 +17,7 @@ from diffpatch.cli import main
 from diffpatch.patterns.drawing import KINDS, draw, kept_by_distance, seen_by
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import MODELS
-from diffpatch.planning.plan import runs
+from diffpatch.planning.plan import operations, runs
 from tests.tiny import flux, wan
 
 WAN_720P: dict[str, Any] = {"height": 720, "width": 1280, "num_frames": 81}
@@ -194,7 +196,45 @@ def test_the_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
         main(["plan", "-m", "wan-1.3b", *size, "--method", "radial", "--draw", str(picture)]) == 0
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["plan", "-m", "wan-1.3b", *size, "--draw", str(picture)]) == 2
+    capsys.readouterr()
+    assert main(["plan", "-m", "wan-1.3b", *size, "--method", "radial", "--draw", "map.svg"]) == 2
+    assert main(["plan", "-m", "wan-1.3b", *size, "--set", "decay=1"]) == 2
     assert main(["plan", "-m", "wan-9b", *size]) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 2 and "did you mean" in error[1]
+    assert len(error) == 3 and "map.svg cannot be written: give .png or" in error[0]
+    assert "--set is about one method" in error[1] and "did you mean" in error[2]
+
+
+def test_every_method_is_drawn_on_one_sheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--height", "96", "--width", "160", "--num-frames", "9"]
+    sheet = tmp_path / "new" / "folder" / "sheet.png"
+    assert main(["plan", "-m", "wan-1.3b", *size, "--draw", str(sheet)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"wrote {sheet}\n" and "attention ≤" in shown.out
+    with Image.open(sheet) as picture:
+        assert picture.width > 3 * 400 and picture.height > 2 * 400
+
+
+def test_the_command_plans_the_steps_and_the_backend_that_will_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wan().pipe.save_pretrained(tmp_path / "wan")
+    capsys.readouterr()
+    size = ["--height", "32", "--width", "64", "--num-frames", "17", "--method", "window"]
+    assert main(["plan", "-m", str(tmp_path / "wan"), *size, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["steps"] == 50 and made["backend"] == "torch"  # WanPipeline's own; no GPU here
+    assert main(["plan", "-m", "demo", *size, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 10  # of the demo's preset
+
+
+def test_methods_are_ranked_by_what_is_computed() -> None:
+    plan = diffpatch.plan("wan-1.3b", "disc", height=480, width=832, num_frames=81)
+    assert plan.computed is not None and plan.computed > plan.kept_sparse
+    assert plan.computed_speedup < plan.step_speedup
+    more = replace(plan, computed=1.03)  # filled up to blocks until nothing is left out
+    assert more.computed_speedup < 1
+    assert replace(plan, computed=None).computed_speedup == plan.step_speedup
+    assert operations(1.304e16) == "13.04 PFLOP"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -15,6 +15,7 @@ IMAGE_FORMATS = ("png", "webp")
 
 INK, PAPER = "white", "#1b1b1f"
 GAP = 8  # pixels between pictures
+NAME = 30  # pixels for the name of a picture on a sheet
 SMALLEST = 256  # pictures below this are enlarged, so that labels stay readable
 
 
@@ -91,3 +92,21 @@ def _font(text: str, width: int, bar: int) -> ImageFont.FreeTypeFont | ImageFont
         size -= 1
         font = ImageFont.load_default(size)
     return font
+
+
+def named(pictures: Mapping[str, Image.Image], columns: int = 3, side: int = 400) -> Image.Image:
+    """Pictures of any size on one sheet, each fitted into a square under its name."""
+    columns = min(columns, len(pictures))
+    height = side + NAME + GAP
+    rows = math.ceil(len(pictures) / columns)
+    size = GAP + columns * (side + GAP), GAP + rows * height
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, picture) in enumerate(pictures.items()):
+        left = GAP + number % columns * (side + GAP)
+        top = GAP + number // columns * height
+        draw.text((left, top + NAME // 2), name, INK, font=_font(name, side, NAME), anchor="lm")
+        small = picture.convert("RGB")
+        small.thumbnail((side, side))
+        sheet.paste(small, (left, top + NAME))
+    return sheet
