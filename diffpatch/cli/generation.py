@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import DiffpatchError
+from diffpatch.patching.settle import AUTO
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, too_many_dense
 from diffpatch.pipelines.running.loading import Source
@@ -100,9 +101,7 @@ def check_size(source: Source, call: Mapping[str, Any]) -> None:
 
 def method_for(name: str, source: Source) -> str:
     """The method that "auto" stands for on a model, or the name itself."""
-    if name != "auto":
-        return name
-    return "radial" if source.is_video else "neighborhood"
+    return AUTO["video" if source.is_video else "image"] if name == "auto" else name
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

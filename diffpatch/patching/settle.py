@@ -16,6 +16,9 @@ from diffpatch.pipelines.families.table import FamilyInfo
 # What a sparse call keeps at each level: about this fraction of the pairs of visual tokens.
 QUALITIES: Mapping[str, float] = {"high": 0.5, "balanced": 0.25, "fast": 0.125}
 
+# What "auto" stands for: the method that suits a kind of model without being told anything.
+AUTO: Mapping[str, str] = {"video": "radial", "image": "neighborhood"}
+
 
 def settle(
     method: MethodLike,
@@ -36,7 +39,8 @@ def settle(
     from the method itself. A method given as an object already says everything but the schedule.
 
     Args:
-        method: a name, a combination such as "radial+temporal", as a list too, or an object.
+        method: "auto" (see `AUTO`), a name, a combination such as "radial+temporal", as a list
+            too, or an object.
         params: parameters given by the caller.
         family: where presets come from, if known.
         kind: "video" or "image".
@@ -51,6 +55,7 @@ def settle(
         UnknownMethod, BadParameter: the method or a parameter cannot work.
     """
     preset, method = Preset(), one_method(method)
+    method = AUTO[kind] if method == "auto" else method
     if isinstance(method, str) and family is not None:
         preset = family.presets.get(method.partition("+")[0], preset)
         preset = preset.experts if experts and preset.experts is not None else preset

@@ -278,6 +278,14 @@ def test_training_through_a_patch_gives_gradients() -> None:
     assert len(grads) == 2 and all(g is not None and g.abs().sum() > 0 for g in grads)
 
 
+def test_auto_is_what_suits_the_kind_of_model() -> None:
+    for model, name in ((wan(), "radial"), (flux(), "neighborhood")):
+        diffpatch.patch(model.pipe, "auto", dense_steps=0)
+        assert diffpatch.report(model.pipe).method.lower().startswith(name)
+    made = diffpatch.plan("flux", "auto", height=512, width=512)
+    assert made.method.lower().startswith("neighborhood")
+
+
 def test_bad_input_is_refused_in_one_line() -> None:
     tiny = wan()
     objects = processors(tiny.pipe)

@@ -10,6 +10,7 @@ import torch
 from diffpatch.cli import arguments, progress
 from diffpatch.cli.bench.output import add_common, chosen, finish, times
 from diffpatch.cli.errors import RunError, UsageError
+from diffpatch.patching.settle import AUTO
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.shapes import table as shapes
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from diffpatch.eval.bench.model import ModelCase, bench_model
 
     shape = shapes.shape_of(args.model)
-    methods = chosen(args, "radial" if shape.kind == "video" else "neighborhood")
+    methods = chosen(args, AUTO[shape.kind])
     device = loading.choose_device(args.device)
     if shape.kind == "image" and args.num_frames not in (None, 1):
         raise UsageError(f"{shape.name} makes images; drop --num-frames")
