@@ -60,8 +60,8 @@ def patch(
     Args:
         pipe: a diffusers pipeline (all its known transformers are patched) or one transformer.
         method: "auto" (radial for videos, neighborhood for images), a name from `list_methods()`,
-            a combination such as ``"radial+temporal"`` or ``["radial", "temporal"]`` (see `diffpatch.patching.composition`), or an object such
-            as ``Radial(decay=0.5)``.
+            a combination such as ``"radial+temporal"`` or ``["radial", "temporal"]`` (see
+            `diffpatch.patching.composition`), or an object such as ``Radial(decay=0.5)``.
         dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
             takes the family's published setting for the method, else the method's own.
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
