@@ -1,4 +1,4 @@
-"""Every command in the README runs, or at least parses; its code marked `# runs` does run."""
+"""Every command in a README runs, or at least parses; code marked `# runs` does run; paths exist."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from diffpatch.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = (README, *(ROOT / name / "README.md" for name in ("eval/results", "kernels", "pipelines")))
 QUICK = ("methods", "families", "plan")
 COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python")
 
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of a language."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -36,16 +37,27 @@ def programs() -> list[str]:
 
 
 def test_the_readme_has_only_commands_that_are_checked_here() -> None:
-    if README.exists():
-        assert commands()
+    assert commands()
     assert [words for words in commands() if words[0] not in COMMANDS] == []
 
 
-def test_the_readme_is_finished_and_its_files_are_there() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_finished_and_their_files_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert not re.findall(r"^[A-Z_]{4,}$", text, flags=re.MULTILINE)
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_every_path_in_contributing_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.(?:md|toml))`", text))
+    assert len(paths) > 20
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

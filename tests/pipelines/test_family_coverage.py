@@ -22,7 +22,7 @@ from tests.tiny_families import CASES
 from tests.tiny_parts import Bare
 
 ROWS = diffpatch.list_families()
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "pipelines" / "README.md"
 OTHERS = {  # models of diffusers' transformers that denoise no tokens of an image or video
     "DreamLiteTransformer2DModel": "a part of a UNet",
     "Transformer2DModel": "a part of a UNet; diffusers replaces it by DiT and PixArt's own classes",
