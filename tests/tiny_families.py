@@ -6,112 +6,11 @@ packing of latents (`Case.touch`), and the rest from its transformer's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import diffusers
-import torch
-
-from diffpatch import TokenGrid
 from tests import tiny_images as images
 from tests import tiny_more as more
+from tests import tiny_packed as mixed
 from tests import tiny_videos as videos
-from tests.tiny import Tiny
-
-Arguments = dict[str, Any]
-# (arguments of a forward, frame, row, column) -> the same with that one patch changed
-Touch = Callable[[Arguments, int, int, int], Arguments]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One tiny model.
-
-    Attributes:
-        build: makes it.
-        transformer: its class in diffusers.
-        layers: the paths of exactly those attention modules that are to be patched.
-        grid: (num_frames, height, width).
-        touch: changes one patch in the arguments of the transformer.
-        before: always-visible tokens in front; None: all that are not visual.
-        after: how many stand behind, over all calls.
-    """
-
-    build: Callable[[], Tiny]
-    transformer: str
-    layers: tuple[str, ...]
-    grid: tuple[int, int, int]
-    touch: Touch
-    before: int | None = 0
-    after: frozenset[int] = frozenset({0})
-
-    def tokens(self, length: int) -> TokenGrid:
-        """The grid of a call over that many tokens."""
-        frames, height, width = self.grid
-        rest = length - frames * height * width
-        before = rest if self.before is None else self.before
-        assert rest - before in self.after, f"{rest - before} tokens behind, not {self.after}"
-        return TokenGrid(frames, height, width, before, rest - before)
-
-    def missing(self) -> str | None:
-        """Why the installed diffusers cannot run this case."""
-        if hasattr(diffusers, self.transformer):
-            return None
-        return f"diffusers {diffusers.__version__} has no {self.transformer}"
-
-
-def latents(axes: str, t: int = 1, p: int = 2) -> Touch:
-    """For transformers that cut `hidden_states` into patches of t×p×p themselves."""
-
-    def touch(args: Arguments, frame: int, row: int, column: int) -> Arguments:
-        places = {"F": frame * t, "H": row * p, "W": column * p}
-        index = tuple(places.get(axis, slice(None)) for axis in axes)
-        changed = args["hidden_states"].clone()
-        changed[index] += 1
-        return args | {"hidden_states": changed}
-
-    return touch
-
-
-def packed(pipe: str, grid: tuple[int, int, int], before: int = 0) -> Touch:
-    """For transformers that get tokens: the pipeline's own packing tells which one it is."""
-
-    def touch(args: Arguments, frame: int, row: int, column: int) -> Arguments:
-        pack = getattr(diffusers, pipe)._pack_latents
-        frames, height, width = grid
-        if pipe == "LTXPipeline":
-            video = torch.zeros(1, 1, frames, height, width)
-            video[:, :, frame, row, column] = 1
-            tokens = pack(video, 1, 1)
-        elif pipe == "Flux2Pipeline":
-            picture = torch.zeros(1, 1, height, width)
-            picture[:, :, row, column] = 1
-            tokens = pack(picture)
-        else:
-            picture = torch.zeros(1, 1, 2 * height, 2 * width)
-            picture[:, :, 2 * row, 2 * column] = 1
-            tokens = pack(picture, 1, 1, 2 * height, 2 * width)
-        changed = args["hidden_states"].clone()
-        changed[:, before + int(tokens[0].sum(-1).argmax())] += 1
-        return args | {"hidden_states": changed}
-
-    return touch
-
-
-def listed(args: Arguments, frame: int, row: int, column: int) -> Arguments:
-    """For Z-Image, whose latents are a list."""
-    changed = [x.clone() for x in args["x"]]
-    for x in changed:
-        x[:, frame, 2 * row, 2 * column] += 1
-    return args | {"x": changed}
-
-
-def last_item(args: Arguments, frame: int, row: int, column: int) -> Arguments:
-    """For JoyImage, whose latents are of several images, the generated one last."""
-    changed = args["hidden_states"].clone()
-    changed[:, -1, :, frame, 2 * row, 2 * column] += 1
-    return args | {"hidden_states": changed}
+from tests.family_case import Case, last_item, last_video, latents, listed, packed, row
 
 
 def _paths(*names: str, each: int = 2) -> tuple[str, ...]:
@@ -383,5 +282,98 @@ CASES: dict[str, Case] = {
         _paths("layers.{}.attn1"),
         IMAGE,
         _bchw,
+    ),
+    "minimax-h3": Case(
+        mixed.minimax_h3,
+        "MiniMaxH3Transformer3DModel",
+        JOINT,
+        VIDEO,
+        row(6, first=48),
+        before=7 + 48 + 10,
+    ),
+    "minimax-h3-references": Case(
+        mixed.minimax_h3_references,
+        "MiniMaxH3Transformer3DModel",
+        JOINT,
+        VIDEO,
+        row(6, first=6 + 60),
+        spans=(7 + 6 + 6 + 4, (4, 3, 5), 10, VIDEO),
+    ),
+    "cosmos3": Case(
+        mixed.cosmos3,
+        "Cosmos3OmniTransformer",
+        _paths("layers.{}.self_attn"),
+        VIDEO,
+        last_video,
+        before=7,
+        after=frozenset({5}),
+        silent=7,
+    ),
+    "cosmos3-videos": Case(
+        mixed.cosmos3_videos,
+        "Cosmos3OmniTransformer",
+        _paths("layers.{}.self_attn"),
+        VIDEO,
+        last_video,
+        spans=(7, (4, 3, 5), VIDEO, 5),
+        silent=7,
+    ),
+    "cosmos3-pipeline": Case(
+        mixed.cosmos3_pipeline,
+        "Cosmos3OmniTransformer",
+        _paths("layers.{}.self_attn"),
+        VIDEO,
+        last_video,
+        before=5,
+        silent=5,
+    ),
+    "framepack": Case(
+        mixed.framepack,
+        "HunyuanVideoFramepackTransformer3DModel",
+        TWO_KINDS,
+        VIDEO,
+        _bcfhw,
+        before=2 + 6 + 24,
+        after=frozenset({2 + 5}),
+    ),
+    "helios": Case(mixed.helios, "HeliosTransformer3DModel", WAN, VIDEO, _bcfhw, before=2 + 6 + 24),
+    "helios-pipeline": Case(
+        mixed.helios_pipeline, "HeliosTransformer3DModel", WAN, (9, 4, 6), _bcfhw, before=None
+    ),
+    "qwen21": Case(
+        mixed.qwen21,
+        "QwenImage21Transformer2DModel",
+        JOINT,
+        IMAGE,
+        row(6, first=8),
+        before=5 + 8 + 3,
+        silent=16,
+    ),
+    "qwen21-pipeline": Case(
+        mixed.qwen21_pipeline,
+        "QwenImage21Transformer2DModel",
+        JOINT,
+        IMAGE,
+        row(6),
+        before=8,
+        silent=8,
+    ),
+    "prx": Case(
+        mixed.prx,
+        "PRXTransformer2DModel",
+        _paths("blocks.{}.attention"),
+        IMAGE,
+        _bchw,
+        before=8,
+        silent=8,
+    ),
+    "nucleus": Case(
+        mixed.nucleus,
+        "NucleusMoEImageTransformer2DModel",
+        JOINT,
+        IMAGE,
+        row(6),
+        after=TEXT,
+        silent=-8,
     ),
 }

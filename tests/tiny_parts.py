@@ -25,7 +25,12 @@ class Bare(Tiny):
 
     def run(self, seed: int = 0, **changes: Any) -> torch.Tensor:
         with torch.no_grad():
-            return self.pipe(**self.call | changes, return_dict=False)[0]
+            return one(self.pipe(**self.call | changes, return_dict=False)[0])
+
+
+def one(out: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Results of several shapes as one tensor."""
+    return torch.cat([x.flatten() for x in out]) if isinstance(out, list) else out
 
 
 class Sizes:

@@ -16,7 +16,7 @@ from diffpatch.patching.report import Record, Report
 from diffpatch.patching.schedule import Amount
 from diffpatch.patching.settle import settle
 from diffpatch.patching.target import components, models, transformers
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo
 from diffpatch.pipelines.families.unwrap import bypassing
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffpatch.patching.transformer import PatchedTransformer
 
 Target = TypeVar("Target")
-Grid = TokenGrid | Callable[..., TokenGrid]
+Grid = TokenGrid | PackedGrid | Callable[..., TokenGrid | PackedGrid]
 
 
 def patch(
@@ -73,7 +73,8 @@ def patch(
             `plan` print the result. None takes the published setting, else the method's defaults.
         backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
             "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
-        grid: for models without a family: a `TokenGrid`, or a function of the forward's arguments
+        grid: for models without a family: a `TokenGrid` (or a `PackedGrid`, for several grids in
+            one sequence), or a function of the forward's arguments
             (as keywords) that returns one. Needs `modules`.
         modules: for models without a family: regular expression that full-matches the paths of the
             self-attention modules, each with a diffusers ``processor``.
@@ -263,8 +264,10 @@ def _custom_family(grid: Grid | None, modules: str | None) -> FamilyInfo | None:
     if grid is None or modules is None:
         raise BadParameter("grid= and modules= describe a model together: pass both or neither")
 
-    def read(model: Any, args: Any) -> tuple[int, int, int, int, int]:
-        value = grid if isinstance(grid, TokenGrid) else grid(**args)
+    def read(model: Any, args: Any) -> Any:
+        value = grid(**args) if callable(grid) else grid
+        if isinstance(value, PackedGrid):
+            return value
         return (*value.shape, value.text_before, value.text_after)
 
     return FamilyInfo(

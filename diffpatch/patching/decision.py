@@ -12,9 +12,11 @@ from diffpatch.kernels.memo import Memo
 from diffpatch.methods.base import Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.patching import parallel
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patching.layout import NO_GRID, Numbers, layout, silent_tokens
+from diffpatch.patterns.grid import Grid, PackedGrid, TokenGrid
+from diffpatch.patterns.packed import without_queries
 from diffpatch.patterns.pattern import BlockPattern
-from diffpatch.pipelines.families.grids import REST, Grid
+from diffpatch.pipelines.families.grids import REST
 
 DENSE_FROM = 1.0  # patterns that keep this much run dense: skipping nothing only costs
 
@@ -24,7 +26,7 @@ class Question:
     """What a decision depends on, beside the grid and the method.
 
     Attributes:
-        shape: of the queries, (B, S, H, D), with the heads at hand.
+        shape: of the queries, (B, S, H, D), with the heads at hand; S as there are keys.
         dtype: of the queries.
         device: of the queries.
         variant: what the pattern depends on besides the grid.
@@ -59,11 +61,13 @@ class Decision:
         pattern: what they compute, on the heads at hand.
         order: the places of the grid's tokens, and of the sequence's in the grid, where the
             sequence is in another order.
+        silent: tokens that have keys and no queries.
     """
 
     dense: str | None = None
     pattern: BlockPattern | None = None
     order: tuple[torch.Tensor, torch.Tensor] | None = None
+    silent: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,20 @@ class Decider:
         method: what was asked for.
         backend: what was asked for.
         text: where the text stands in the sequence, as in `FamilyInfo`.
+        text_queries: whether the text asks, too, as in `FamilyInfo`.
     """
 
     method: Method
     backend: str
     text: str
+    text_queries: bool
 
-    def decide(self, shape: Grid, question: Question, memo: Memo) -> Decision:
+    def decide(self, shape: Numbers, question: Question, memo: Memo) -> Decision:
         """The decision about a grid, from the memo of that grid or made now."""
         return memo((self.text, question), lambda: self._decide(shape, question, memo))
 
     def deal(
-        self, shape: Grid, variant: Hashable, heads: int, ranks: int, memo: Memo
+        self, shape: Numbers, variant: Hashable, heads: int, ranks: int, memo: Memo
     ) -> parallel.Deal | None:
         """How heads are shared out. Text costs them all the same, so the grid alone decides."""
 
@@ -96,7 +102,7 @@ class Decider:
 
         return memo(("deal", variant, heads, ranks), make)
 
-    def _decide(self, shape: Grid, question: Question, memo: Memo) -> Decision:
+    def _decide(self, shape: Numbers, question: Question, memo: Memo) -> Decision:
         found = self._grid(shape, question)
         if isinstance(found, str):
             return Decision(found)
@@ -116,23 +122,21 @@ class Decider:
         if reason is not None:
             return Decision(reason)
         order = parallel.order(pattern, self.text, question.ranks, question.device)
-        return Decision(None, pattern, order)
+        silent = range(0) if self.text_queries else silent_tokens(found, self.text)
+        if silent:
+            pattern = without_queries(pattern, silent)
+        return Decision(None, pattern, order, silent)
 
-    def _grid(self, shape: Grid, question: Question) -> TokenGrid | str:
+    def _grid(self, shape: Numbers, question: Question) -> Grid | str:
         """Where the tokens of the sequence stand, or why it must be dense."""
-        frames, height, width, before, after = shape
-        if before == REST and question.masked:
+        if len(shape) == len(NO_GRID) and shape[3] == REST and question.masked:
             return "prompts of different lengths in one batch"
-        tokens = question.shape[1]
-        rest = tokens - frames * height * width
-        if before == REST:
-            before = rest - after
-        elif after == REST:
-            after = rest - before
-        if min(before, after) < 0 or before + after != rest or min(shape[:3]) < 1:
-            return f"a sequence of {tokens} tokens does not hold the grid {shape}"
-        if frames == 1 and "image" not in self.method.kinds:
+        grid = layout(shape, question.shape[1])
+        if isinstance(grid, str):
+            return grid
+        if grid.num_frames == 1 and "image" not in self.method.kinds:
             return f"{self.method.name} saves between frames and there is one"
-        if question.ranks > 1 and rest and self.text == "unknown":
+        beside = grid.num_tokens > grid.visual_tokens or isinstance(grid, PackedGrid)
+        if question.ranks > 1 and beside and self.text == "unknown":
             return "how the processes cut the tokens around the grid is not known"
-        return TokenGrid(frames, height, width, before, after)
+        return grid

@@ -11,12 +11,10 @@ import torch
 
 from diffpatch.errors import DiffpatchError
 from diffpatch.methods.base import Method
+from diffpatch.patching.layout import NO_GRID, Numbers
 from diffpatch.patching.parallel import Deal
 from diffpatch.patching.runs import Place
 from diffpatch.patching.schedule import BoundSchedule
-from diffpatch.pipelines.families.grids import Grid
-
-NO_GRID: Grid = (0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Forward:
     bound: BoundSchedule
     context: str | None = None
     hooked: bool = False
-    grid: Grid = NO_GRID
+    grid: Numbers = NO_GRID
     why: str = ""
     calls: Counter[int] = field(default_factory=Counter)
     last: int = -1
@@ -72,7 +70,7 @@ class Forwards:
         self._layers = layers
         self._here = _Local()
         # For backward passes, which may run in a thread of their own and tell nothing.
-        self._looks: set[tuple[Grid, int]] = set()
+        self._looks: set[tuple[Numbers, int]] = set()
         self._latest: Forward | None = None
         self._went_back = False
 

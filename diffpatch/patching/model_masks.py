@@ -30,18 +30,18 @@ class ModelMask:
         return ModelMask(keys, bias, self.reason)
 
 
-def read_mask(q: torch.Tensor, mask: torch.Tensor | None, square: bool) -> ModelMask:
+def read_mask(k: torch.Tensor, mask: torch.Tensor | None, square: bool) -> ModelMask:
     """Take a mask apart.
 
     Args:
-        q: the queries, (B, S, H, D).
+        k: the keys, (B, S, H, D).
         mask: what the model passes to its attention, or None.
         square: whether square masks of this model are products m_i·m_j of one number a token. Then
             the diagonal is m², and queries of hidden tokens may give anything: nobody sees them.
     """
     if mask is None:
         return ModelMask()
-    batch, tokens = q.shape[:2]
+    batch, tokens = k.shape[:2]
     if mask.ndim == 4 and mask.stride(1) == mask.stride(2) == 0:  # expanded: all rows are one
         mask = mask[:, :1, :1]
     if mask.shape == (batch, tokens) and batch != tokens:  # Qwen's, up to diffusers 0.37

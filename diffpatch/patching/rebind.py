@@ -16,7 +16,7 @@ import itertools
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from diffpatch.internals import DISPATCH, PROCESSOR_BACKEND, SDPA, same_in_regis
 from diffpatch.patching import parallel
 from diffpatch.patching.autocast import as_autocast, without_autocast
 from diffpatch.patching.follow import Code
-from diffpatch.pipelines.families.grids import Grid
+from diffpatch.patching.layout import Numbers, is_own_call
 
 
 class Owner(Protocol):
@@ -38,8 +38,13 @@ class Owner(Protocol):
     active: bool  # False once the patch is undone
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> Numbers:
         """Of the forward that calls."""
+        ...
+
+    @property
+    def call_shape(self) -> tuple[int, int] | None:
+        """(queries, keys) of its calls, or `UNKNOWN`; None where they are as many."""
         ...
 
     def attend(
@@ -49,7 +54,7 @@ class Owner(Protocol):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        grid: Grid,
+        grid: Sequence[int],
         layer: int,
         ranks: int,
     ) -> torch.Tensor:
@@ -92,36 +97,17 @@ def _attend(
     mask: torch.Tensor | None,
     layer: torch.Tensor,  # 0-d on the CPU: an int would make torch.compile specialize on each layer
     scale: float | None,
-    num_frames: int,
-    height: int,
-    width: int,
-    before: int,
-    after: int,
+    grid: Sequence[int],
     ranks: int,
     handle: int,
 ) -> torch.Tensor:
     owner = _OWNERS[handle]
-    grid = (num_frames, height, width, before, after)
     with without_autocast(q):
         return owner.attend(q, k, v, mask, scale, grid, int(layer), ranks).contiguous()
 
 
 @_attend.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    layer: torch.Tensor,
-    scale: float | None,
-    num_frames: int,
-    height: int,
-    width: int,
-    before: int,
-    after: int,
-    ranks: int,
-    handle: int,
-) -> torch.Tensor:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -147,6 +133,13 @@ def _here() -> _Slot:
     return _TRACED if torch.compiler.is_compiling() else _EAGER
 
 
+def _running() -> tuple[Owner, torch.Tensor]:
+    """The owner and the layer of the processor that is running."""
+    slot = _here()
+    assert slot.owner is not None and slot.layer is not None
+    return slot.owner, slot.layer
+
+
 def _route(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -156,16 +149,14 @@ def _route(
     ranks: int = 1,
 ) -> torch.Tensor:
     """Send one self-attention call (B, S, H, D) to the owner of the running processor."""
-    slot = _here()
-    owner, layer = slot.owner, slot.layer
-    assert owner is not None and layer is not None
+    owner, layer = _running()
     q, k, v, mask = as_autocast(q, k, v, mask)
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and needs_grad:
         # Eager training: outside the operator autograd sees through the torch backend.
         with without_autocast(q):
             return owner.attend(q, k, v, mask, scale, owner.grid, int(layer), ranks)
-    return _attend(q, k, v, mask, layer, scale, *owner.grid, ranks, owner.handle)
+    return _attend(q, k, v, mask, layer, scale, owner.grid, ranks, owner.handle)
 
 
 def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
@@ -185,22 +176,25 @@ def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         backend: Any = None,
         **kwargs: Any,  # parallel_config, from diffusers 0.36 on
     ) -> torch.Tensor:
-        other = query.shape[1] != key.shape[1] or dropout_p or is_causal or attention_kwargs
-        if not other and not isinstance(attn_mask, torch.Tensor | None):
-            other = True
-            if not torch.compiler.is_compiling():
-                slot, what = _here(), type(attn_mask).__name__
-                slot.owner.passed_by(query, f"the model's own {what}", int(slot.layer))
-        if other:
+        owner, layer = _running()
+        other = dropout_p or is_causal or attention_kwargs
+        other = other or not is_own_call(owner.call_shape, query.shape[1], key.shape[1])
+        config, left = kwargs.get("parallel_config"), ""
+        if not isinstance(attn_mask, torch.Tensor | None):
+            left = f"the model's own {type(attn_mask).__name__}"
+        elif not other and config is not None and owner.call_shape is not None:
+            left = "text without queries is not cut over processes"
+        if left and not torch.compiler.is_compiling():
+            owner.passed_by(query, left, int(layer))
+        if other or left:
             return real(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 attention_kwargs, backend=backend, **kwargs,
             )  # fmt: skip
-        if (config := kwargs.get("parallel_config")) is not None:
+        if config is not None:
             dealing: Any = nullcontext()
             if not torch.compiler.is_compiling():
-                slot = _here()
-                dealing = slot.owner.dealing(query, key, attn_mask, int(slot.layer))
+                dealing = owner.dealing(query, key, attn_mask, int(layer))
             return parallel.spread(query, key, value, attn_mask, scale, config, _route, dealing)
         return _route(query, key, value, attn_mask, scale)
 
@@ -225,7 +219,8 @@ def _scaled_dot_product(real: Callable[..., Any] | None) -> Callable[..., torch.
         enable_gqa: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if query.shape[2] != key.shape[2] or dropout_p or is_causal or kwargs:
+        own = is_own_call(_running()[0].call_shape, query.shape[2], key.shape[2])
+        if not own or dropout_p or is_causal or kwargs:
             if dropout_p:
                 kwargs["dropout_p"] = dropout_p
             if is_causal:

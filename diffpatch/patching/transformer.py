@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from diffpatch.methods.base import AttentionCall
 from diffpatch.patching import composition, parallel, rebind, rope
 from diffpatch.patching import model_masks as masks
 from diffpatch.patching.decision import Decider, Decision, Question
-from diffpatch.patching.forwards import NO_GRID, Forward, Forwards
+from diffpatch.patching.forwards import Forward, Forwards
+from diffpatch.patching.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.target import argument_names, layers, unreadable
-from diffpatch.pipelines.families.grids import Grid
 from diffpatch.pipelines.families.table import FamilyInfo
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ class PatchedTransformer:
         # Wrappers that call the forward of the model past its hooks.
         self._callers = [weakref.ref(caller) for caller in callers]
         self._arguments = argument_names(model)
-        self._decider = Decider(patch.method, patch.backend, family.text)
+        self._decider = Decider(patch.method, patch.backend, family.text, family.text_queries)
         # Of a forward whose hook was traced; in others the forward has its own.
-        self._traced: Grid = NO_GRID
+        self._traced: Numbers = NO_GRID
         self._traced_why = "the arguments of the forward do not tell the token grid"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -63,12 +63,17 @@ class PatchedTransformer:
         return type(None), ()
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> Numbers:
         """Of the forward that this thread, or the graph that is traced, is in the middle of."""
         if torch.compiler.is_compiling():
             return self._traced
         forward = self.forwards.current
         return self._traced if forward is None or not forward.hooked else forward.grid
+
+    @property
+    def call_shape(self) -> tuple[int, int] | None:
+        """See `rebind.Owner`."""
+        return None if self.family.text_queries else call_shape(self.grid, self.family.text)
 
     def _learned(self, family: str) -> list[adapter.Learned]:
         """What every layer learned, if the method has a file that says so."""
@@ -149,7 +154,9 @@ class PatchedTransformer:
             if self.family.name == "custom":
                 raise
             raise unreadable(model, error) from error
-        grid, why = (NO_GRID, found) if isinstance(found, str) else (found, self._traced_why)
+        grid, why = (
+            (NO_GRID, found) if isinstance(found, str) else (numbers(found), self._traced_why)
+        )
         if torch.compiler.is_compiling():
             self._traced, self._traced_why = grid, why
             return
@@ -162,7 +169,7 @@ class PatchedTransformer:
         if not torch.compiler.is_compiling():
             self.forwards.end()
 
-    def _begin(self, grid: Grid = NO_GRID, why: str = "", *, hooked: bool = False) -> Forward:
+    def _begin(self, grid: Numbers = NO_GRID, why: str = "", *, hooked: bool = False) -> Forward:
         """A forward begins in this thread."""
         patch, context = self.patch, self.forwards.context
         place = patch.begin_forward(self.name, context)
@@ -214,7 +221,7 @@ class PatchedTransformer:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
-        grid: Grid,
+        grid: Sequence[int],
         layer: int,
         ranks: int = 1,
     ) -> torch.Tensor:
@@ -226,11 +233,12 @@ class PatchedTransformer:
         reason = forward.bound.reason(place.step, layer)
         ahead = place.step == 0 and forward.bound.ever_sparse(layer, place.total)
         if reason is None or ahead:
-            seen = masks.read_mask(q, mask, self.family.square_masks)
-            decision = self._decide(forward, q, seen, mask is not None, grid, layer, ranks)
+            seen = masks.read_mask(k, mask, self.family.square_masks)
+            masked, given = mask is not None, tuple(grid)
+            decision = self._decide(forward, q, k, seen, masked, given, layer, ranks)
             reason = reason or seen.reason or decision.dense
         if reason is not None:
-            self._record_dense(forward, q, reason, layer)
+            self._record_dense(forward, q, k, reason, layer)
             return self._dense(layer, q, k, v, mask, scale)
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample)
@@ -246,7 +254,7 @@ class PatchedTransformer:
         forward, (_, ranks) = self.forwards.current, parallel.share(self._model())
         grouped = q.shape[2] != k.shape[2] or (mask is not None and mask.ndim > 3 < mask.shape[1])
         told = forward is not None and forward.hooked and forward.grid != NO_GRID
-        if forward is None or not told or grouped or self.family.text == "packed":
+        if forward is None or not told or grouped or len(forward.grid) != len(NO_GRID):
             yield None
             return
         place = forward.place
@@ -265,9 +273,10 @@ class PatchedTransformer:
         self,
         forward: Forward,
         q: torch.Tensor,
+        k: torch.Tensor,
         seen: masks.ModelMask,
         masked: bool,
-        grid: Grid,
+        grid: Numbers,
         layer: int,
         ranks: int,
     ) -> Decision:
@@ -277,10 +286,11 @@ class PatchedTransformer:
             return Decision(forward.why or self._traced_why)
         variant = self.patch.method.variant(layer, forward.place.step)
         question = Question(
-            tuple(q.shape), q.dtype, q.device, variant, masked, seen.bias is not None,
-            bool(self.learned[layer]), *parallel.share(self._model()), ranks, forward.deal,
+            (q.shape[0], k.shape[1], *q.shape[2:]), q.dtype, q.device, variant, masked,
+            seen.bias is not None, bool(self.learned[layer]), *parallel.share(self._model()), ranks,
+            forward.deal,
         )  # fmt: skip
-        memo = self.patch.memo(forward.place.run, (grid, q.shape[1]))
+        memo = self.patch.memo(forward.place.run, (grid, k.shape[1]))
         return self._decider.decide(grid, question, memo)
 
     def _sparse(
@@ -298,6 +308,9 @@ class PatchedTransformer:
         """The second half of a call: attention over the pattern that was decided on."""
         pattern, places, size = decision.pattern, decision.order, v.shape[-1]
         assert pattern is not None
+        share = k.shape[1] / q.shape[1]  # the pattern's fractions are of tokens × tokens
+        asked = q
+        q, asking = with_silent(q, decision.silent)
         if places is not None:
             q, k, v, seen = q[:, places[0]], k[:, places[0]], v[:, places[0]], seen.at(places[0])
         if seen.bias is not None:
@@ -312,9 +325,10 @@ class PatchedTransformer:
         with on_device_of(q):
             done = method.attend(q, k, v, call)
         place.run.check_state(method)
-        self._record(forward, q, layer, done.kept, done.backend)
         out = done.out[..., :size]
-        return out if places is None else out[:, places[1]]
+        out = (out if places is None else out[:, places[1]])[:, asking]
+        self._record(forward, asked, k, layer, done.kept * share, done.backend)
+        return out
 
     def _dense(self, layer: int, *call: Any) -> torch.Tensor:
         """What the unpatched processor computes from (q, k, v, mask, scale)."""
@@ -324,24 +338,28 @@ class PatchedTransformer:
         """Count a call that diffusers answered itself. See `rebind.Owner`."""
         forward = self._forward(layer)
         forward.called(layer)
-        self._record_dense(forward, q, reason, layer)
+        self._record_dense(forward, q, q, reason, layer)
 
-    def _record_dense(self, forward: Forward, q: torch.Tensor, reason: str, layer: int) -> None:
+    def _record_dense(
+        self, forward: Forward, q: torch.Tensor, k: torch.Tensor, reason: str, layer: int
+    ) -> None:
         if not internals.in_backward():
             forward.place.run.record.reasons[reason] += 1
-        self._record(forward, q, layer, 1.0, "dense")
+        self._record(forward, q, k, layer, 1.0, "dense")
 
     def _record(
         self,
         forward: Forward,
         q: torch.Tensor,
+        k: torch.Tensor,
         layer: int,
         kept: float | torch.Tensor,
         backend: str,
     ) -> None:
         """Count a call; those of a backward pass were counted before."""
         if not internals.in_backward():
-            run, pairs = forward.place.run, float(q.shape[0] * q.shape[2]) * q.shape[1] ** 2
+            run = forward.place.run
+            pairs = float(q.shape[0] * q.shape[2]) * q.shape[1] * k.shape[1]
             step = run.place(forward.place.step)
             if backend not in run.record.backends and self.patch.backend == "auto":
                 over = passed_over(q).items()

@@ -144,6 +144,11 @@ class PackedGrid:
         return tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
 
     @property
+    def num_frames(self) -> int:
+        """Frames of the longest grid."""
+        return max(grid.num_frames for grid in self.grids)
+
+    @property
     def visual_tokens(self) -> int:
         """Tokens that belong to a grid."""
         return sum(grid.visual_tokens for grid in self.grids)

@@ -46,6 +46,33 @@ def compose(grid: PackedGrid, patterns: Sequence[BlockPattern]) -> BlockPattern:
     return BlockPattern(grid, blocks, kept + beside / grid.num_tokens**2)
 
 
+def without_queries(pattern: BlockPattern, silent: range) -> BlockPattern:
+    """The same pattern where some tokens have keys and no queries.
+
+    Their rows see nothing, so that a kernel spends nothing on them, and `kept` counts none of
+    their pairs; it is still a fraction of tokens × tokens.
+
+    Args:
+        pattern: in which those tokens see everything.
+        silent: their places in the sequence; whole tiles.
+
+    Raises:
+        BadParameter: some tile holds tokens of both kinds.
+    """
+    b = pattern.blocks
+    quiet = (b.order >= silent.start) & (b.order < silent.stop)
+    count = torch.zeros(b.num_tiles, dtype=torch.int64).index_add_(0, b.tile_of_place, quiet.long())
+    if ((count > 0) & (count < b.sizes)).any():
+        raise BadParameter(f"tokens {silent.start} to {silent.stop} of {pattern.grid} share tiles")
+    ids = b.mask_map().int()
+    ids[:, count > 0] = NOTHING
+    heads = None if b.head_pattern is None else b.head_pattern.tolist()
+    blocks, _ = block_index(
+        b.order, b.sizes, ids != NOTHING, ids.clamp(min=EVERYTHING), b.masks, heads
+    )
+    return BlockPattern(pattern.grid, blocks, pattern.kept - len(silent) / b.num_tokens)
+
+
 @dataclass(frozen=True, eq=False)
 class _Span:
     """A span cut into tiles.

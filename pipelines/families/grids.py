@@ -1,13 +1,16 @@
 """The token grid of a self-attention call, read off the arguments of the transformer's forward.
 
-Every function answers (num_frames, height, width, tokens before, tokens after), or says in words
-why it cannot, and the forward then runs dense with that reason in the report. `REST` tokens are as
-many as the sequence of a call holds beside the others; exact numbers are checked against it.
+Every function returns (num_frames, height, width, tokens before, tokens after), or the spans of a
+packed sequence, or says in words why it cannot; the forward then runs dense with that reason in the
+report. `REST` tokens are as many as the sequence of a call holds beside the others; exact numbers
+are checked against it. Of spans, a number is that many tokens without a grid, and three numbers
+(num_frames, height, width) are a grid.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +18,10 @@ import torch
 
 Arguments = Mapping[str, Any]  # of the forward, by name
 Grid = tuple[int, int, int, int, int]
-# (model, arguments) -> the grid, or why there is none
-GridFunction = Callable[[Any, Arguments], Grid | str]
+Spans = tuple[int | tuple[int, int, int], ...]
+GridReading = Grid | Spans
+# (model, arguments) -> the grid or spans, or why there are none
+GridFunction = Callable[[Any, Arguments], GridReading | str]
 Count = int | Callable[[Arguments], int]
 
 REST = -1
@@ -62,7 +67,7 @@ def image_ids(model: Any, args: Arguments) -> Grid | str:
     if args.get("kv_cache_mode") is not None:
         return "cached reference images stand between text and image"
     ids = args["img_ids"]
-    height, width, tokens = _once(ids, _size_of_ids)
+    height, width, tokens = once(ids, _size_of_ids)
     # Where these are not height × width tokens, the sequence does not hold the grid.
     return 1, height, width, text(args), ids.shape[-2] - tokens
 
@@ -70,13 +75,13 @@ def image_ids(model: Any, args: Arguments) -> Grid | str:
 def joint_ids(model: Any, args: Arguments) -> Grid | str:
     """The same with ``position_ids`` of text and image in one tensor (Krea 2)."""
     ids, before = args["position_ids"], text(args)
-    height, width, tokens = _once(ids, lambda ids: _size_of_ids(ids[before:]))
+    height, width, tokens = once(ids, lambda ids: _size_of_ids(ids[before:]))
     return 1, height, width, before, ids.shape[0] - before - tokens
 
 
 def streams(model: Any, args: Arguments) -> Grid | str:
     """The image alone in the first blocks, in the others between text and references (Flux 3)."""
-    height, width, _ = _once(args["img_ids"], _size_of_ids)
+    height, width, _ = once(args["img_ids"], _size_of_ids)
     references = args.get("image_cond_hidden_states")
     return 1, height, width, REST, 0 if references is None else references.shape[1]
 
@@ -99,6 +104,15 @@ def image_shapes(model: Any, args: Arguments) -> Grid | str:
     return frames, height, width, text(args), sum(f * h * w for f, h, w in others)
 
 
+def image_then_text(model: Any, args: Arguments) -> Grid | str:
+    """A packed image of one of `img_shapes`, then the prompt (Nucleus)."""
+    shapes = args["img_shapes"]
+    shapes = shapes if isinstance(shapes, list) else [shapes]
+    if any(tuple(shape) != tuple(shapes[0]) for shape in shapes):
+        return "images of different shapes in one batch"
+    return (*shapes[0], 0, text(args))
+
+
 def packed_video(model: Any, args: Arguments) -> Grid | str:
     """Packed video tokens whose grid is passed by name; keyframes and references stand behind."""
     if args.get("num_frames") is None:
@@ -119,7 +133,7 @@ def placed_video(model: Any, args: Arguments) -> Grid | str:
         return "neither num_frames, height and width nor video_coords tell the grid"
     if torch.compiler.is_compiling():
         return "video_coords cannot be read inside a compiled graph: compile the blocks instead"
-    return _once(coordinates, _grid_of_coordinates)
+    return once(coordinates, _grid_of_coordinates)
 
 
 def _grid_of_coordinates(coordinates: torch.Tensor) -> Grid | str:
@@ -187,10 +201,37 @@ def summed_text(model: Any, args: Arguments) -> Grid | str:
     return 1, latents.shape[2] // p, latents.shape[3] // p, REST, sum(references)
 
 
+def history(model: Any, args: Arguments) -> Grid | str:
+    """A video after its past in three scales, with the prompt behind (FramePack)."""
+    frames, height, width = args["hidden_states"].shape[2:]
+    t, h, w = _patch_size(model.config)
+    before = 0
+    for name, long, wide in (("clean", 1, 2), ("history_2x", 2, 4), ("history_4x", 4, 8)):
+        past = args.get(f"latents_{name}")
+        if past is not None and args.get(f"indices_latents_{name}") is not None:
+            sizes = zip(past.shape[2:], (long, wide, wide), strict=True)
+            before += math.prod(-(-length // size) for length, size in sizes)
+    return frames // t, height // h, width // w, before, REST
+
+
+def last_image(model: Any, args: Arguments) -> Grid | str:
+    """A prompt with images in it, then the generated one, which alone asks them (Qwen-Image 2.1).
+
+    Of the prompt's tokens as the text encoder counts them, each slot of an image stands for four
+    of the transformer's.
+    """
+    samples = args["img_shapes"]
+    if any(shapes != samples[0] for shapes in samples):
+        return "images of different shapes in one batch"
+    *others, (frames, height, width) = samples[0]
+    references = sum(f * h * w for f, h, w in others)
+    return frames, height, width, text(args) - references // 4 + references, 0
+
+
 def uncached(read: GridFunction) -> GridFunction:
     """As `read`, unless keys of reference images come out of a cache (GLM-Image)."""
 
-    def look(model: Any, args: Arguments) -> Grid | str:
+    def look(model: Any, args: Arguments) -> GridReading | str:
         caches = args.get("kv_caches")
         if caches is not None and caches[0].mode is not None:
             return "reference images are cached keys"
@@ -211,7 +252,7 @@ def _count(tokens: Count, args: Arguments) -> int:
     return tokens if isinstance(tokens, int) else tokens(args)
 
 
-def _once(source: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+def once(source: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
     """What `read` says about a tensor, asked once: reading from a device waits for it.
 
     Pipelines pass the same tensor at every step, so the answer is kept on the tensor itself.

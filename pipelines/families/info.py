@@ -23,7 +23,10 @@ class FamilyInfo:
         kind: "video" or "image".
         modules: regular expression that full-matches the paths of its self-attention modules.
         grid: reads the token grid from the arguments of the transformer's forward.
-        text: where always-visible tokens stand: "none", "before" or "after".
+        text: where always-visible tokens stand: "none", "before" or "after"; "packed" where they
+            are spans among grids.
+        text_queries: whether that text asks, too; in some models it has keys and no queries, and
+            their grid functions count it exactly.
         presets: method name -> published setting.
         note: limits worth knowing.
         square_masks: whether the model's square masks are products m_i·m_j of one number a token,
@@ -49,6 +52,7 @@ class FamilyInfo:
     presets: Mapping[str, Preset] = field(default_factory=dict)
     note: str = ""
     square_masks: bool = False
+    text_queries: bool = True
     refused: str = ""
     _: KW_ONLY
     guidance: str

@@ -6,7 +6,6 @@ from diffpatch.pipelines.families.info import FamilyInfo
 
 LINEAR = "its self-attention is already linear in the tokens: there is nothing to leave out"
 SOUND = "it makes sound, whose tokens are a line and not the grid of an image or video"
-QUERIES = "only the image asks in its attention: the text has keys and no queries"
 PIECES = "it makes one piece of a video after the other, over keys cached from those before"
 
 
@@ -39,37 +38,11 @@ REFUSED = (
         "every frame asks cached keys of its own reference frame, by a BlockMask",
     ),
     _refused(
-        "Cosmos 3",
-        "Cosmos3OmniTransformer",
-        "video",
-        "it packs text, video and sound into one ragged sequence with causal parts",
-    ),
-    _refused(
-        "MiniMax-H3",
-        "MiniMaxH3Transformer3DModel",
-        "video",
-        "it packs text, video and sound into one sequence in an order given by lists",
-    ),
-    _refused(
-        "FramePack",
-        "HunyuanVideoFramepackTransformer3DModel",
-        "video",
-        "its sequence mixes past frames of several scales, which no single grid describes",
-    ),
-    _refused(
-        "Helios",
-        "HeliosTransformer3DModel",
-        "video",
-        "its sequence mixes past frames of several scales, which no single grid describes",
-    ),
-    _refused(
         "Kandinsky 6 SR",
         "Kandinsky6SRTransformer3DModel",
         "video",
         "its attention is sparse by itself, in windows",
     ),
-    _refused("PRX", "PRXTransformer2DModel", "image", QUERIES),
-    _refused("Nucleus-Image", "NucleusMoEImageTransformer2DModel", "image", QUERIES),
     _refused(
         "OmniGen",
         "OmniGenTransformer2DModel",
@@ -81,12 +54,6 @@ REFUSED = (
         "Ideogram4Transformer2DModel",
         "image",
         "it packs several samples into one sequence, by a mask of tokens × tokens",
-    ),
-    _refused(
-        "Qwen-Image 2.1",
-        "QwenImage21Transformer2DModel",
-        "image",
-        "its text is causal, and its image asks keys cached from it",
     ),
     _refused("ACE-Step", "AceStepTransformer1DModel", "audio", SOUND),
     _refused("LongCat-Audio", "LongCatAudioDiTTransformer", "audio", SOUND),

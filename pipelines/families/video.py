@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffpatch.pipelines.families import grids, presets
+from diffpatch.pipelines.families import grids, presets, spans
 from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.families.info import (
     BLOCKS,
@@ -246,5 +246,54 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+    ),
+    FamilyInfo(
+        "MiniMax-H3",
+        "MiniMaxH3Transformer3DModel",
+        "video",
+        JOINT,
+        spans.packed_rows,
+        text="packed",
+        note="reference videos are grids of their own; audio, images and keyframes stay visible",
+        guidance="",
+        regional=True,
+        ulysses=True,
+    ),
+    FamilyInfo(
+        "Cosmos 3",
+        "Cosmos3OmniTransformer",
+        "video",
+        r"layers\.\d+\.self_attn",
+        spans.prompt_and_media,
+        text="before",
+        text_queries=False,
+        note="sound and actions stay always visible; the causal prompt stays as it is",
+        guidance="calls",
+        regional=True,
+        ulysses=False,
+    ),
+    FamilyInfo(
+        "FramePack",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "video",
+        JOINT_SINGLE,
+        grids.history,
+        text="after",
+        note="past frames stay always visible",
+        guidance="calls",
+        regional=False,
+        ulysses=False,
+    ),
+    FamilyInfo(
+        "Helios",
+        "HeliosTransformer3DModel",
+        "video",
+        BLOCKS,
+        grids.latents("BCFHW", before=REST),
+        text="before",
+        note="past frames stay always visible",
+        guidance="calls",
+        regional=True,
+        ulysses=True,
     ),
 )

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 
 import diffpatch
 from diffpatch import BlockPattern, Method, Neighborhood, TokenGrid
+from diffpatch.methods.packed import pattern_on
+from tests.family_case import Case
 from tests.tiny import Tiny
-from tests.tiny_families import CASES, Case
-from tests.tiny_parts import Bare
+from tests.tiny_families import CASES
+from tests.tiny_parts import Bare, one
 
 LOCAL = Neighborhood(window=(1, 3, 3), stride=1)
 
@@ -61,7 +63,7 @@ class Subject:
         """The transformer alone, on the first forward's arguments or others."""
         with torch.no_grad():
             out = self.transformer(**{**(arguments or self.arguments), "return_dict": False})[0]
-        return torch.stack(out) if isinstance(out, list) else out
+        return one(out)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -86,7 +88,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
     dense = model.run()
     hook.remove()
-    name = "x" if "x" in seen[0] else "hidden_states"
+    name = next(n for n in ("x", "hidden_states", "vision_tokens") if n in seen[0])
     samples = tuple(len(arguments[name]) for arguments in seen)
     return Subject(case, model, transformer, dense, seen[0], samples)
 
@@ -105,11 +107,11 @@ def masked(subject: Subject, method: Method) -> Iterator[list[tuple[int, float]]
         *args: Any,
         **kw: Any,
     ) -> torch.Tensor:
-        if not inside[0] or query.shape[2] != key.shape[2]:
+        case, length = subject.case, key.shape[2]
+        if not inside[0] or not case.is_own(query.shape[2], length):
             return original(query, key, value, attn_mask, *args, **kw)
-        pattern = method.pattern(subject.case.tokens(query.shape[2]))
-        calls.append((query[..., 0].numel() * query.shape[2], pattern.kept))
-        mask = pattern.dense()
+        mask = pattern_on(method, case.tokens(length), None).dense()[:, case.asking(length)]
+        calls.append((query[..., 0].numel() * length, float(mask.float().mean())))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             mask = mask & attn_mask
         elif attn_mask is not None:
@@ -221,13 +223,14 @@ def test_a_changed_patch_reaches_exactly_its_neighbours(
 
     monkeypatch.setattr(owner, "attend", spy)
     q, out = forward(subject.arguments)
-    grid = subject.case.tokens(q.shape[0])
-    dense = LOCAL.pattern(grid).dense()[0]
-    frames, height, width = grid.shape
+    case, length = subject.case, q.shape[0] + abs(subject.case.silent)
+    asking = case.asking(length)
+    dense = pattern_on(LOCAL, case.tokens(length), None).dense()[0, asking]
+    frames, height, width = case.grid
     for f, h, w in itertools.product({0, frames - 1}, {1, height - 1}, {0, 2, width - 1}):
-        token = grid.text_before + (f * height + h) * width + w
+        token = case.origin(length) + (f * height + h) * width + w
         other_q, other_out = forward(subject.case.touch(subject.arguments, f, h, w))
-        assert _changed(q, other_q) == {token}, (f, h, w)
+        assert _changed(q, other_q) == {token - asking.start}, (f, h, w)
         assert _changed(out, other_out) == set(dense[:, token].nonzero().flatten().tolist())
     diffpatch.unpatch(subject.transformer)
 

@@ -46,7 +46,7 @@ def skip_without(name: str) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.transformer)
 def test_rows_are_complete(row: FamilyInfo) -> None:
     assert row.kind in (("video", "image", "audio") if row.refused else ("video", "image"))
-    assert row.text in ("none", "before", "after")
+    assert row.text in ("none", "before", "after", "packed")
     assert [r.transformer for r in ROWS].count(row.transformer) == 1
     assert bool(row.refused) != bool(row.modules)
     re.compile(row.modules)
