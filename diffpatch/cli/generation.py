@@ -9,13 +9,15 @@ from typing import Any
 
 from PIL import Image
 
+import diffpatch
 from diffpatch.cli.errors import UsageError
-from diffpatch.errors import DiffpatchError
+from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patching.settle import AUTO
 from diffpatch.pipelines.running import loading
-from diffpatch.pipelines.running.calls import preset_call, too_many_dense
+from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 from diffpatch.pipelines.running.loading import Source
 from diffpatch.pipelines.shapes.find import find_shape
+from diffpatch.pipelines.shapes.table import ModelShape
 
 OPTIONS = (
     "negative_prompt",
@@ -82,21 +84,55 @@ def check_size(source: Source, call: Mapping[str, Any]) -> None:
     Raises:
         UsageError: names the closest size that works.
     """
-    used = {**source.arguments, **call}
-    height, width = used.get("height"), used.get("width")
-    if source.kind == "hub" or not (isinstance(height, int) and isinstance(width, int)):
-        return  # a hub model's configs come with its weights
-    try:
-        shape = find_shape(source.name)
-    except DiffpatchError:  # its rule is not known; the pipeline itself will check
+    known = _shape_and_size(source, call)
+    if known is None:
         return
-    frames = used.get("num_frames") or 1
-    if frames > 1:  # pipelines round the number of frames themselves
-        frames = (frames - 1) // shape.time * shape.time + 1
+    shape, frames, height, width = known
     try:
         shape.grid(frames, height, width)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def check_fit(
+    source: Source, call: Mapping[str, Any], method: str, options: Mapping[str, Any]
+) -> None:
+    """Refuse a method that cannot work on the tokens of the call, before weights are loaded.
+
+    Raises:
+        UsageError: says which parameter does not fit, and where.
+    """
+    known = _shape_and_size(source, call)
+    if known is None:
+        return
+    shape, frames, height, width = known
+    planned = {name: value for name, value in options.items() if name != "backend"}
+    steps = steps_of(dict(call), source) or 50
+    try:
+        diffpatch.plan(
+            shape, method, height=height, width=width, num_frames=frames,
+            num_inference_steps=steps, **planned,
+        )  # fmt: skip
+    except BadParameter as error:
+        raise UsageError(str(error)) from None
+
+
+def _shape_and_size(
+    source: Source, call: Mapping[str, Any]
+) -> tuple[ModelShape, int, int, int] | None:
+    """The model's shape, frames, height and width of a call; None where configs do not tell."""
+    used = {**source.arguments, **call}
+    height, width = used.get("height"), used.get("width")
+    if source.kind == "hub" or not (isinstance(height, int) and isinstance(width, int)):
+        return None  # a hub model's configs come with its weights
+    try:
+        shape = find_shape(source.name)
+    except DiffpatchError:  # its rule is not known; the pipeline itself will check
+        return None
+    frames = used.get("num_frames") or 1
+    if frames > 1:  # pipelines round the number of frames themselves
+        frames = (frames - 1) // shape.time * shape.time + 1
+    return shape, frames, height, width
 
 
 def method_for(name: str, source: Source) -> str:

@@ -15,27 +15,45 @@ Value = TypeVar("Value")
 
 # A size along an axis: an int in tokens, a float as a fraction of the axis, -1 for the whole axis.
 Size = int | float
-# What is one for all axes, or one for each.
-Sizes = Annotated[Size | tuple[Size, Size, Size], "one number or three: (time, height, width)"]
-Flags = Annotated[
-    bool | tuple[bool, bool, bool], "true or false, for all axes or for each: (time, height, width)"
+# What is one for all axes, one for each, or for height and width alone: time has no limit then.
+Sizes = Annotated[
+    Size | tuple[Size, Size] | tuple[Size, Size, Size],
+    "one number or three: (time, height, width); two are (height, width)",
 ]
-Counts = int | tuple[int, int, int]
-SIZES = "a count ≥ 1, a fraction in (0, 1], or -1 for the whole axis; or three such"
+Flags = Annotated[
+    bool | tuple[bool, bool] | tuple[bool, bool, bool],
+    "true or false, for all axes or for each: (time, height, width); two are (height, width)",
+]
+Counts = int | tuple[int, int] | tuple[int, int, int]
+SIZES = "a count ≥ 1, a fraction in (0, 1], or -1 for the whole axis; or two or three such"
 
 PAIRED = 4  # tiles of an axis from which on neighbours share windows
 
 
-def triple(value: Value | tuple[Value, Value, Value]) -> tuple[Value, Value, Value]:
-    """What is one for all axes, or one for each of (time, height, width), for each of them."""
-    return value if isinstance(value, tuple) else (value, value, value)
+def triple(
+    value: Value | tuple[Value, Value] | tuple[Value, Value, Value], time: Value
+) -> tuple[Value, Value, Value]:
+    """What is one for all axes, for each, or (height, width), for each of them.
+
+    Args:
+        value: as users write it.
+        time: for time, where there is one for height and width alone.
+    """
+    if not isinstance(value, tuple):
+        return value, value, value
+    return value if len(value) == 3 else (time, *value)
+
+
+def sizes(value: Sizes) -> tuple[Size, Size, Size]:
+    """A size for each axis."""
+    return triple(value, -1)
 
 
 def are_sizes(value: Sizes) -> bool:
     """Whether all are what `SIZES` says."""
     return all(
         size == -1 or (isinstance(size, int) and size >= 1) or 0 < size <= 1
-        for size in triple(value)
+        for size in sizes(value)
     )
 
 

@@ -28,11 +28,11 @@ AXES = ("time", "height", "width")
 class Neighborhood(Method):
     """Generalized Neighborhood Attention on a (time, height, width) grid.
 
-    Sizes are one number for all axes or three: ints are tokens, floats fractions of the axis, -1
-    the whole axis. With ``stride="auto"`` neighbouring queries share a window in boxes of about 512
-    tokens, and windows given as fractions are rounded to whole tiles where that changes them by
-    less than 15 %, so that most visited tiles are full; ``stride=1`` is sliding-window attention to
-    the token; stride = window is blocked attention.
+    Sizes are one number for all axes, three, or two for (height, width) and all of time: ints are
+    tokens, floats fractions of the axis, -1 the whole axis. With ``stride="auto"`` neighbouring
+    queries share a window in boxes of about 512 tokens, and windows given as fractions are rounded
+    to whole tiles where that changes them by less than 15 %, so that most visited tiles are full;
+    ``stride=1`` is sliding-window attention to the token; stride = window is blocked attention.
 
     A window of w keys under dilation d spans w × d tokens. Counts must fit the axis; fractions and
     -1 take what fits. Along an axis of one token, such as time in images, no setting matters.
@@ -67,8 +67,8 @@ class Neighborhood(Method):
             windows = [s for s in getattr(self, name) if not isinstance(s, Neighborhood)]
             good = all(map(axis.are_sizes, windows))
             self.check(good, name, f"made of windows, each {axis.SIZES}")
-        self.check(min(axis.triple(self.dilation)) >= 1, "dilation", "one positive int or three")
-        strides = () if self.stride == "auto" else axis.triple(self.stride)
+        self.check(min(axis.triple(self.dilation, 1)) >= 1, "dilation", "one positive int or three")
+        strides = () if self.stride == "auto" else axis.triple(self.stride, 1)
         self.check(min(strides, default=1) >= 1, "stride", "'auto', one positive int or three")
         self.check(self.sharpen > 0, "sharpen", "positive")
         for setting in map(self._with, (*self.heads, *self.layers)):
@@ -124,12 +124,12 @@ class Neighborhood(Method):
 
     def _axes(self, grid: TokenGrid) -> tuple[tuple[Cuts, Cuts, Cuts], list[torch.Tensor]]:
         """The best tiling and the rule of every axis, of one setting for all heads."""
-        dilations, causal = axis.triple(self.dilation), axis.triple(self.causal)
+        dilations, causal = axis.triple(self.dilation, 1), axis.triple(self.causal, False)
         if self.stride == "auto":
             strides = choose_tile(grid.shape, GROUP, [-(-n // 2) for n in grid.shape])
             tile = choose_tile(strides)
         else:
-            strides, tile = axis.triple(self.stride), choose_tile(grid.shape)
+            strides, tile = axis.triple(self.stride, 1), choose_tile(grid.shape)
         cuts, rules = [], []
         for i, length in enumerate(grid.shape):
             dilation = dilations[i] if length > 1 else 1
@@ -143,7 +143,7 @@ class Neighborhood(Method):
 
     def _window(self, i: int, length: int, dilation: int, stride: int, tile: int) -> int:
         """Keys along an axis."""
-        size, most = axis.triple(self.window)[i], length // dilation
+        size, most = axis.sizes(self.window)[i], length // dilation
         if most == 0:
             raise BadParameter(
                 f"neighborhood: dilation={dilation} along {AXES[i]} exceeds the axis length"

@@ -52,7 +52,7 @@ class SlidingTile(Method):
         for i, length in enumerate(grid.shape):
             tiles = even_cuts(length, self.tile[i])
             cuts.append(refine(tiles, finer[i]))  # tiles larger than a kernel's are cut further
-            size = axis.triple(self.window)[i]
+            size = axis.sizes(self.window)[i]
             count = len(tiles) - 1
             span = count if size == -1 else _span(size, count, f"window of tiles along {names[i]}")
             part = _tile_of(cuts[i], tiles)

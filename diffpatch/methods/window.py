@@ -100,7 +100,7 @@ class Window(Method):
         """Where the windows end, along each axis."""
         names = ("time", "height", "width")
         borders: list[Cuts] = []
-        for size, length, name in zip(axis.triple(window), grid.shape, names, strict=True):
+        for size, length, name in zip(axis.sizes(window), grid.shape, names, strict=True):
             step = axis.resolve(size, length, f"window along {name}")
             if step == length:
                 borders.append((0, length))

@@ -224,9 +224,18 @@ def test_a_dry_run_finds_what_only_configs_tell(
     """Before any weights are loaded, which may take long."""
     tiny_images.dit().pipe.save_pretrained(tmp_path / "dit")
     render = ["render", "-p", "a cat", "--dry-run", "--quiet", "-m"]
+    square = ["--height", "32", "--width", "32"]
     for words, message in [
         ([str(models / "wan"), "--width", "71"], "width=71 must be a multiple of 16"),
         ([str(tmp_path / "dit")], "DiTPipeline takes no prompt, it needs class_labels"),
+        (
+            [str(models / "wan"), "--method", "neighborhood", "--set", "window=[99,2,2]"],
+            "window along time=99 must be between 1 and the axis length",
+        ),
+        (
+            [str(models / "flux"), *square, "--method", "window", "--set", "window=[1,2,99]"],
+            "window along width=99",
+        ),
     ]:
         assert message in fails([*render, *words], tmp_path / "out", capsys, code=2)
     quick = ["sweep", "-p", "a cat", "-o", str(tmp_path / "out"), "-m", str(tmp_path / "dit")]

@@ -94,7 +94,9 @@ def test_what_does_not_fit_names_the_parameter_and_the_axis(
         ("neighborhood", {"window": (5, 5, 5), "stride": 3}),
         ("neighborhood", {"window": 0.5, "dilation": 2}),
         ("neighborhood", {"window": 3, "dilation": 2, "stride": 2, "causal": True}),
+        ("neighborhood", {"window": (5, 5), "stride": (1, 2), "dilation": (1, 2)}),
         ("window", {"window": 5}),
+        ("window", {"window": (5, 5)}),
         ("sliding_tile", {"window": 3, "tile": (6, 2, 2)}),
         ("disc", {"time": 3}),
     ],
@@ -103,6 +105,20 @@ def test_images_are_not_refused_over_time(name: str, params: dict[str, Any]) -> 
     method = diffpatch.make_method(name, **params)
     grid = TokenGrid(1, 9, 12, text_before=3)
     assert 0 < method.pattern(grid, method.variant(0, 0)).kept < 1
+
+
+def test_two_sizes_are_height_and_width() -> None:
+    grid = TokenGrid(3, 6, 8)
+    for params, same in [
+        ({"window": (3, 5)}, {"window": (-1, 3, 5)}),
+        ({"window": 3, "stride": (2, 3)}, {"window": 3, "stride": (1, 2, 3)}),
+        ({"window": 2, "dilation": (2, 3)}, {"window": 2, "dilation": (1, 2, 3)}),
+        ({"window": 3, "causal": (True, False)}, {"window": 3, "causal": (False, True, False)}),
+    ]:
+        pair, three = Neighborhood(**params).pattern(grid), Neighborhood(**same).pattern(grid)
+        assert torch.equal(pair.dense(), three.dense())
+    with pytest.raises(BadParameter, match="two are .height, width"):
+        Neighborhood(window=(1, 2, 3, 4))
 
 
 def steps_before_the_error(model: Tiny, message: str, **call: Any) -> int:

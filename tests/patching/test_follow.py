@@ -17,8 +17,8 @@ from diffpatch import DiffpatchError
 from tests import tiny_images, tiny_videos
 from tests.tiny import Tiny, flux, wan
 
-WHOLE = {"window": -1, "dense_steps": 0}  # leaves nothing out, so that nothing may change
-LOCAL = {"window": 0.5, "shift": "none", "dense_steps": 0}
+WHOLE: dict[str, Any] = {"window": -1, "dense_steps": 0}  # leaves nothing out: all must stay
+LOCAL: dict[str, Any] = {"window": 0.5, "shift": "none", "dense_steps": 0}
 Processor = transformer_flux.FluxAttnProcessor
 Call = Callable[..., Any]
 CALLS = 0
@@ -271,8 +271,9 @@ def test_dense_calls_keep_the_scale_of_the_model(scale: float | None) -> None:
     diffpatch.patch(model, LOCAL, grid=GRID, modules=r"blocks\.\d+")
     q, k, v = torch.randn(3, 1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
     heads = [x.transpose(1, 2) for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
-    assert torch.equal(rebind.dense(model.blocks[0].processor, q, k, v, None, scale), expected)
+    expected = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)
+    out = rebind.dense(model.blocks[0].processor, q, k, v, None, scale)
+    assert torch.equal(out, expected.transpose(1, 2))
 
 
 @pytest.fixture(autouse=True)

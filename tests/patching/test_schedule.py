@@ -27,6 +27,9 @@ def dense_steps(schedule: Schedule, total: int, evaluations: int = 1) -> list[in
         (Schedule(dense_steps=2), 4, [0, 1]),
         (Schedule(dense_steps=0.25), 8, [0, 1]),
         (Schedule(dense_steps=0.24), 50, list(range(12))),
+        (Schedule(dense_steps=0.34), 35, list(range(12))),  # Cosmos, as published
+        (Schedule(dense_steps=0.29), 100, list(range(29))),
+        (Schedule(dense_last_steps=0.29), 100, list(range(71, 100))),
         (Schedule(dense_last_steps=1), 4, [3]),
         (Schedule(dense_steps=1, dense_last_steps=0.5), 4, [0, 2, 3]),
         (Schedule(dense_steps=1.0), 3, [0, 1, 2]),

@@ -17,7 +17,7 @@ from tests.patching.test_custom_model import GRID, Model
 from tests.tiny import Tiny, wan, wan_transformer
 from tests.tiny_parts import noise
 
-LOCAL = {"window": 0.5, "shift": "layer", "dense_steps": 1}
+LOCAL: dict[str, Any] = {"window": 0.5, "shift": "layer", "dense_steps": 1}
 
 
 @pytest.fixture

@@ -128,6 +128,9 @@ def plan(
     call = generation.call_arguments(args, source)
     steps = steps_of(call, source)
     generation.check_dense_steps(vars(args), steps)
+    for variant in variants:
+        if not variant.is_dense:
+            generation.check_fit(source, call, variant.name, variant.options)
     form = args.format or sheets.default_format(source.is_video)
     sheets.check_format(form, source.is_video)
     folders = [args.output]
