@@ -82,8 +82,9 @@ class Told:
             for layer, step in itertools.product(places, places)
         )
         first, last = schedule.dense_steps, schedule.dense_last_steps
+        budgets = getattr(method, "budgets", None)  # of dynamic, for each layer its own
         return cls(
-            layers or bool(schedule.dense_layers) or method.needs_steps,
+            layers or bool(schedule.dense_layers or budgets) or method.needs_steps,
             steps or bool(first or last) or method.needs_steps,
             bool(last) or (isinstance(first, float) and first > 0),
             method.needs_steps,

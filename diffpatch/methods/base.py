@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, final
 
@@ -14,6 +14,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
 from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
 from diffpatch.kernels.block_sparse.work import Work
+from diffpatch.methods.learned import Layer, Learned, load
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
@@ -233,6 +234,20 @@ class Method:
     def learned_from(self) -> str | None:
         """The file of what the layers of a model learned, or None (see `methods.learned`)."""
         return None
+
+    def read_learned(self, component: str, family: str, layers: Sequence[Layer]) -> list[Learned]:
+        """What every layer of a transformer learned; empty ones without weights.
+
+        Args:
+            component: the name of the transformer in its pipeline.
+            family: its class.
+            layers: its attention modules.
+
+        Raises:
+            BadParameter: the weights are missing, damaged or of another model.
+        """
+        path = self.learned_from()
+        return [{} for _ in layers] if path is None else load(path, component, family, layers)[1]
 
     @classmethod
     def complete(cls, params: dict[str, Any]) -> dict[str, Any]:

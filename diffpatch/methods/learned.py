@@ -32,17 +32,22 @@ class Layer:
         path: its place in the transformer.
         heads: its query heads, None where the module does not tell.
         inner: channels of all its heads together, None where the module does not tell.
+        channels: of what it is given, None where the module does not tell.
     """
 
     path: str
     heads: int | None = None
     inner: int | None = None
+    channels: int | None = None
 
     @classmethod
     def of(cls, path: str, module: Any) -> Layer:
         """The layer of a diffusers attention module."""
         projection = getattr(module, "to_q", None)
-        return cls(path, getattr(module, "heads", None), getattr(projection, "out_features", None))
+        inner, channels = (
+            getattr(projection, name, None) for name in ("out_features", "in_features")
+        )
+        return cls(path, getattr(module, "heads", None), inner, channels)
 
 
 def save(

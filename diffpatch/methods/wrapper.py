@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import torch
 
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.base import Attended, AttentionCall, Method
+from diffpatch.methods.learned import Layer, Learned
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
@@ -111,3 +112,6 @@ class Wrapper(Method):
 
     def learned_from(self) -> str | None:
         return self.over.learned_from()
+
+    def read_learned(self, component: str, family: str, layers: Sequence[Layer]) -> list[Learned]:
+        return self.over.read_learned(component, family, layers)

@@ -20,6 +20,7 @@ from diffpatch.patching import composition, parallel, rebind, rope
 from diffpatch.patching import model_masks as masks
 from diffpatch.patching.decision import Decider, Decision, Question
 from diffpatch.patching.forwards import Forward, Forwards
+from diffpatch.patching.gates import Gates
 from diffpatch.patching.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.target import argument_names, layers, unreadable
@@ -45,6 +46,7 @@ class PatchedTransformer:
         self.patch = patch
         self.modules = layers(model, family)
         self.learned = self._learned(type(model).__name__)
+        self._gates = Gates(self.learned)
         self.forwards = Forwards(len(self.modules))
         self.active = False
         self._model = weakref.ref(model)
@@ -77,11 +79,8 @@ class PatchedTransformer:
 
     def _learned(self, family: str) -> list[adapter.Learned]:
         """What every layer learned, if the method has a file that says so."""
-        path = self.patch.method.learned_from()
-        if path is None:
-            return [{} for _ in self.modules]
         layers = [adapter.Layer.of(*named) for named in self.modules]
-        return adapter.load(path, self.name, family, layers)[1]
+        return self.patch.method.read_learned(self.name, family, layers)
 
     def _on(self, device: torch.device, layer: int) -> adapter.Learned:
         """What a layer learned, moved once to the device that its calls run on."""
@@ -103,6 +102,7 @@ class PatchedTransformer:
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
         self._hooks = [
+            *self._gates.listen([module for _, module in self.modules]),
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(_After(self), always_call=True),
             *rope_hooks,
@@ -231,17 +231,19 @@ class PatchedTransformer:
         # What cannot work says so at once and not after the dense steps.
         place = forward.place
         reason = forward.bound.reason(place.step, layer)
+        noted = self._gates.take(layer)
         ahead = place.step == 0 and forward.bound.ever_sparse(layer, place.total)
         if reason is None or ahead:
             seen = masks.read_mask(k, mask, self.family.square_masks)
             masked, given = mask is not None, tuple(grid)
             decision = self._decide(forward, q, k, seen, masked, given, layer, ranks)
             reason = reason or seen.reason or decision.dense
+            reason = reason or self._gates.missing(layer, q, noted)
         if reason is not None:
             self._record_dense(forward, q, k, reason, layer)
             return self._dense(layer, q, k, v, mask, scale)
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
-        out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample)
+        out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample, noted)
         for observe in list(self.patch.observers):
             observe((self.name, layer, place.step, place.branch), out, dense)
         return out
@@ -304,6 +306,7 @@ class PatchedTransformer:
         scale: float | None,
         layer: int,
         sample: int,
+        noted: torch.Tensor | None,
     ) -> torch.Tensor:
         """The second half of a call: attention over the pattern that was decided on."""
         pattern, places, size = decision.pattern, decision.order, v.shape[-1]
@@ -317,7 +320,7 @@ class PatchedTransformer:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         place, method = forward.place, self.patch.method
         state = place.run.state[self.name, layer, place.branch, sample]
-        learned = self._on(q.device, layer)
+        learned = self._gates.gate(self._on(q.device, layer), noted, q)
         call = AttentionCall(
             pattern, scale, seen.keys, self.patch.backend, place.step, place.total, state, learned,
             layer, place.branch,

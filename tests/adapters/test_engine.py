@@ -125,6 +125,7 @@ def test_steps_may_be_counted_without_their_number() -> None:
         ("window", Told(), {}, "layers"),
         ("neighborhood+temporal", Told(True, True, True), {}, "runs and their branches"),
         (LOCAL, Told(), {"dense_layers": 1}, "layers are not told"),
+        ("dynamic", Told(), {"refresh": 1, "budgets": {0: (0.2, 0.3)}}, "layers are not told"),
         (LOCAL, Told(), {"dense_steps": 2}, "steps are not told"),
         (LOCAL, Told(steps=True), {"dense_steps": 0.2}, "how many steps there are"),
         (LOCAL, Told(steps=True), {"dense_last_steps": 1}, "how many steps there are"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,9 +16,11 @@ from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.rules import RULES
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
-from diffpatch.methods import selection
+from diffpatch.methods import checkpoint, selection
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import LARGE, Dense
+from diffpatch.methods.dynamic import trained
+from diffpatch.methods.learned import Layer, Learned
 from diffpatch.methods.registry import register
 from diffpatch.methods.selection import Levels, always, remembered
 from diffpatch.patterns.grid import Grid, TokenGrid
@@ -49,6 +51,9 @@ class Dynamic(Method):
     `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key.
     Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
     the four that have one cut there as in print, and the data decide how much is kept.
+
+    With `weights` a model is run as it was trained: `kept` is then a fraction of the tiles (0.1
+    where it is not given), and no other parameter means anything.
     """
 
     name = "dynamic"
@@ -83,6 +88,11 @@ class Dynamic(Method):
         None, "kept of each head, {layer: (head, head, ...)}; other layers take kept"
     )
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
+    weights: str | None = param(
+        None, "folder, file or hub model that was trained sparse (VSA, SLA); says the rest"
+    )
+
+    _trained: ClassVar[str | None] = None
 
     def validate(self) -> None:
         self.check(0 < self.kept <= 1, "kept", "above 0 and at most 1")
@@ -103,15 +113,44 @@ class Dynamic(Method):
         parts = rising and sizes[:1] == [1] and all(part > 0 for _, part in self.pyramid)
         self.check(parts, "pyramid", "(1, part), (run, part), ... with rising runs")
         object.__setattr__(self, "budgets", _budgets(self.budgets))
+        kind = None if self.weights is None else checkpoint.kind_of(self.weights)
+        object.__setattr__(self, "_trained", kind)  # what the weights were trained with
         Dense(tile=self.tile)
+
+    @classmethod
+    def complete(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """Trained weights choose at every step and keep what they were released with.
+
+        Raises:
+            BadParameter: something is asked for that they were not trained for.
+        """
+        if params.get("weights") is None:
+            return params
+        other = sorted(params.keys() - {"weights", "kept"})
+        if other:
+            raise BadParameter(
+                f"dynamic: {other[0]}={params[other[0]]!r} with weights, which say all but kept:"
+                " leave it out"
+            )
+        return {"kept": trained.KEPT, "refresh": 1, **params}
+
+    def learned_from(self) -> str | None:
+        return self.weights
+
+    def read_learned(self, component: str, family: str, layers: Sequence[Layer]) -> list[Learned]:
+        if self.weights is None:
+            return super().read_learned(component, family, layers)
+        return checkpoint.load(self.weights, component, layers)
 
     @property
     def needs_steps(self) -> bool:
         """Whether a choice outlives its step."""
-        return self.refresh != 1
+        return self.weights is None and self.refresh != 1
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """Every pair of tiles: what there is to choose from."""
+        if self._trained is not None:
+            return trained.pattern(self._trained, grid)
         usual = TILE_OF_LARGE if grid.visual_tokens > LARGE else TILE
         usual = TILE_OF_SMALL if grid.visual_tokens < SMALL else usual
         return Dense(tile=self.tile or usual).pattern(grid)
@@ -157,6 +196,8 @@ class Dynamic(Method):
         """The least and the most that a call keeps, of all pairs, text included."""
         if self.threshold is not None:
             return 0.0, 1.0
+        if self._trained is not None:
+            return trained.bounds(self._trained, pattern, kept)
 
         def make() -> tuple[float, float]:
             blocks, strip = pattern.blocks.to("cpu"), self.keys_of(pattern.grid)
@@ -180,6 +221,8 @@ class Dynamic(Method):
         return [x for _, heads in self.budgets for x in heads] if self.budgets else [self.kept]
 
     def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
+        if self._trained is not None:
+            return 0
         planes = len(self.pyramid) if self.rest == "pyramid" else 1
         table = tile_table(pattern.blocks, self.keys_of(pattern.grid))
         return heads * planes * -(-table.num_tiles * len(table.strips) // 8)
@@ -190,6 +233,8 @@ class Dynamic(Method):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
+        if self._trained is not None:
+            return trained.attend(self._trained, q, k, v, call, self.kept)
         blocks, strip = call.pattern.on(q.device), self.keys_of(call.pattern.grid)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
