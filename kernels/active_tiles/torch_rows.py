@@ -39,13 +39,13 @@ def attend(
     keys, values = (_by_piece(x, blocks, table.strips).flatten(0, 2) for x in (k, v))
     seen = _seen(table.strips, key_mask, batch)
     out = torch.empty_like(queries, memory_format=torch.contiguous_format).flatten(0, 2)
-    lse = torch.empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     rows = _rows(table, active)
     masks = None
     if len(table.masks):
         masks = torch.cat([table.masks, table.masks.new_ones(1, *table.masks.shape[1:])])
     room = GATHERED // (2 * keys[:1].numel() * keys.element_size())
-    buffers = torch.empty(2, max(room, len(table.strips)), *keys.shape[1:], dtype=q.dtype)
+    buffers = q.new_empty(2, max(room, len(table.strips)), *keys.shape[1:])
     flat = queries.flatten(0, 2)
     for who, count in rows.stacks(room):
         if count == 0:
@@ -146,7 +146,7 @@ class _Rows:
         self, who: torch.Tensor, most: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The strips, the pairs and which of them are real, (G, most) each."""
-        nth = torch.arange(most)
+        nth = torch.arange(most, device=who.device)
         real = nth < self.count[who, None]
         at = (self.first[who, None] + nth).clamp(max=len(self.strip) - 1)
         return self.strip[at], self.pair[at], real
@@ -159,7 +159,7 @@ def _rows(table: TileTable, active: torch.Tensor) -> _Rows:
     pattern = table.pattern.expand(heads)[head]
     row = (entry * heads + head) * tiles + table.query[pattern, pair]
     count = row.bincount(minlength=batch * heads * tiles)
-    number = torch.arange(len(count))
+    number = torch.arange(len(count), device=count.device)
     return _Rows(
         entry=number // (heads * tiles),
         head=number // tiles % heads,
@@ -182,7 +182,7 @@ def _sdpa(
     if allowed is not None:
         allowed = allowed.flatten(2)[:, None]
         blind = ~allowed.any(-1)  # (G, 1, 1 or T)
-        bias = torch.zeros(allowed.shape, dtype=q.dtype)
+        bias = q.new_zeros(allowed.shape)
         bias.masked_fill_(~(allowed | blind[..., None]), -torch.inf)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q[:, None], k, v, attn_mask=bias, scale=scale)

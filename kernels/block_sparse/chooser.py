@@ -293,7 +293,7 @@ def _wait_for(device: torch.device) -> None:
 def _inputs(setting: Setting, blocks: BlockIndex, batch: int) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = ((batch, blocks.num_tokens, n, setting.size) for n in (HEADS, KEY_HEADS, KEY_HEADS))
-    made = [torch.randn(shape, generator=random) for shape in shapes]
+    made = [torch.randn(shape, generator=random, dtype=torch.float32) for shape in shapes]
     return [x.to(setting.device, setting.dtype) for x in made]
 
 

@@ -109,23 +109,28 @@ def test_images_are_not_refused_over_time(name: str, params: dict[str, Any]) -> 
 
 def test_two_sizes_are_height_and_width() -> None:
     grid = TokenGrid(3, 6, 8)
-    for params, same in [
+    settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"window": (3, 5)}, {"window": (-1, 3, 5)}),
         ({"window": 3, "stride": (2, 3)}, {"window": 3, "stride": (1, 2, 3)}),
         ({"window": 2, "dilation": (2, 3)}, {"window": 2, "dilation": (1, 2, 3)}),
         ({"window": 3, "causal": (True, False)}, {"window": 3, "causal": (False, True, False)}),
-    ]:
+    ]
+    for params, same in settings:
         pair, three = Neighborhood(**params).pattern(grid), Neighborhood(**same).pattern(grid)
         assert torch.equal(pair.dense(), three.dense())
-    with pytest.raises(BadParameter, match="two are .height, width"):
-        Neighborhood(window=(1, 2, 3, 4))
+    with pytest.raises(BadParameter, match=r"two are .height, width"):
+        Neighborhood(window=(1, 2, 3, 4))  # type: ignore[arg-type]
 
 
 def steps_before_the_error(model: Tiny, message: str, **call: Any) -> int:
     done: list[int] = []
-    heard = {"callback_on_step_end": lambda pipe, i, t, kwargs: done.append(i) or kwargs}
+
+    def step_end(pipe: Any, step: int, time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        done.append(step)
+        return kwargs
+
     with pytest.raises(BadParameter, match=message):
-        model.run(**heard, **call)
+        model.run(callback_on_step_end=step_end, **call)
     return len(done)
 
 
@@ -155,7 +160,11 @@ def test_what_cannot_work_says_so_before_the_dense_steps(
 
 
 def test_settings_that_no_step_uses_are_not_looked_at() -> None:
-    for model, params in ((wan(), {"dense_steps": 1.0}), (flux(), {"dense_layers": 1.0})):
+    cases: list[tuple[Tiny, dict[str, Any]]] = [
+        (wan(), {"dense_steps": 1.0}),
+        (flux(), {"dense_layers": 1.0}),
+    ]
+    for model, params in cases:
         plain = model.run()
         diffpatch.patch(model.pipe, "neighborhood", window=(1, 99, 99), **params)
         assert torch.equal(model.run(), plain)

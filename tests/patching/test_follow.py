@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux, transformer_wan
 
 import diffpatch
@@ -126,13 +128,12 @@ def model(request: pytest.FixtureRequest) -> Tiny:
 
 
 def own_rope(x: Any, freqs: Any, **kwargs: Any) -> Any:
-    return transformer_flux_rope(x, freqs, **kwargs) * 0.7
+    return times(apply_rotary_emb(x, freqs, **kwargs), 0.7)
 
 
-transformer_flux_rope = transformer_flux.apply_rotary_emb
 CHANGES = [
     (transformer_flux, "apply_rotary_emb", own_rope),
-    (transformer_flux, "dispatch_attention_fn", halved(transformer_flux.dispatch_attention_fn)),
+    (transformer_flux, "dispatch_attention_fn", halved(dispatch_attention_fn)),
     (Processor, "__call__", halved(ORIGINAL)),
     (Processor, "__call__", lambda self, *a, **k: times(ORIGINAL(self, *a, **k), 0.5)),
 ]  # fmt: skip

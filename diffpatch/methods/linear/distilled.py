@@ -34,20 +34,21 @@ def initial(
     """
     out: dict[str, torch.Tensor] = {}
     if features:
-        out["gate"] = torch.zeros(heads, 3)
+        out["gate"] = torch.zeros(heads, 3, dtype=torch.float32)
         out["phi_q"] = _identity(heads, size)
         out["phi_k"] = _identity(key_heads, size)
     generator = torch.Generator().manual_seed(seed)
     for name in CORRECTED if rank else ():
         inner = size * (key_heads if name in ("k", "v") else heads)
-        out[name + "_down"] = torch.randn(rank, inner, generator=generator) * inner**-0.5
-        out[name + "_up"] = torch.zeros(inner, rank)
+        down = torch.randn(rank, inner, generator=generator, dtype=torch.float32)
+        out[name + "_down"] = down * inner**-0.5
+        out[name + "_up"] = torch.zeros(inner, rank, dtype=torch.float32)
     return out
 
 
 def _identity(heads: int, size: int) -> torch.Tensor:
     """Queries and keys of some D^½ a channel, times 2 D^-¼, as Hedgehog starts."""
-    return torch.eye(size).repeat(heads, 1, 1) * (2 * size**-0.25)
+    return torch.eye(size, dtype=torch.float32).repeat(heads, 1, 1) * (2 * size**-0.25)
 
 
 def corrected(x: torch.Tensor, name: str, learned: Learned) -> torch.Tensor:
