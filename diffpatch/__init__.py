@@ -7,82 +7,31 @@
 
 from __future__ import annotations
 
-from diffpatch.errors import (
-    BackendUnavailable,
-    BadParameter,
-    DiffpatchError,
-    NotPatched,
-    UnknownFamily,
-    UnknownMethod,
-)
-from diffpatch.functional import attention
-from diffpatch.methods import (
-    Dense,
-    Disc,
-    Dynamic,
-    Linear,
-    Longer,
-    Method,
-    Neighborhood,
-    Radial,
-    SlidingTile,
-    Temporal,
-    Window,
-    list_methods,
-    make_method,
-    register,
-)
-from diffpatch.patching.api import patch, patched, report, reset, unpatch
-from diffpatch.patching.report import Report
-from diffpatch.patterns.grid import PackedGrid, TokenGrid
-from diffpatch.patterns.pattern import BlockPattern
-from diffpatch.pipelines.families.table import list_families
-from diffpatch.planning.plan import Plan, plan
-from diffpatch.targets.settings import Settings
-from diffpatch.tuning.attention_error import AttentionErrors, attention_error
-from diffpatch.tuning.calibration import Calibration, calibrate
-from diffpatch.tuning.tune import tune
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffpatch.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AttentionErrors",
-    "BackendUnavailable",
-    "BadParameter",
-    "BlockPattern",
-    "Calibration",
-    "Dense",
-    "DiffpatchError",
-    "Disc",
-    "Dynamic",
-    "Linear",
-    "Longer",
-    "Method",
-    "Neighborhood",
-    "NotPatched",
-    "PackedGrid",
-    "Plan",
-    "Radial",
-    "Report",
-    "Settings",
-    "SlidingTile",
-    "Temporal",
-    "TokenGrid",
-    "UnknownFamily",
-    "UnknownMethod",
-    "Window",
-    "attention",
-    "attention_error",
-    "calibrate",
-    "list_families",
-    "list_methods",
-    "make_method",
-    "patch",
-    "patched",
-    "plan",
-    "register",
-    "report",
-    "reset",
-    "tune",
-    "unpatch",
-]
+if not TYPE_CHECKING:  # which knows what is public, and that there is nothing else
+
+    def __getattr__(name: str) -> Any:
+        """Load what is public at its first use: importing diffpatch alone does not load torch."""
+        missing = AttributeError(f"module 'diffpatch' has no attribute {name!r}")
+        if name.startswith("_") and name != "__all__":
+            raise missing
+        if importlib.util.find_spec(f"diffpatch.{name}") is not None:
+            return importlib.import_module(f"diffpatch.{name}")
+        public = importlib.import_module("diffpatch.public")
+        if name != "__all__" and name not in public.__all__:
+            raise missing
+        value = globals()[name] = getattr(public, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    """What is public, and nothing that merely stands in the package."""
+    return [*importlib.import_module("diffpatch.public").__all__, "__version__"]

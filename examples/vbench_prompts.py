@@ -21,10 +21,11 @@ from typing import Any
 
 import diffpatch
 from diffpatch.cli import generation, output, progress
-from diffpatch.cli.arguments import Parser, add_generation_options, add_model_options
+from diffpatch.cli.arguments import add_generation_options, add_model_options
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.eval import vbench as eval_vbench
 from diffpatch.cli.parameters import method_parameters
+from diffpatch.cli.parser import Parser
 from diffpatch.cli.render.sheets import check_format
 from diffpatch.eval import files, media
 from diffpatch.eval.processes import Process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import diffpatch
+from diffpatch.cli import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("kernels", "pipelines", "eval")
@@ -95,10 +97,45 @@ def test_the_installed_wheel_works_anywhere(wheel: Path, tmp_path: Path) -> None
     assert "radial" in output
 
 
+# What the commands cannot do without.
+ENOUGH: dict[str, list[str]] = {
+    "plan": ["-m", "wan-1.3b", "--height", "16", "--width", "16"],
+    "calibrate": ["-p", "a"],
+    "bench": ["attention"],
+    "sweep": ["x.yaml"],
+}
+
+
 def test_importing_is_light() -> None:
     heavy = {"diffusers", "transformers", "accelerate", "torchmetrics", "imageio", "torchvision"}
     code = "import sys; from diffpatch.cli import build_parser; build_parser(); print(*sys.modules)"
     assert not heavy & set(python(code, ROOT).split())
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_the_first_help_needs_no_torch(word: str) -> None:
+    """It is what one types first, and torch takes seconds."""
+    code = f"import sys; from diffpatch.cli import main; main([{word!r}]); print(*sys.modules)"
+    shown = python(code, ROOT)
+    assert "diffpatch" in shown and "torch" not in shown.split()
+
+
+def test_the_first_help_says_what_the_commands_say() -> None:
+    assert build_parser().format_help() == build_parser([]).format_help()
+    for name in COMMANDS:
+        assert build_parser([name]).parse_args([name, *ENOUGH.get(name, [])]).run
+
+
+def test_what_is_public_is_there_and_nothing_else_shows() -> None:
+    public = importlib.import_module("diffpatch.public")
+    imported = {name for name in vars(public) if not name.startswith("_")} - {"annotations"}
+    assert set(public.__all__) == imported
+    assert dir(diffpatch) == sorted([*public.__all__, "__version__"])
+    assert diffpatch.__all__ == public.__all__  # type: ignore[attr-defined]
+    for name in ("fit_kept", "entropy_scale", "MethodInfo", "FamilyInfo", "ModelError", "settled"):
+        assert getattr(diffpatch, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        diffpatch.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_other_peoples_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ they come from.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,11 +25,28 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+# The commands and what `diffpatch --help` says of them, which needs none of their modules.
+COMMANDS = {
+    "render": "make a video or an image, accelerated and dense side by side",
+    "plan": "what a method will gain, without running anything",
+    "calibrate": "find the thresholds of temporal attention from one prompt",
+    "bench": "measure speed",
+    "eval": "measure quality, of files or of methods on a model",
+    "sweep": "which method makes a model faster, and what it costs: a report and a card",
+    "methods": "list the methods and their parameters",
+    "families": "list the supported model families",
+}
+
+
+def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line.
+
+    Args:
+        words: what it will parse: of the commands only the one that is in it is loaded, because
+            most of them load torch. None loads all.
+    """
     import diffpatch
-    from diffpatch.cli import bench, calibrate, eval, families, methods, plan, render, sweep
-    from diffpatch.cli.arguments import Parser
+    from diffpatch.cli.parser import Parser
 
     parser = Parser(
         prog="diffpatch",
@@ -38,8 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffpatch {diffpatch.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (render, plan, calibrate, bench, eval, sweep, methods, families):
-        command.add_parser(commands)
+    for name, help in COMMANDS.items():
+        if words is None or name in words[:1]:
+            importlib.import_module(f"diffpatch.cli.{name}").add_parser(commands)
+        else:
+            commands.add_parser(name, help=help)
     return parser
 
 
@@ -56,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words  # understood by every command, also before parsing succeeds
     words = [word for word in words if word != "--debug"]
     try:
-        args = build_parser().parse_args(words)
+        args = build_parser(words).parse_args(words)
         code = int(args.run(args))
         sys.stdout.flush()  # so that a closed pipe is found here
         return code

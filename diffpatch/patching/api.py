@@ -11,9 +11,10 @@ import torch
 
 from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
+from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.report import Record, Report
-from diffpatch.patching.schedule import Amount
+from diffpatch.patching.schedule import Amount, Schedule
 from diffpatch.patching.settle import settle
 from diffpatch.patching.target import components, models, transformers
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
@@ -100,18 +101,9 @@ def patch(
     found = transformers(pipe, _custom_family(grid, modules))
     if settings is not None or target is not None:
         method, dense_steps = _for_target(found, settings, target, method, params, dense_steps)
-    chosen, schedule = settle(
-        method,
-        params,
-        found[0][2],
-        found[0][2].kind,
-        dense_steps=dense_steps,
-        dense_last_steps=dense_last_steps,
-        dense_layers=dense_layers,
-        stepless=not hasattr(pipe, "components"),
-        quality=quality,
-        experts=two_experts(pipe),
-    )
+    wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
+    wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
+    chosen, schedule = _settled(pipe, found[0][2], method, params, **wanted)
     check_backend(backend)
     bare = not hasattr(pipe, "components")
     shared = Patch(chosen, schedule, backend, pipe, bare=bare)
@@ -154,6 +146,46 @@ def _for_target(
     chosen = choose_for(loaded, Wanted.parse(target))
     method = chosen.method(found[0][0])
     return method, chosen.dense_steps if dense_steps is None else dense_steps
+
+
+def settled(
+    target: Any,
+    method: MethodLike = "radial",
+    *,
+    grid: Grid | None = None,
+    modules: str | None = None,
+    **options: Any,
+) -> tuple[Method, Schedule]:
+    """What `patch` would use with the same arguments: the method and what stays dense.
+
+    Args:
+        target: as in `patch`; it is only looked at.
+        method: as in `patch`.
+        grid: as in `patch`.
+        modules: as in `patch`.
+        **options: dense_steps, dense_layers, dense_last_steps, quality and parameters, as there.
+
+    Raises:
+        UnknownMethod, BadParameter, UnknownFamily: as in `patch`.
+    """
+    family = transformers(target, _custom_family(grid, modules))[0][2]
+    names = ("dense_steps", "dense_layers", "dense_last_steps", "quality")
+    wanted = {name: options.pop(name) for name in names if name in options}
+    return _settled(target, family, method, options, **wanted)
+
+
+def _settled(
+    target: Any, family: FamilyInfo, method: MethodLike, params: dict[str, Any], **wanted: Any
+) -> tuple[Method, Schedule]:
+    return settle(
+        method,
+        params,
+        family,
+        family.kind,
+        stepless=not hasattr(target, "components"),
+        experts=two_experts(target),
+        **wanted,
+    )
 
 
 def _install(target: Any, shared: Patch, owners: Iterable[PatchedTransformer]) -> None:

@@ -13,7 +13,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, one_method
 from diffpatch.methods.temporal.method import PHASES, Temporal, third_of
-from diffpatch.patching.api import owners, patched, report
+from diffpatch.patching.api import patched, report, settled
 from diffpatch.tuning.attention_error import attention_error
 from diffpatch.tuning.trial import Trial
 
@@ -95,16 +95,17 @@ def calibrate(
     method = one_method(method)
     if isinstance(method, str) and method.endswith("temporal"):
         options = {"mode": "skip"} | options
-    with patched(pipe, method, **options):
-        patch = owners(pipe)[0].patch
-    base, schedule = patch.method, patch.schedule
+    options = dict(options)
+    kept_aside = {k: options[k] for k in ("backend", "grid", "modules") if k in options}
+    options.pop("backend", None)
+    base, schedule = settled(pipe, method, **options)
     if not isinstance(base, Temporal) or base.mode != "skip":
         raise BadParameter(f"{base} has no thresholds: use x+temporal with mode='skip'")
-    settled = {"backend": patch.backend} | vars(schedule)
+    chosen_options = kept_aside | vars(schedule)
 
     def run(chosen: Method) -> tuple[Thirds, Thirds]:
         noise = torch.Generator("cpu").manual_seed(seed)
-        with patched(pipe, chosen, **settled), attention_error(pipe) as errors:
+        with patched(pipe, chosen, **chosen_options), attention_error(pipe) as errors:
             pipe(prompt=prompt, generator=noise, **call or {})
             kept = dict(enumerate(report(pipe).kept_per_step))
         return _of_thirds(errors.per_step, len(kept)), _of_thirds(kept, len(kept))

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from diffpatch.errors import BadParameter
+from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.kernels.dense import attend_dense
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.linear import distilled
 from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.wrapper import Wrapper
-from diffpatch.patching.api import owners, patched
+from diffpatch.patching.api import patched
+from diffpatch.pipelines.families.table import attention_modules, family_of
 
 EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0}  # what is taught and tested
 Progress = Callable[[str, int, float], None]  # gets the stage, the step, and its loss
@@ -83,6 +84,22 @@ class _Watch(Wrapper):
         return Attended(out, 1.0, "dense")
 
 
+@dataclass(frozen=True)
+class _Taught(Wrapper):
+    """A method with what the layers have learned so far, in their order."""
+
+    name = "taught"
+    only_skips = False
+
+    learned: tuple[dict[str, torch.Tensor], ...] = dataclasses.field(default=(), compare=False)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> Attended:
+        learned = self.learned[call.layer]
+        return self.over.attend(q, k, v, dataclasses.replace(call, learned=learned))
+
+
 class Distiller:
     """Learned parameters for every layer of one transformer, and how they are trained.
 
@@ -101,8 +118,10 @@ class Distiller:
 
     def __init__(self, transformer: Any, method: Linear, sample: Forward, rank: int = 8) -> None:
         self.transformer, self.method = transformer, method
-        with patched(transformer, method, **EVERYWHERE):
-            paths = [path for path, _ in owners(transformer)[0].modules]
+        family = family_of(transformer)
+        if family is None:
+            raise UnknownFamily(f"{type(transformer).__name__} is no transformer of a known family")
+        paths = [path for path, _ in attention_modules(transformer, family)]
         calls = self._watch(sample)
         if len(calls) != len(paths):
             raise BadParameter(
@@ -187,11 +206,9 @@ class Distiller:
         prediction: torch.Tensor = self.transformer(*map(_asking, sample.args), **kwargs)[0]
         return prediction
 
-    @contextlib.contextmanager
-    def _patched(self) -> Iterator[None]:
-        with patched(self.transformer, self.method, **EVERYWHERE):
-            owners(self.transformer)[0].learned = list(self.learned.values())
-            yield
+    def _patched(self) -> contextlib.AbstractContextManager[Any]:
+        taught = _Taught(self.method, tuple(self.learned.values()))
+        return patched(self.transformer, taught, **EVERYWHERE)
 
     def save(self, path: str | Path, component: str = "transformer") -> None:
         """Write what was learned, for ``diffpatch.patch(pipe, "linear", weights=path)``."""

@@ -1,0 +1,94 @@
+"""All that `diffpatch` offers; loaded at the first use of any of it (see `diffpatch.__init__`)."""
+
+from __future__ import annotations
+
+from diffpatch.errors import (
+    BackendUnavailable,
+    BadParameter,
+    DiffpatchError,
+    NotPatched,
+    UnknownFamily,
+    UnknownMethod,
+)
+from diffpatch.functional import attention
+from diffpatch.methods import (
+    Dense,
+    Disc,
+    Dynamic,
+    Linear,
+    Longer,
+    Method,
+    MethodInfo,
+    Neighborhood,
+    Radial,
+    SlidingTile,
+    Temporal,
+    Window,
+    list_methods,
+    make_method,
+    register,
+)
+from diffpatch.methods.neighborhood import entropy_scale
+from diffpatch.patching.api import patch, patched, report, reset, settled, unpatch
+from diffpatch.patching.report import Report
+from diffpatch.patterns.grid import PackedGrid, TokenGrid
+from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.info import FamilyInfo
+from diffpatch.pipelines.families.table import list_families
+from diffpatch.pipelines.running.loading import ModelError
+from diffpatch.planning.fit import fit_kept
+from diffpatch.planning.plan import Plan, plan
+from diffpatch.planning.profiles import load_profile
+from diffpatch.targets.settings import Settings
+from diffpatch.tuning.attention_error import AttentionErrors, attention_error
+from diffpatch.tuning.calibration import Calibration, calibrate
+from diffpatch.tuning.tune import tune
+
+__all__ = [
+    "AttentionErrors",
+    "BackendUnavailable",
+    "BadParameter",
+    "BlockPattern",
+    "Calibration",
+    "Dense",
+    "DiffpatchError",
+    "Disc",
+    "Dynamic",
+    "FamilyInfo",
+    "Linear",
+    "Longer",
+    "Method",
+    "MethodInfo",
+    "ModelError",
+    "Neighborhood",
+    "NotPatched",
+    "PackedGrid",
+    "Plan",
+    "Radial",
+    "Report",
+    "Settings",
+    "SlidingTile",
+    "Temporal",
+    "TokenGrid",
+    "UnknownFamily",
+    "UnknownMethod",
+    "Window",
+    "attention",
+    "attention_error",
+    "calibrate",
+    "entropy_scale",
+    "fit_kept",
+    "list_families",
+    "list_methods",
+    "load_profile",
+    "make_method",
+    "patch",
+    "patched",
+    "plan",
+    "register",
+    "report",
+    "reset",
+    "settled",
+    "tune",
+    "unpatch",
+]
