@@ -121,7 +121,9 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
         clip_score (100 times the cosine with the prompt), temporal_consistency (CLIP-T: mean cosine
         of consecutive frames), flicker (mean absolute difference of consecutive frames; motion
         counts too, so compare with dense), caption_accuracy (the share of the demo caption's six
-        attributes that the judge reads from the clip) and caption_exact (1 if all are right).
+        attributes that the judge reads from the clip), caption_exact (1 if all are right) and
+        caption_log_prob (the mean logarithm of the probability that the judge gives to the right
+        attributes, which goes on telling clips apart where all are read right).
         Missing is what `absent` explains.
     """
     metrics.check_frames(frames)
@@ -134,9 +136,10 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
         result["temporal_consistency"] = float((seen[1:] * seen[:-1]).sum(1).mean())
         result["flicker"] = float((frames[1:].float() - frames[:-1].float()).abs().mean())
     if prompt is not None and _no_caption(prompt, frames) is None:
-        right = _right_attributes(frames, prompt, tools)
+        right, log_prob = _judged(frames, prompt, tools)
         result["caption_accuracy"] = sum(right) / len(right)
         result["caption_exact"] = float(all(right))
+        result["caption_log_prob"] = log_prob
     return result
 
 
@@ -197,9 +200,12 @@ def _no_caption(prompt: str, frames: Tensor | None) -> str | None:
 
 
 @torch.no_grad()
-def _right_attributes(frames: Tensor, prompt: str, tools: Tools) -> list[bool]:
-    """For every attribute of the caption, whether the judge reads it from the clip."""
-    spec = parse_caption(prompt)
+def _judged(frames: Tensor, prompt: str, tools: Tools) -> tuple[list[bool], float]:
+    """For every attribute of the caption, whether the judge reads it from the clip; and the mean
+    logarithm of the probability that it gives to it."""
+    labels = parse_caption(prompt).labels()
     video = 2 * frames.float().to(tools.device).transpose(0, 1)[None] - 1
-    given = judging.answers(tools.judge, video)
-    return [int(given[name]) == wanted for name, wanted in spec.labels().items()]
+    given = tools.judge(video)
+    right = [int(given[name][0].argmax()) == wanted for name, wanted in labels.items()]
+    logs = [float(given[name][0].log_softmax(0)[wanted]) for name, wanted in labels.items()]
+    return right, sum(logs) / len(logs)

@@ -60,6 +60,7 @@ def test_a_clip_alone(tools: quality.Tools) -> None:
     wrong = quality.alone(drawn(), CAPTION.replace("left", "right"), tools)
     assert wrong["caption_accuracy"] == pytest.approx(5 / 6) and wrong["caption_exact"] == 0.0
     assert wrong["clip_score"] < scores["clip_score"]
+    assert wrong["caption_log_prob"] < -0.1 < scores["caption_log_prob"] <= 0
     still = quality.alone(drawn()[:1].expand(9, -1, -1, -1), CAPTION, tools)
     assert still["flicker"] == 0.0 and still["temporal_consistency"] == pytest.approx(1.0)
     assert scores["flicker"] > 0 and scores["temporal_consistency"] < 1

@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffpatch.eval.files import write_json
 from diffpatch.eval.media import save_clip, save_frames
+from diffpatch.eval.medians import paired_interval
 from diffpatch.eval.quality.distances import compare
 from diffpatch.eval.sweep.pictures import DIFFERENCE, PATTERN
 from diffpatch.eval.sweep.report import plot as report_plot
@@ -503,3 +504,29 @@ def _wipe(view: Any) -> None:
     linear = seen()
     chosen.select_option("0")
     _until(view, lambda: seen() != linear)
+
+
+def test_differences_of_methods_have_paired_intervals(summary: Summary) -> None:
+    rows = {row.label: row for row in summary.rows}
+    best = max((r for r in summary.rows if r.kind == "method"), key=lambda r: r.quality["psnr"])
+    assert best.label == "radial" and best.behind is None and rows["dense"].behind is None
+    for label in ("window", "linear"):
+        pairs = zip(METHODS[label][1], METHODS["radial"][1], strict=True)
+        differences = [own - other for own, other in pairs]
+        found = rows[label].behind
+        assert found is not None
+        assert found["mean"] == pytest.approx(sum(differences) / 4)
+        assert (
+            min(differences) <= found["low"] <= found["mean"] <= found["high"] <= max(differences)
+        )
+        assert found["low"] < found["high"]
+    assert paired_interval([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_an_interval_of_many_prompts_is_that_of_the_normal_distribution() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(0.5, 2.0, 400)
+    found = paired_interval(values.tolist())
+    error = 1.96 * values.std() / 400**0.5
+    assert found["low"] == pytest.approx(values.mean() - error, abs=0.1 * error)
+    assert found["high"] == pytest.approx(values.mean() + error, abs=0.1 * error)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
 from diffpatch.eval.load import busy, worst
-from diffpatch.eval.medians import quartiles
+from diffpatch.eval.medians import paired_interval, quartiles
 from diffpatch.pipelines.running.sampling import CLOCKS
 
 T = TypeVar("T")
@@ -27,7 +27,9 @@ METRICS = {
     "lpips": Metric("LPIPS", "{:.3f}"),
     "clip_score": Metric("CLIP score", "{:.1f}"),
     "caption_accuracy": Metric("caption", "{:.0%}"),
+    "caption_log_prob": Metric("log p", "{:.3f}"),
 }
+FEWEST_PROMPTS = 4  # that an interval is made of
 KD = "KD ×1000"
 
 
@@ -63,6 +65,9 @@ class Row:
         patch: arguments of `diffpatch.patch` that do the same.
         kept_map: kept fraction by step and layer, of the first run.
         best: whether nothing else, dense included, is both faster and closer to dense.
+        by_prompt: the PSNR of each prompt, the mean over its seeds.
+        behind: its PSNR less that of the row with the highest at the same cost, a mean over prompts
+            with its bootstrap interval; None for that row itself and for few prompts.
     """
 
     setting: str
@@ -91,6 +96,8 @@ class Row:
     kept_map: tuple[tuple[float | None, ...], ...]
     distances: Mapping[str, Any]
     best: bool = False
+    by_prompt: Mapping[str, float] = field(default_factory=dict)
+    behind: Mapping[str, float] | None = None
 
     @property
     def gain(self) -> float:
@@ -144,7 +151,32 @@ def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row
         patch=first.get("patch", {**first["parameters"], **first["options"]}),
         kept_map=tuple(map(tuple, reports[0].get("kept_map", ()))) if reports else (),
         distances=distances,
+        by_prompt=_psnr_by_prompt(group),
     )
+
+
+def behind(row: Row, rows: Sequence[Row]) -> Mapping[str, float] | None:
+    """How far the PSNR of a method is from that of the best one at the same cost."""
+    if row.kind != "method" or not row.by_prompt:
+        return None
+    same = (row.setting, row.facts.get("wanted"))
+    rivals = [
+        o for o in rows
+        if o.kind == "method" and o.by_prompt and (o.setting, o.facts.get("wanted")) == same
+    ]  # fmt: skip
+    leader = max(rivals, key=lambda one: fmean(one.by_prompt.values()))
+    shared = [prompt for prompt in row.by_prompt if prompt in leader.by_prompt]
+    if leader is row or len(shared) < FEWEST_PROMPTS:
+        return None
+    return paired_interval([row.by_prompt[p] - leader.by_prompt[p] for p in shared])
+
+
+def _psnr_by_prompt(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for result in group:
+        if "psnr" in result["quality"]:
+            found.setdefault(result["prompt"], []).append(float(result["quality"]["psnr"]))
+    return {prompt: fmean(values) for prompt, values in found.items()}
 
 
 def _spreads(clocks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

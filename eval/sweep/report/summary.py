@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffpatch.eval.files import read_json
-from diffpatch.eval.sweep.report.rows import Row, row
+from diffpatch.eval.sweep.report.rows import Row, behind, row
 from diffpatch.eval.sweep.report.verdict import Verdict, verdict
 from diffpatch.eval.sweep.scores import set_distances
 
@@ -26,10 +26,13 @@ QUALITY = (
     " 11×11, sigma 1.5), means over frames, then over prompts and seeds. “Kept” counts query-key"
     " pairs of all self-attention of a run, dense steps and layers included. “Caption”, for the"
     " demo model, is the share of the caption's six attributes that a classifier reads from the"
-    " clip; the CLIP score is 100 times the cosine with the prompt. The dense rows marked “other”"
-    " are the noise floor: the same run by other code, and from other noise. KD is the kernel"
-    " distance between all clips of a row and the dense ones: 0 for independent sets that differ by"
-    " chance only. Clips of the same prompts and noise are not independent, so that rows close to"
+    " clip, and “log p” the mean logarithm of the probability it gives to the right ones, which"
+    " tells apart what is read alike; the CLIP score is 100 times the cosine with the prompt."
+    " “dB to the best” is the mean difference of PSNR to the method with the highest at the same"
+    " cost, in brackets its 95 % bootstrap interval over prompts, which are drawn in pairs. The"
+    " dense rows marked “other” are the noise floor: the same run by other code, and from other"
+    " noise. KD is the kernel distance between all clips of a row and the dense ones: 0"
+    " for independent sets that differ by chance only. Clips of the same prompts and noise are not independent, so that rows close to"
     " dense fall below 0; it is rough for so few clips."
 )
 
@@ -94,6 +97,7 @@ def summarize(folder: Path) -> Summary:
         groups.setdefault((result["setting"], result["label"]), []).append(result)
     rows = [row(group, set_distances(folder, group)) for group in groups.values()]
     rows = [_ranked(one, rows) for one in rows]
+    rows = [replace(one, behind=behind(one, rows)) for one in rows]
     settings = dict.fromkeys(one.setting for one in rows)
     return Summary(
         title=plan["title"],

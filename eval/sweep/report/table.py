@@ -9,6 +9,7 @@ from diffpatch.eval.sweep.report.rows import KD, METRICS, Row
 from diffpatch.eval.sweep.report.summary import Summary
 
 DENSE, WORST, BUSY = "dense beside", "worst PSNR", "busy"
+BEHIND = "dB to the best"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -26,6 +27,8 @@ def columns(rows: Sequence[Row]) -> list[str]:
     found += [metric.heading for key, metric in METRICS.items() if key in known]
     if "psnr" in known and any(row.runs > 1 for row in rows):
         found.insert(found.index(METRICS["psnr"].heading) + 1, WORST)
+    if any(row.behind for row in rows):
+        found.insert(found.index(METRICS["psnr"].heading) + 1, BEHIND)
     if any("kd" in row.distances for row in rows):
         found.append(KD)
     return [*found, "runs"]
@@ -45,6 +48,9 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "denoising": _number(row.speedup.get("denoising", {}).get("median"), "{:.2f}×"),
         "GiB": _number(row.peak_gib, "{:.2f}"),
         "attention error": _number(row.attention_error, "{:.1%}"),
+        BEHIND: ""
+        if row.behind is None
+        else "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**row.behind),
         KD: _number(row.distances.get("kd"), "{:.2f}", 1000),
         "runs": str(row.runs),
     }
