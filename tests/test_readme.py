@@ -1,4 +1,4 @@
-"""Every command in a README runs, or at least parses; code marked `# runs` does run; paths exist."""
+"""Every command in a README runs, or at least parses; code marked `# runs` runs; paths exist."""
 
 from __future__ import annotations
 

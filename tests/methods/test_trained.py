@@ -209,7 +209,7 @@ def test_a_released_folder_runs_as_it_was_trained(kind: str, tmp_path: Path) -> 
         expected = tiny.run()
     for handle in handles:
         handle.remove()
-    with diffpatch.patched(pipe, "dynamic", weights=pipe.name_or_path, dense_steps=0):
+    with diffpatch.patched(pipe, "dynamic", weights=pipe.name_or_path):
         assert error(tiny.run(), expected) < 1e-5
         report = diffpatch.report(pipe)
         assert report.kept < 0.6 and not report.reasons
