@@ -103,7 +103,7 @@ def _choose(
 
 def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
     """The curves with one rule alone, and dense."""
-    curves = {
+    curves: dict[str, Curve] = {
         unit: [point for point in curve if point.rule in (rest, DENSE)]
         for unit, curve in settings.points().items()
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -79,7 +78,7 @@ class Probe(Wrapper):
                 self.kept[number].append(torch.as_tensor(tried.kept, dtype=torch.float32))
         return Attended(exact, 1.0, "dense")
 
-    def curves(self, transformer: str) -> Mapping[str, Mapping[str, list[tuple[float, float]]]]:
+    def curves(self, transformer: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
         """ "transformer.layer.head" -> rule -> (kept, error) by ascending kept fraction.
 
         Errors are means over the sampled calls: steps, guidance branches and prompts.

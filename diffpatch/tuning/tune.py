@@ -117,7 +117,7 @@ def _of_prompt(
         exact = sample(pipe, arguments, seed)
         place = {"grid": _grid(probe), "steps": report(pipe).steps}
         (name,) = named_owners(pipe)
-    found = _Found(dict(probe.curves(name)), [], BEST_PSNR)
+    found = _Found(probe.curves(name), [], BEST_PSNR)
     if not sizes:
         return found, place
     dense = sample(pipe, arguments, seed)

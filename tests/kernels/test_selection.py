@@ -195,8 +195,8 @@ def by_rule(
     every = antidiagonals(k, [p for own in groups for p in own], False)
     rows = []
     for tile in tiles:
-        own = antidiagonals(q, _equal_parts(tile, stride), True)
-        share = (SCALE / stride * own @ every.mT).softmax(-1).mean(2)
+        queries = antidiagonals(q, _equal_parts(tile, stride), True)
+        share = (SCALE / stride * queries @ every.mT).softmax(-1).mean(2)
         rows.append(torch.stack([p.sum(-1) for p in share.split([len(g) for g in groups], -1)], -1))
     return -_before(torch.stack(rows, 2), inclusive=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,9 @@ def test_what_cannot_work_is_said() -> None:
         Longer().pattern(TokenGrid(5, 2, 2))
     with pytest.raises(BadParameter, match="first=9 frames, but the clip has 5"):
         Longer(trained=3, first=9).pattern(TokenGrid(5, 2, 2))
-    for wrong in ({"trained": 0}, {"window": -1}, {"first": -1}, {"scale": 0.0}):
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"trained": 0}, {"window": -1}, {"first": -1}, {"scale": 0.0}
+    )  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(BadParameter, match=f"longer: {next(iter(wrong))}="):
             Longer(**{"trained": 4, **wrong})

@@ -29,6 +29,9 @@ class CogVideoXTransformer3DModel:
 def made_by(name: str) -> tuple[Any, dict[str, Any], Tables]:
     """A model, the arguments of the forward that makes the tables, and the tables."""
     latents = torch.zeros(1, 4, FRAMES, HEIGHT * 2, WIDTH * 2)
+    rope: Any
+    args: dict[str, Any]
+    tables: Any
     if name == "cogvideox":
         tables = get_3d_rotary_pos_embed(64, ((0, 0), (HEIGHT, WIDTH)), (HEIGHT, WIDTH), FRAMES)
         args = {"hidden_states": torch.zeros(1, FRAMES, 4, HEIGHT * 2, WIDTH * 2)}

@@ -93,15 +93,16 @@ def test_a_model_is_tuned_checked_and_run(small: Tiny, tmp_path: Path) -> None:
     assert report.kept <= 0.8 + 1e-6 and report.kept == pytest.approx(chosen.kept, abs=0.1)
     with pytest.raises(BadParameter, match="cannot be reached"):
         diffpatch.patch(small.pipe, settings=settings, target="kept 0.1")
-    for wrong, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"target": "30 dB"}, "needs settings="),
         ({"settings": path}, "needs target="),
         ({"settings": path, "target": "fast"}, "must be a text such as"),
         ({"settings": path, "target": "kept 0.8", "decay": 1.0}, "leave out decay"),
         ({"settings": path, "target": "kept 0.8", "method": "window"}, "leave out method='window'"),
-    ):
+    )
+    for options, message in refused:
         with pytest.raises(BadParameter, match=message):
-            diffpatch.patch(small.pipe, **wrong)  # type: ignore[arg-type]
+            diffpatch.patch(small.pipe, **options)
 
 
 def test_a_stopped_tuning_goes_on_where_it_was(

@@ -32,8 +32,8 @@ QUALITY = (
     " cost, in brackets its 95 % bootstrap interval over prompts, which are drawn in pairs. The"
     " dense rows marked “other” are the noise floor: the same run by other code, and from other"
     " noise. KD is the kernel distance between all clips of a row and the dense ones: 0"
-    " for independent sets that differ by chance only. Clips of the same prompts and noise are not independent, so that rows close to"
-    " dense fall below 0; it is rough for so few clips."
+    " for independent sets that differ by chance only. Clips of the same prompts and noise are not"
+    " independent, so that rows close to dense fall below 0; it is rough for so few clips."
 )
 
 
