@@ -62,7 +62,7 @@ def sample(pipe: Any, prompt: str, seed: int, size: Size, output_type: str = "pt
     return frames
 
 
-def record(pipe: Any, prompts: list[str], seed: int, size: Size) -> list[distill.Forward]:
+def record(pipe: Any, prompts: list[str], seed: int, size: Size) -> list[distill.RecordedForward]:
     """Every forward of the transformer while it samples the prompts, both branches of guidance."""
     with distill.recording(pipe.transformer) as forwards:
         for i, prompt in enumerate(prompts):
@@ -76,7 +76,9 @@ def captions(count: int, *, held_out: bool) -> list[str]:
     return [s.caption() for s in clips.sample_specs(count, generator, held_out=held_out)]
 
 
-def errors(teacher: distill.Distiller, samples: list[distill.Forward]) -> tuple[float, float]:
+def errors(
+    teacher: distill.Distiller, samples: list[distill.RecordedForward]
+) -> tuple[float, float]:
     """Mean relative L2 errors of the layers' attention, and of the model's prediction."""
     layers = teacher.layer_errors(samples)
     return sum(layers) / len(layers), teacher.prediction_error(samples)

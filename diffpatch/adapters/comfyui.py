@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.adapters.engine import EngineAttention, Place, Told
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.registry import list_methods, make_method
 from diffpatch.patching import composition
@@ -212,12 +212,12 @@ class _Forward:
 
         return attend
 
-    def place(self, options: Mapping[str, Any]) -> Place:
+    def place(self, options: Mapping[str, Any]) -> CallPlace:
         """Where a call stands; blocks of the second kind are counted after those of the first."""
         layer = options.get("block_index")
         if layer is not None and options.get("block_type") == "single":
             layer += len(getattr(self.model, "double_blocks", ()))
-        return Place(layer, self.step, self.steps, self.branch, self.run)
+        return CallPlace(layer, self.step, self.steps, self.branch, self.run)
 
     def grid(self, tokens: int, options: Mapping[str, Any]) -> TokenGrid | str:
         """Where the tokens of a sequence stand, or why nothing tells."""

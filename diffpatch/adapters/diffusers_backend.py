@@ -40,7 +40,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 
 from diffpatch import internals
-from diffpatch.adapters.engine import EngineAttention, Place, Told
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
@@ -51,7 +51,7 @@ _MARK = "_diffpatch"  # on our `set_attention_backend`: itself and the one it wr
 
 
 @dataclass(frozen=True)
-class Backend:
+class GridBackend:
     """A registered backend.
 
     Attributes:
@@ -85,7 +85,7 @@ class Backend:
 
 def register(
     name: str, method: MethodLike = "radial", *, grid: TokenGrid, **params: Any
-) -> Backend:
+) -> GridBackend:
     """Make a method one of diffusers' attention backends, until it is removed.
 
     Args:
@@ -110,7 +110,7 @@ def register(
     names._member_names_.append(name)
     _registry().register(member)(attend)
     _choose_for_one()
-    return Backend(name, attend.engine.method, grid)
+    return GridBackend(name, attend.engine.method, grid)
 
 
 def _registry() -> Any:
@@ -192,4 +192,4 @@ class _Attend:
 
         if attn_mask is not None or dropout_p or is_causal:
             return dense()
-        return self.engine.attend(query, key, value, self.grid, Place(), dense, scale)
+        return self.engine.attend(query, key, value, self.grid, CallPlace(), dense, scale)

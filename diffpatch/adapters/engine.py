@@ -1,7 +1,7 @@
 """What every adapter does with an attention call of its engine: sparse or dense, and why.
 
 An engine tells less than a diffusers pipeline does, and each one something else. What it tells of a
-call is a `Place`; what it does not tell, a method or a schedule that needs it is refused when the
+call is a `CallPlace`; a method or a schedule that needs what it does not tell is refused when the
 adapter is made, not in the middle of a run.
 """
 
@@ -36,7 +36,7 @@ _RUNS = 4  # runs whose state is kept; an engine that tells when a run ends free
 
 
 @dataclass(frozen=True)
-class Place:
+class CallPlace:
     """Where a call stands, as far as the engine tells.
 
     Attributes:
@@ -154,7 +154,7 @@ class EngineAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         grid: Grid | str,
-        place: Place,
+        place: CallPlace,
         dense: Callable[[], torch.Tensor],
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
@@ -214,7 +214,7 @@ class EngineAttention:
         self._states.pop(run, None)
 
     def _choose(
-        self, q: torch.Tensor, k: torch.Tensor, grid: Grid | str, place: Place
+        self, q: torch.Tensor, k: torch.Tensor, grid: Grid | str, place: CallPlace
     ) -> BlockPattern | str:
         """The pattern of a call, or why it is dense."""
         if isinstance(grid, str):
@@ -243,7 +243,7 @@ class EngineAttention:
         blocks = pattern.on(q.device)
         return backends.unsupported_reason(q, blocks, self.backend) or pattern
 
-    def _state(self, place: Place, grid: Grid | str) -> dict[str, Any]:
+    def _state(self, place: CallPlace, grid: Grid | str) -> dict[str, Any]:
         if not self.method.needs_steps:
             return {}
         of_run = self._states.setdefault(place.run, defaultdict(dict))

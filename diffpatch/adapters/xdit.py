@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.adapters.engine import EngineAttention, Place, Told
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told
 from diffpatch.errors import DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
@@ -122,7 +122,7 @@ def _attention(engine: EngineAttention, dense: Callable[..., Any]) -> Callable[.
         if dropout_p or is_causal:
             grid = "causal attention or dropout"
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = engine.attend(q, k, v, grid, Place(some_heads=shared > 1), without)
+        out = engine.attend(q, k, v, grid, CallPlace(some_heads=shared > 1), without)
         return out.transpose(1, 2), None
 
     return attend

@@ -64,7 +64,7 @@ class Disc(Method):
 def _disc(tiling: Tiling, time: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask ids (V, V) and masks, as `from_masks` takes them, for distances² below `limit`."""
     blocks, kind, seen, whole = _time_blocks(tiling.cuts[0], time)
-    height, width = (_Axis.of(cuts) for cuts in tiling.cuts[1:])
+    height, width = (_DiscAxis.of(cuts) for cuts in tiling.cuts[1:])
     nearest = _both(height.nearest, width.nearest)
     farthest = _both(height.farthest, width.farthest)
     some = _spread(seen, nearest < limit)
@@ -110,7 +110,7 @@ def _time_blocks(
 
 
 @dataclass(frozen=True)
-class _Axis:
+class _DiscAxis:
     """For every two tiles along one axis, (n, n):
 
     Attributes:
@@ -126,7 +126,7 @@ class _Axis:
     facts: list[list[int]]
 
     @classmethod
-    def of(cls, cuts: Sequence[int]) -> _Axis:
+    def of(cls, cuts: Sequence[int]) -> _DiscAxis:
         border = torch.tensor(cuts)
         start, size = border[:-1], border.diff()
         offset, n = start - start[:, None], len(size)

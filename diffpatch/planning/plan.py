@@ -21,7 +21,7 @@ from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
 from diffpatch.planning.prediction import Prediction, predict
 from diffpatch.planning.profiles import DeviceProfile, load_profile
-from diffpatch.planning.run import Run
+from diffpatch.planning.run import PlannedRun
 
 BACKEND = "triton"  # whose padding is counted where no device says which backend runs
 
@@ -277,7 +277,7 @@ def plan(
     grid = _grid(shape, (num_frames, height, width), text_tokens)
     used = backend or (BACKEND if device is None else device.backend)
     with neutral():
-        run = Run(chosen, grid, bound, num_inference_steps, shape.layers, used)
+        run = PlannedRun(chosen, grid, bound, num_inference_steps, shape.layers, used)
         predicted = None
         if device is not None and run.modelled and not run.at_most():
             predicted = predict(
@@ -297,7 +297,9 @@ def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None
     return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
 
 
-def _plan_of(run: Run, shape: ModelShape, branches: int, predicted: Prediction | None) -> Plan:
+def _plan_of(
+    run: PlannedRun, shape: ModelShape, branches: int, predicted: Prediction | None
+) -> Plan:
     """What there is to say about a run of a model."""
     tokens, steps = run.grid.num_tokens, run.steps
     mean, kept = sum(run.kept) / len(run.kept), run.kept_table()

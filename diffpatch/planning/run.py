@@ -16,7 +16,7 @@ from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.shapes.table import ModelShape
 
 
-class Run:
+class PlannedRun:
     """The attention calls of one guidance branch.
 
     Attributes:

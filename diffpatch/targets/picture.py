@@ -20,7 +20,7 @@ SMALLEST = 1e-6  # error below which pictures are as good as dense
 
 
 @dataclass(frozen=True)
-class Line:
+class FittedLine:
     """A straight line, y = at_zero + slope · x, and how far points lie from it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Line:
         return (y - self.at_zero) / self.slope
 
 
-def fitted(x: Sequence[float], y: Sequence[float]) -> Line | None:
+def fitted(x: Sequence[float], y: Sequence[float]) -> FittedLine | None:
     """The least-squares line, or None where points are too few or all at one place."""
     if len(x) < FEWEST or max(x) - min(x) < 1e-9:
         return None
@@ -53,17 +53,17 @@ def fitted(x: Sequence[float], y: Sequence[float]) -> Line | None:
     centred = points - points.mean()
     leverage = 1 / len(points) + centred**2 / (centred**2).sum()
     left_out = (values - at_zero - slope * points) / np.maximum(1 - leverage, 1e-9)
-    return Line(float(at_zero), float(slope), float(np.sqrt((left_out**2).mean())))
+    return FittedLine(float(at_zero), float(slope), float(np.sqrt((left_out**2).mean())))
 
 
-def quality_line(rendered: Sequence[Rendered]) -> Line | None:
+def quality_line(rendered: Sequence[Rendered]) -> FittedLine | None:
     """PSNR in dB against log10 of the error; None where pairs say nothing or the wrong thing."""
     points = [(math.log10(max(pair.error, SMALLEST)), pair.psnr) for pair in rendered]
     line = fitted([x for x, _ in points], [y for _, y in points])
     return line if line is not None and line.slope < 0 else None
 
 
-def time_line(rendered: Sequence[Rendered]) -> Line | None:
+def time_line(rendered: Sequence[Rendered]) -> FittedLine | None:
     """Time of a run, as a part of the dense one, against its kept fraction."""
     line = fitted([p.kept for p in rendered], [p.seconds / p.dense_seconds for p in rendered])
     return line if line is not None and line.slope > 0 else None

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, float], None]  # gets the stage, the step, and it
 
 
 @dataclass(frozen=True)
-class Forward:
+class RecordedForward:
     """One call of a transformer: its arguments and the prediction it returned."""
 
     args: tuple[Any, ...]
@@ -42,12 +42,12 @@ class Forward:
 
 
 @contextlib.contextmanager
-def recording(transformer: Any) -> Iterator[list[Forward]]:
+def recording(transformer: Any) -> Iterator[list[RecordedForward]]:
     """Collect the forwards that a transformer makes inside, to learn from and to be tested on."""
-    forwards: list[Forward] = []
+    forwards: list[RecordedForward] = []
 
     def note(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        forwards.append(Forward(_kept(args), _kept(kwargs), _kept(output[0])))
+        forwards.append(RecordedForward(_kept(args), _kept(kwargs), _kept(output[0])))
 
     hook = transformer.register_forward_hook(note, with_kwargs=True)
     try:
@@ -116,7 +116,9 @@ class Distiller:
         BadParameter: the method sees everything in a sample as small as this one.
     """
 
-    def __init__(self, transformer: Any, method: Linear, sample: Forward, rank: int = 8) -> None:
+    def __init__(
+        self, transformer: Any, method: Linear, sample: RecordedForward, rank: int = 8
+    ) -> None:
         self.transformer, self.method = transformer, method
         family = family_of(transformer)
         if family is None:
@@ -139,14 +141,14 @@ class Distiller:
         for values in self.learned.values():
             values.update({n: x.to(calls[0][0].device) for n, x in values.items()})
 
-    def _watch(self, sample: Forward) -> list[Any]:
+    def _watch(self, sample: RecordedForward) -> list[Any]:
         """What the attention of every layer gets and gives in a dense forward."""
         watch = _Watch(self.method)
         with torch.no_grad(), patched(self.transformer, watch, **EVERYWHERE):
             self.transformer(*sample.args, **sample.kwargs)
         return watch.seen
 
-    def layer_errors(self, samples: Sequence[Forward]) -> list[float]:
+    def layer_errors(self, samples: Sequence[RecordedForward]) -> list[float]:
         """Relative L2 error of every layer's output, each fed with the dense model's tensors."""
         totals = [0.0] * len(self.learned)
         with torch.no_grad():
@@ -155,14 +157,14 @@ class Distiller:
                     totals[i] += float(loss) ** 0.5 / len(samples)
         return totals
 
-    def _layer_losses(self, sample: Forward) -> Iterator[torch.Tensor]:
+    def _layer_losses(self, sample: RecordedForward) -> Iterator[torch.Tensor]:
         calls = self._watch(sample)
         for (q, k, v, call, target), learned in zip(calls, self.learned.values(), strict=True):
             out = self.method.attend(q, k, v, dataclasses.replace(call, learned=learned)).out
             yield _relative(out, target)
 
     def match_layers(
-        self, samples: Sequence[Forward], steps: int, rate: float = 1e-2,
+        self, samples: Sequence[RecordedForward], steps: int, rate: float = 1e-2,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """The first stage: gates and feature maps, every layer for itself."""
@@ -171,7 +173,7 @@ class Distiller:
         if not chosen:
             return  # virtual tokens and states have nothing to learn layer by layer
 
-        def backward(sample: Forward) -> float:
+        def backward(sample: RecordedForward) -> float:
             total = 0.0
             for loss in self._layer_losses(sample):
                 loss.backward()
@@ -181,13 +183,13 @@ class Distiller:
         _descend("layers", chosen, backward, samples, steps, rate, progress)
 
     def match_predictions(
-        self, samples: Sequence[Forward], steps: int, rate: float = 1e-3,
+        self, samples: Sequence[RecordedForward], steps: int, rate: float = 1e-3,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """The second stage: everything, through the whole network."""
         chosen = [x for values in self.learned.values() for x in values.values()]
 
-        def backward(sample: Forward) -> float:
+        def backward(sample: RecordedForward) -> float:
             loss = _relative(self._student(sample), sample.prediction)
             loss.backward()
             return float(loss.detach())
@@ -195,13 +197,13 @@ class Distiller:
         with self._patched(), _frozen(self.transformer):
             _descend("predictions", chosen, backward, samples, steps, rate, progress)
 
-    def prediction_error(self, samples: Sequence[Forward]) -> float:
+    def prediction_error(self, samples: Sequence[RecordedForward]) -> float:
         """Mean relative L2 error of the predictions."""
         with torch.no_grad(), self._patched():
             losses = [_relative(self._student(s), s.prediction) for s in samples]
         return sum(float(loss) ** 0.5 for loss in losses) / len(losses)
 
-    def _student(self, sample: Forward) -> torch.Tensor:
+    def _student(self, sample: RecordedForward) -> torch.Tensor:
         kwargs = {name: _asking(value) for name, value in sample.kwargs.items()}
         prediction: torch.Tensor = self.transformer(*map(_asking, sample.args), **kwargs)[0]
         return prediction
@@ -234,8 +236,8 @@ def _relative(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def _descend(
     stage: str,
     parameters: list[torch.Tensor],
-    backward: Callable[[Forward], float],
-    samples: Sequence[Forward],
+    backward: Callable[[RecordedForward], float],
+    samples: Sequence[RecordedForward],
     steps: int,
     rate: float,
     progress: Progress | None,

@@ -35,7 +35,7 @@ Config = ForwardConfig | virtual.Config | LinearConfig | HopperConfig
 
 
 @dataclass(frozen=True)
-class Case:
+class CompileCase:
     """One specialization of a kernel.
 
     Attributes:
@@ -66,7 +66,7 @@ class Case:
     strip: int = 0
 
 
-def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
+def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[CompileCase]:
     """Every case that ships for the given compute capabilities and dtypes.
 
     fp16 compiles to what bf16 does but for the name of an instruction, so that bf16 alone is
@@ -75,60 +75,60 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
     for arch, dtype in product(archs, dtypes):
         if GPUS[arch].like == gluon.HOPPER and DTYPES[dtype] in gluon.TYPES:
             for size, key_mask in product(gluon.CONFIGS, (False, True)):
-                yield Case(arch, "gluon", dtype, size, 128, key_mask)
+                yield CompileCase(arch, "gluon", dtype, size, 128, key_mask)
         for size in (64, 96, 128, 256):
-            yield Case(arch, "forward", dtype, size, 128, False)
+            yield CompileCase(arch, "forward", dtype, size, 128, False)
         if dtype == "fp16":
-            yield Case(arch, "int8", dtype, 128, 128, False)
-            yield Case(arch, "skip", dtype, 128, 128, False)
+            yield CompileCase(arch, "int8", dtype, 128, 128, False)
+            yield CompileCase(arch, "skip", dtype, 128, 128, False)
             continue
         for size in (64, 128):
-            yield Case(arch, "forward", dtype, size, 64, False)
-            yield Case(arch, "forward", dtype, size, 128, True)
+            yield CompileCase(arch, "forward", dtype, size, 64, False)
+            yield CompileCase(arch, "forward", dtype, size, 128, True)
         for kernel, size in product(("queries", "keys"), (64, 128, 256)):
             if (DTYPES[dtype].itemsize, size) in backward.CONFIGS:
-                yield Case(arch, kernel, dtype, size, tile=128, key_mask=False)
+                yield CompileCase(arch, kernel, dtype, size, tile=128, key_mask=False)
         yield from _active_cases(arch, dtype)
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
             for kernel in ("pool", "moments", "virtual", "state", "apply"):
-                yield Case(arch, kernel, dtype, 128, 128, False)
+                yield CompileCase(arch, kernel, dtype, 128, 128, False)
             for tile in (64, 128):
-                yield Case(arch, "virtual", dtype, 64, tile, False)
+                yield CompileCase(arch, "virtual", dtype, 64, tile, False)
 
 
-def _loads_asked_for(arch: int) -> Iterator[Case]:
+def _loads_asked_for(arch: int) -> Iterator[CompileCase]:
     for size in (64, 128):
-        yield Case(arch, "forward", "bf16", size, 128, False, "gather")
+        yield CompileCase(arch, "forward", "bf16", size, 128, False, "gather")
     if arch >= 90:
         for size in (64, 128, 256):
-            yield Case(arch, "forward", "bf16", size, 128, False, "pointer")
+            yield CompileCase(arch, "forward", "bf16", size, 128, False, "pointer")
     if GPUS[arch].like in forward.SPECIALIZED:
         for key_mask in (False, True):
-            yield Case(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
+            yield CompileCase(arch, "forward", "bf16", 128, 128, key_mask, "tma", specialize=True)
 
 
-def _active_cases(arch: int, dtype: str) -> Iterator[Case]:
+def _active_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
     for size in (64, 128, 256):
-        yield Case(arch, "skip", dtype, size, 128, False)
-    yield Case(arch, "active", dtype, 128, 128, False)
+        yield CompileCase(arch, "skip", dtype, size, 128, False)
+    yield CompileCase(arch, "active", dtype, 128, 128, False)
     for size, tile in product((64, 128), (64, 128)):
-        yield Case(arch, "active", dtype, size, tile, False, strip=32)
-    yield Case(arch, "skip", dtype, 128, 64, True)
+        yield CompileCase(arch, "active", dtype, size, tile, False, strip=32)
+    yield CompileCase(arch, "skip", dtype, 128, 64, True)
 
 
-def _int8_cases(arch: int, dtype: str) -> Iterator[Case]:
+def _int8_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
     for size in (64, 128, 256):
-        yield Case(arch, "int8", dtype, size, 128, False)
-    yield Case(arch, "int8", dtype, 128, 64, True)
-    yield Case(arch, "quantize", dtype, 128, 128, False)
-    yield Case(arch, "quantize", dtype, 128, 128, True)
+        yield CompileCase(arch, "int8", dtype, size, 128, False)
+    yield CompileCase(arch, "int8", dtype, 128, 64, True)
+    yield CompileCase(arch, "quantize", dtype, 128, 128, False)
+    yield CompileCase(arch, "quantize", dtype, 128, 128, True)
     if arch >= 90:
-        yield Case(arch, "int8", dtype, 128, 128, False, "pointer")
+        yield CompileCase(arch, "int8", dtype, 128, 128, False, "pointer")
 
 
-def configuration(case: Case) -> Config:
+def configuration(case: CompileCase) -> Config:
     """The configuration that ships for a case."""
     dtype, arch = DTYPES[case.dtype], GPUS[case.arch].like
     if case.kernel == "gluon":
@@ -152,7 +152,7 @@ def configuration(case: Case) -> Config:
     return forward.configuration(dtype, case.size, case.tile, arch, int8=int8, **asked)
 
 
-def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def specialization(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """What a launch on contiguous tensors fixes.
 
     Returns:
@@ -175,7 +175,7 @@ def specialization(case: Case, config: Config) -> tuple[Any, dict[str, Any], dic
     return kernel, {k: x for k, x in constants.items() if k in kernel.arg_names}, types
 
 
-def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
     if case.kernel in ("pool", "moments", "virtual"):
@@ -206,7 +206,9 @@ def _of_kernel(case: Case, config: Config) -> tuple[Any, dict[str, Any], dict[st
     return backward.gradient_kernel, {"KEYS": keys} | _none(not keys, "GRAD2"), types
 
 
-def _forward(case: Case, config: ForwardConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _forward(
+    case: CompileCase, config: ForwardConfig
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
     int8 = case.kernel == "int8"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
     types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
@@ -217,7 +219,7 @@ def _forward(case: Case, config: ForwardConfig) -> tuple[Any, dict[str, Any], di
     return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
 
 
-def _gluon(case: Case, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _gluon(case: CompileCase, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
     layout = gluon.boxes(config, case.size, DTYPES[case.dtype])
     box = f"tensordesc<{case.dtype}[{config.block_n},{case.size}],{layout!r}>"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
@@ -231,7 +233,7 @@ def _gluon(case: Case, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[
     return gluon_kernel, constants, types
 
 
-def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _virtual(case: CompileCase) -> tuple[Any, dict[str, Any], dict[str, str]]:
     names = ("Q", "K", "V", "KEYS", "VALUES", "VARIANCE", "NEAR", "OUT")
     types = dict.fromkeys(names, f"*{case.dtype}")
     types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32")
@@ -245,7 +247,7 @@ def _virtual(case: Case) -> tuple[Any, dict[str, Any], dict[str, str]]:
     return virtual.virtual_kernel, {"group": 1}, types
 
 
-def _linear(case: Case, config: LinearConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _linear(case: CompileCase, config: LinearConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:
     types = dict.fromkeys(("Q", "K", "V", "LEFT", "RIGHT", "OUT"), f"*{case.dtype}")
     sums = ("STATE", "SQUARES", "LEFT_SUM", "RIGHT_SUM", "KEY_SUM", "VALUE_SUM", "COUNT", "LSE")
     centres = ("LEFT_CENTRE", "RIGHT_CENTRE", "CENTRE_K", "CENTRE_V")

@@ -29,7 +29,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
 from diffpatch.kernels.compile.cases import (
     DTYPES,
-    Case,
+    CompileCase,
     Config,
     cases,
     configuration,
@@ -49,7 +49,7 @@ SPILL_LIMIT = 32  # bytes, elsewhere
 
 
 @dataclass(frozen=True)
-class Result:
+class CompileResult:
     """What the compiler made of a case, and what is wrong with it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Result:
         problems: empty for a case that ships.
     """
 
-    case: Case
+    case: CompileCase
     config: Config
     registers: int
     stack: int
@@ -71,12 +71,12 @@ class Result:
     problems: tuple[str, ...] = ()
 
 
-def check(case: Case) -> Result:
+def check(case: CompileCase) -> CompileResult:
     """Compile one case and look at what came out."""
     return compiled(case)[0]
 
 
-def compiled(case: Case) -> tuple[Result, Any]:
+def compiled(case: CompileCase) -> tuple[CompileResult, Any]:
     """What `check` finds, and Triton's compiled kernel."""
     config = configuration(case)
     kernel = _compile(case, config)
@@ -90,7 +90,9 @@ def compiled(case: Case) -> tuple[Result, Any]:
         instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, padded(case.size))
-    result = Result(case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers)
+    result = CompileResult(
+        case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers
+    )
     problems = list(_problems(result, instruction))
     if case.kernel == "gluon":
         weights = config.block_n // 2  # of a thread: 64 rows, 128 threads
@@ -101,7 +103,7 @@ def compiled(case: Case) -> tuple[Result, Any]:
     return replace(result, problems=tuple(problems)), kernel
 
 
-def _problems(result: Result, instruction: str) -> Iterator[str]:
+def _problems(result: CompileResult, instruction: str) -> Iterator[str]:
     case, config = result.case, result.config
     if result.stack > (0 if case.arch in MAIN_ARCHS else SPILL_LIMIT):
         yield f"{result.stack} bytes of stack"
@@ -123,7 +125,7 @@ def _problems(result: Result, instruction: str) -> Iterator[str]:
         yield f"{result.buffers} buffers of keys, {depth} expected"
 
 
-def _compile(case: Case, config: Config) -> Any:
+def _compile(case: CompileCase, config: Config) -> Any:
     """The kernel as a launch on contiguous tensors would specialize it."""
     kernel, constants, types = specialization(case, config)
     signature = {}
@@ -215,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _line(result: Result) -> str:
+def _line(result: CompileResult) -> str:
     case = result.case
     words = [
         "FAIL" if result.problems else "ok  ",
@@ -230,7 +232,7 @@ def _line(result: Result) -> str:
     return " ".join(word for word in words if word)
 
 
-def write(results: Sequence[Result], path: Path) -> None:
+def write(results: Sequence[CompileResult], path: Path) -> None:
     """Put results into a table, a JSON object by version of Triton.
 
     Other versions stay, and so do the rows of this one that were not compiled now and still ship.
@@ -255,10 +257,10 @@ def _rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells the case of a row from others."""
-    return tuple(row.get(field.name) for field in fields(Case))
+    return tuple(row.get(field.name) for field in fields(CompileCase))
 
 
-def _row(result: Result) -> dict[str, Any]:
+def _row(result: CompileResult) -> dict[str, Any]:
     values = asdict(result) | {"config": result.config._asdict()}
     return values.pop("case") | values
 

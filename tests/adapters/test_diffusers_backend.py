@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError, Neighborhood, TokenGrid, internals
 from diffpatch.adapters import diffusers_backend
-from diffpatch.adapters.diffusers_backend import Backend
+from diffpatch.adapters.diffusers_backend import GridBackend
 from tests.pipelines.test_families import error
 from tests.tiny import wan
 from tests.tiny_videos import cosmos
@@ -32,13 +32,13 @@ def dense(q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False) -> tor
 
 
 @pytest.fixture
-def backend() -> Iterator[Backend]:
+def backend() -> Iterator[GridBackend]:
     made = diffusers_backend.register("diffpatch_local", LOCAL, grid=GRID)
     yield made
     made.remove()
 
 
-def test_a_backend_is_the_functional_api(backend: Backend) -> None:
+def test_a_backend_is_the_functional_api(backend: GridBackend) -> None:
     expected = diffpatch.attention(Q, K, V, GRID, LOCAL, scale=0.3)
     assert error(expected, dense(Q, K, V)) > 1e-2
     out = dispatch_attention_fn(Q, K, V, scale=0.3, backend=AttentionBackendName("diffpatch_local"))
@@ -47,7 +47,7 @@ def test_a_backend_is_the_functional_api(backend: Backend) -> None:
         assert torch.equal(dispatch_attention_fn(Q, K, V, scale=0.3), expected)
 
 
-def test_a_backend_is_dense_where_it_does_not_fit(backend: Backend) -> None:
+def test_a_backend_is_dense_where_it_does_not_fit(backend: GridBackend) -> None:
     name = AttentionBackendName("diffpatch_local")
     mask = torch.ones(2, 1, 1, GRID.num_tokens, dtype=torch.bool)
     mask[1, ..., -2:] = False
@@ -92,7 +92,7 @@ def test_what_a_backend_cannot_be(name: str, method: Any, words: str) -> None:
     assert AttentionBackendName.__members__.keys() & {"Local", "diffpatch_window"} == set()
 
 
-def test_a_choice_for_one_model_is_not_everybodys(backend: Backend) -> None:
+def test_a_choice_for_one_model_is_not_everybodys(backend: GridBackend) -> None:
     chosen, other = wan(), wan(layers=3)
     plain, before = chosen.run(), other.run()
     made = diffusers_backend.register("diffpatch_here", LOCAL, grid=TokenGrid(3, 2, 4))
@@ -110,7 +110,7 @@ def test_a_choice_for_one_model_is_not_everybodys(backend: Backend) -> None:
         made.remove()
 
 
-def test_what_does_not_fit_gets_what_would_have_run(backend: Backend) -> None:
+def test_what_does_not_fit_gets_what_would_have_run(backend: GridBackend) -> None:
     """Cross-attention of a model that chose ours uses the backend that is active without it."""
     name = AttentionBackendName("diffpatch_local")
     registry = diffusers_backend._registry()
@@ -163,7 +163,7 @@ def test_a_wrapper_of_somebody_else_stays() -> None:
         mixin.set_attention_backend = wrapped.__wrapped__
 
 
-def test_a_model_that_never_asks_is_refused(backend: Backend) -> None:
+def test_a_model_that_never_asks_is_refused(backend: GridBackend) -> None:
     with pytest.raises(DiffpatchError, match=r"CosmosTransformer3DModel asks.*attention_backend\("):
         cosmos().pipe.transformer.set_attention_backend("diffpatch_local")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import diffpatch
 from diffpatch import BadParameter, Neighborhood, PackedGrid, TokenGrid
-from diffpatch.adapters.engine import EngineAttention, Place, Told
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told
 
 GRID = TokenGrid(3, 2, 4, text_after=3)
 LOCAL = Neighborhood(window=(1, 1, 3), stride=1)
@@ -24,14 +24,14 @@ def dense(q: Any, k: Any, v: Any) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
 
 
-def calls(attend: Callable[[Any, Any, Place], torch.Tensor], run: int) -> list[torch.Tensor]:
+def calls(attend: Callable[[Any, Any, CallPlace], torch.Tensor], run: int) -> list[torch.Tensor]:
     """A stand-in for an engine: three steps, two branches, two layers, each with its tensors."""
     return [
         attend(Q + 0.01 * step + branch + layer, V * (branch + 1) + run, place)
         for step in range(3)
         for branch in range(2)
         for layer in range(2)
-        for place in [Place(layer, step, 3, branch, run)]
+        for place in [CallPlace(layer, step, 3, branch, run)]
     ]
 
 
@@ -40,7 +40,7 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
     engine = EngineAttention(method, EVERYTHING, dense_steps=1, dense_layers=1)
     states: dict[Any, dict[str, Any]] = {}
 
-    def expected(q: Any, v: Any, place: Place) -> torch.Tensor:
+    def expected(q: Any, v: Any, place: CallPlace) -> torch.Tensor:
         layer, step = place.layer or 0, place.step or 0
         if step < 1 or layer < 1:
             return dense(q, K, v)
@@ -49,7 +49,7 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
             q, K, v, GRID, method, scale=0.3, layer=layer, step=step, state=state
         )
 
-    def found(q: Any, v: Any, place: Place) -> torch.Tensor:
+    def found(q: Any, v: Any, place: CallPlace) -> torch.Tensor:
         return engine.attend(q, K, v, GRID, place, lambda: dense(q, K, v), 0.3)
 
     for run in range(6):  # more than an adapter remembers
@@ -73,24 +73,24 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
 def test_what_does_not_fit_is_dense_and_says_so(grid: Any, keys: int, words: str) -> None:
     method = Neighborhood(window=(1, 3, 9), stride=1) if words == "keeps everything" else LOCAL
     engine = EngineAttention(method, Told())
-    out = engine.attend(Q, K[:, :keys], V[:, :keys], grid, Place(), lambda: Q)
+    out = engine.attend(Q, K[:, :keys], V[:, :keys], grid, CallPlace(), lambda: Q)
     assert out is Q
     assert [words in reason for reason in engine.reasons] == [True]
 
 
 def test_radial_saves_nothing_in_one_frame() -> None:
     engine = EngineAttention("radial", Told())
-    assert engine.attend(Q, K, V, TokenGrid(1, 3, 9), Place(), lambda: Q) is Q
+    assert engine.attend(Q, K, V, TokenGrid(1, 3, 9), CallPlace(), lambda: Q) is Q
     assert "between frames" in next(iter(engine.reasons))
 
 
 def test_a_call_that_tells_too_little_is_dense() -> None:
     told = Told(layers=True, steps=True, totals=True)
-    cases: list[tuple[dict[str, Any], Place]] = [
-        ({"dense_layers": 1}, Place(step=3)),
-        ({"dense_steps": 1}, Place(layer=3)),
-        ({"dense_steps": 0.2}, Place(layer=3, step=3)),
-        ({"dense_last_steps": 1}, Place(layer=3, step=3)),
+    cases: list[tuple[dict[str, Any], CallPlace]] = [
+        ({"dense_layers": 1}, CallPlace(step=3)),
+        ({"dense_steps": 1}, CallPlace(layer=3)),
+        ({"dense_steps": 0.2}, CallPlace(layer=3, step=3)),
+        ({"dense_last_steps": 1}, CallPlace(layer=3, step=3)),
     ]
     for schedule, place in cases:
         engine = EngineAttention(LOCAL, told, **schedule)
@@ -101,21 +101,21 @@ def test_a_call_that_tells_too_little_is_dense() -> None:
 def test_heads_that_differ_are_not_shared_by_devices() -> None:
     method = Neighborhood(window=(1, 1, 3), stride=1, heads=((1, 1, 3), (1, 2, 2)))
     engine = EngineAttention(method, Told())
-    assert engine.attend(Q, K, V, GRID, Place(some_heads=True), lambda: Q) is Q
+    assert engine.attend(Q, K, V, GRID, CallPlace(some_heads=True), lambda: Q) is Q
     assert "which several devices share" in next(iter(engine.reasons))
-    assert engine.attend(Q, K, V, GRID, Place(), lambda: Q) is not Q
+    assert engine.attend(Q, K, V, GRID, CallPlace(), lambda: Q) is not Q
 
 
 def test_packed_sequences() -> None:
     grid = PackedGrid((4, (2, 2, 3), 2, (1, 3, 3)))
     engine = EngineAttention(LOCAL, Told())
-    out = engine.attend(Q, K, V, grid, Place(), lambda: Q)
+    out = engine.attend(Q, K, V, grid, CallPlace(), lambda: Q)
     assert torch.equal(out, diffpatch.attention(Q, K, V, grid, LOCAL))
 
 
 def test_steps_may_be_counted_without_their_number() -> None:
     engine = EngineAttention(LOCAL, Told(steps=True), dense_steps=2)
-    out = [engine.attend(Q, K, V, GRID, Place(step=s), lambda: Q) is Q for s in range(4)]
+    out = [engine.attend(Q, K, V, GRID, CallPlace(step=s), lambda: Q) is Q for s in range(4)]
     assert out == [True, True, False, False]
 
 

@@ -15,26 +15,28 @@ pytest.importorskip("triton")
 import triton
 
 from diffpatch.kernels.compile import check as compile_check
-from diffpatch.kernels.compile.cases import Case, cases, configuration
+from diffpatch.kernels.compile.cases import CompileCase, cases, configuration
 from diffpatch.kernels.gpu.support import GPUS
 
 TABLE = Path(compile_check.__file__).resolve().parents[2] / "eval/results/compile_table.json"
-FIELDS = [field.name for field in dataclasses.fields(Case)]
+FIELDS = [field.name for field in dataclasses.fields(CompileCase)]
 SAMPLE = {
-    "what most GPUs run": Case(90, "forward", "bf16", 128, 128, False),
-    "a smaller GPU": Case(89, "forward", "fp16", 96, 128, False),
-    "as on 8.9": Case(86, "forward", "bf16", 128, 128, False),
-    "as on 10.0": Case(103, "forward", "bf16", 128, 128, False),
-    "a key mask": Case(100, "forward", "bf16", 128, 128, True),
-    "loads by warps of their own": Case(100, "forward", "bf16", 128, 128, False, "tma", True),
-    "keys where they are": Case(90, "forward", "bf16", 128, 128, False, "gather"),
-    "scheduled by hand": Case(90, "gluon", "bf16", 128, 128, False),
-    "by hand with a key mask": Case(90, "gluon", "fp16", 128, 128, True),
-    "scores in 8 bits": Case(90, "int8", "bf16", 128, 128, False),
-    "keys to 8 bits": Case(90, "quantize", "bf16", 128, 128, True),
-    "tiles for the next step": Case(90, "skip", "bf16", 128, 128, False),
-    "gradient of queries": Case(90, "queries", "bf16", 128, 128, False),
-    "gradient of keys": Case(90, "keys", "bf16", 128, 128, False),
+    "what most GPUs run": CompileCase(90, "forward", "bf16", 128, 128, False),
+    "a smaller GPU": CompileCase(89, "forward", "fp16", 96, 128, False),
+    "as on 8.9": CompileCase(86, "forward", "bf16", 128, 128, False),
+    "as on 10.0": CompileCase(103, "forward", "bf16", 128, 128, False),
+    "a key mask": CompileCase(100, "forward", "bf16", 128, 128, True),
+    "loads by warps of their own": CompileCase(
+        100, "forward", "bf16", 128, 128, False, "tma", True
+    ),
+    "keys where they are": CompileCase(90, "forward", "bf16", 128, 128, False, "gather"),
+    "scheduled by hand": CompileCase(90, "gluon", "bf16", 128, 128, False),
+    "by hand with a key mask": CompileCase(90, "gluon", "fp16", 128, 128, True),
+    "scores in 8 bits": CompileCase(90, "int8", "bf16", 128, 128, False),
+    "keys to 8 bits": CompileCase(90, "quantize", "bf16", 128, 128, True),
+    "tiles for the next step": CompileCase(90, "skip", "bf16", 128, 128, False),
+    "gradient of queries": CompileCase(90, "queries", "bf16", 128, 128, False),
+    "gradient of keys": CompileCase(90, "keys", "bf16", 128, 128, False),
 }
 
 
@@ -50,9 +52,9 @@ def test_compiles_into_registers_and_tensor_cores(name: str) -> None:
 
 def test_the_hopper_kernel_computes_weights_while_tensor_cores_sum() -> None:
     """On every supported Triton: the assembler may otherwise move the wait for the sums up."""
-    _, kernel = compile_check.compiled(Case(90, "gluon", "bf16", 64, 128, False))
+    _, kernel = compile_check.compiled(CompileCase(90, "gluon", "bf16", 64, 128, False))
     assert 64 <= compile_check._overlapped(kernel.asm["cubin"]) < 2 * 64 + 8
-    _, plain = compile_check.compiled(Case(90, "quantize", "bf16", 128, 128, False))
+    _, plain = compile_check.compiled(CompileCase(90, "quantize", "bf16", 128, 128, False))
     assert compile_check._overlapped(plain.asm["cubin"]) == 0
 
 
@@ -87,7 +89,9 @@ def test_everything_compiled_on_the_oldest_supported_triton_and_a_current_one() 
     assert "3.6.0" in versions and len(versions) > 1
     shipped = {case: configuration(case)._asdict() for case in cases(compile_check.ARCHS)}
     for rows in versions.values():
-        compiled = {Case(**{name: row[name] for name in FIELDS}): row["config"] for row in rows}
+        compiled = {
+            CompileCase(**{name: row[name] for name in FIELDS}): row["config"] for row in rows
+        }
         assert compiled == shipped, "run python -m diffpatch.kernels.compile.check --missing"
         assert not [row for row in rows if row["problems"]]
         for row in rows:
@@ -102,9 +106,9 @@ def test_everything_compiled_on_the_oldest_supported_triton_and_a_current_one() 
 def test_the_table_keeps_other_versions(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text('{"3.0.0": [{"arch": 80}]}')
-    case = Case(90, "quantize", "bf16", 128, 128, False)
+    case = CompileCase(90, "quantize", "bf16", 128, 128, False)
     config = configuration(case)
-    compile_check.write([compile_check.Result(case, config, 1, 2, 3, 4, 5)], path)
+    compile_check.write([compile_check.CompileResult(case, config, 1, 2, 3, 4, 5)], path)
     written = json.loads(path.read_text())
     (row,) = written.pop(triton.__version__)
     assert row["arch"] == 90 and row["shared"] == 3 and row["config"]["block_m"] == config.block_m
@@ -112,8 +116,8 @@ def test_the_table_keeps_other_versions(tmp_path: Path) -> None:
 
 
 def test_spills_and_missing_instructions_are_problems() -> None:
-    case = Case(90, "forward", "bf16", 128, 128, False)
-    bad = compile_check.Result(case, configuration(case), 255, 8, 300000, 0, 1)
+    case = CompileCase(90, "forward", "bf16", 128, 128, False)
+    bad = compile_check.CompileResult(case, configuration(case), 255, 8, 300000, 0, 1)
     problems = " ".join(compile_check._problems(bad, "wgmma"))
     assert "8 bytes of stack" in problems and "no wgmma" in problems
     assert "300000 bytes of shared memory" in problems and "1 buffers" in problems

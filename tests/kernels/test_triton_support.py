@@ -30,7 +30,7 @@ import triton
 
 from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
 from diffpatch.kernels.compile import check as compile_check
-from diffpatch.kernels.compile.cases import Case, cases, configuration
+from diffpatch.kernels.compile.cases import CompileCase, cases, configuration
 from tests.kernels.pretend_gpu import pretend_gpu
 from tests.kernels.test_compile_check import TABLE
 
@@ -122,7 +122,7 @@ def test_known_gpus_take_triton_with_what_was_compiled(
     with FakeTensorMode():
         q = torch.empty(1, blocks.num_tokens, 2, 128, dtype=dtype, device=GPU)
     launched = block_sparse_triton._configured(q, blocks, "auto")
-    assert launched == configuration(Case(like, "forward", "bf16", 128, 128, False))
+    assert launched == configuration(CompileCase(like, "forward", "bf16", 128, 128, False))
 
 
 def test_a_gpu_has_the_shared_memory_of_the_configurations_it_takes() -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 MEMBER = "BLOCK_SPARSE_ATTN"
 TARGET = "sglang.multimodal_gen.runtime.platforms.cuda.CudaPlatformBase.get_attn_backend_cls_str"
-_PATH = "diffpatch.adapters.sglang.backend.DiffpatchBackend"
+_PATH = "diffpatch.adapters.sglang.backend.SGLangBackend"
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ from sglang.multimodal_gen.runtime.layers.attention.backends import attention_ba
 from sglang.multimodal_gen.runtime.layers.attention.backends.sdpa import SDPAImpl
 from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum
 
-from diffpatch.adapters.engine import EngineAttention, Place, Told, layer_number
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told, layer_number
 from diffpatch.adapters.sglang import MEMBER
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patterns.grid import TokenGrid
@@ -25,7 +25,7 @@ _ARGUMENTS = ("num_heads", "head_size", "softmax_scale", "causal", "num_kv_heads
 _OTHERS = ("skip_first_steps", "sparsity")
 
 
-class DiffpatchBackend(abstract.AttentionBackend):
+class SGLangBackend(abstract.AttentionBackend):
     """What the plug-in puts in the place of `MEMBER`."""
 
     @staticmethod
@@ -34,9 +34,9 @@ class DiffpatchBackend(abstract.AttentionBackend):
         return AttentionBackendEnum[MEMBER]
 
     @staticmethod
-    def get_impl_cls() -> type[DiffpatchAttention]:
+    def get_impl_cls() -> type[SGLangAttention]:
         """What computes."""
-        return DiffpatchAttention
+        return SGLangAttention
 
     @staticmethod
     def get_metadata_cls() -> type[Metadata]:
@@ -82,7 +82,7 @@ class MetadataBuilder(abstract.AttentionMetadataBuilder):
         return Metadata(current_timestep, (frames, height, width))
 
 
-class DiffpatchAttention(abstract.AttentionImpl):
+class SGLangAttention(abstract.AttentionImpl):
     """Attention of one layer, (B, S, H, D) in and out.
 
     Args:
@@ -125,7 +125,7 @@ class DiffpatchAttention(abstract.AttentionImpl):
             return out
 
         step = getattr(attn_metadata, "current_timestep", None)
-        place = Place(self.layer, step, some_heads=_ulysses_degree() > 1)
+        place = CallPlace(self.layer, step, some_heads=_ulysses_degree() > 1)
         grid = self._grid(query.shape[1], attn_metadata)
         return self.engine.attend(query, key, value, grid, place, dense, self.scale)
 

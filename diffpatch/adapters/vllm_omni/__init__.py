@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "DIFFPATCH"
 SETTINGS = "DIFFPATCH_ATTENTION"
-_PATH = "diffpatch.adapters.vllm_omni.backend.DiffpatchBackend"
+_PATH = "diffpatch.adapters.vllm_omni.backend.VllmOmniBackend"
 
 
 def register() -> None:

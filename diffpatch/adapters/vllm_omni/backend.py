@@ -18,7 +18,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.selector import get_attn_backend_for_role
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
-from diffpatch.adapters.engine import EngineAttention, Place, Told, layer_number
+from diffpatch.adapters.engine import CallPlace, EngineAttention, Told, layer_number
 from diffpatch.adapters.vllm_omni import NAME, SETTINGS
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patterns.grid import Grid, PackedGrid, TokenGrid
@@ -35,7 +35,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-class DiffpatchBackend(abstract.AttentionBackend):
+class VllmOmniBackend(abstract.AttentionBackend):
     """What stands in the registry under `NAME`."""
 
     @classmethod
@@ -49,9 +49,9 @@ class DiffpatchBackend(abstract.AttentionBackend):
         return NAME
 
     @staticmethod
-    def get_impl_cls() -> type[DiffpatchAttention]:
+    def get_impl_cls() -> type[VllmOmniAttention]:
         """What computes."""
-        return DiffpatchAttention
+        return VllmOmniAttention
 
     @staticmethod
     def get_metadata_cls() -> Any:
@@ -79,7 +79,7 @@ class DiffpatchBackend(abstract.AttentionBackend):
         _engine(os.environ.get(SETTINGS, "{}"))
 
 
-class DiffpatchAttention(abstract.AttentionImpl):
+class VllmOmniAttention(abstract.AttentionImpl):
     """Attention of one layer, (B, S, H, D) in and out.
 
     Args:
@@ -147,7 +147,7 @@ class DiffpatchAttention(abstract.AttentionImpl):
         grid = self._grid(query.shape[1], attn_metadata)
         keys = None if isinstance(grid, str) else _keys(query, grid, attn_metadata)
         context = _context()
-        place = Place(
+        place = CallPlace(
             self.layer, context and context.denoise_step_idx,
             context and context.total_denoise_steps, some_heads=self.some_heads,
         )  # fmt: skip
