@@ -26,7 +26,10 @@ def merge_outputs(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> torch.Tensor:
     """The output of `merge` alone."""
-    # Only the difference is exponentiated, which cannot overflow. Where neither saw anything it is
-    # NaN, and their outputs are both 0 whatever the weights.
-    share = (lse - other_lse).nan_to_num(nan=0.0).sigmoid()[..., None]
-    return torch.lerp(other.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
+    # Weights from the joint log-sum-exp are at most 1 and cannot overflow. (Not sigmoid and lerp,
+    # whose vector and scalar code round differently: a head's result would depend on how many heads
+    # stand beside it.)
+    total = torch.logaddexp(lse, other_lse)
+    safe = total.masked_fill(total == float("-inf"), 0.0)
+    a, b = ((x - safe).exp()[..., None] for x in (lse, other_lse))
+    return (out * a + other * b).to(out.dtype)

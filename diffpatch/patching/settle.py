@@ -59,6 +59,8 @@ def settle(
     if isinstance(method, str) and family is not None:
         preset = family.presets.get(method.partition("+")[0], preset)
         preset = preset.experts if experts and preset.experts is not None else preset
+    if params.get("weights"):  # presets were published for models that were trained dense
+        preset = Preset()
     chosen = make_method(method, **{**preset.params, **params})
     if kind not in chosen.kinds:
         raise BadParameter(

@@ -61,7 +61,6 @@ class Dynamic(Method):
     source = "rule 'error': diffpatch; virtual tokens: PISA, arXiv 2602.01077, and PWT"
     only_skips = False
     dynamic = True
-    default_dense_steps = 0.15
     kept_parameters = ("kept", "threshold", "budgets")
     state_advice = "keep more layers dense, or take larger tiles and strips"
 
@@ -141,6 +140,10 @@ class Dynamic(Method):
         if self.weights is None:
             return super().read_learned(component, family, layers)
         return checkpoint.load(self.weights, component, layers)
+
+    @property
+    def default_dense_steps(self) -> float:
+        return 0.0 if self.weights else 0.15  # weights were trained with nothing dense
 
     @property
     def needs_steps(self) -> bool:
