@@ -48,8 +48,11 @@ def sharded(model: Any) -> Any:
 
 def prepared(model: Any) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    return Accelerator(cpu=True).prepare(model)
+    # One state serves a whole process: another test's mixed precision must not stay in it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True, mixed_precision="no").prepare(model)
 
 
 def compiled(model: Any) -> Any:
