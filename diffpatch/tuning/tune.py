@@ -16,7 +16,9 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.methods.dynamic import Dynamic
 from diffpatch.patching.api import named_owners, patched, report
+from diffpatch.patching.target import transformers
 from diffpatch.patterns.grid import TokenGrid
+from diffpatch.pipelines.families.table import attention_modules
 from diffpatch.pipelines.running.sampling import Sample, sample
 from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe
@@ -86,7 +88,8 @@ def tune(
             f"dense_steps={dense_steps} must be a fraction below 1, and pairs={pairs} at least 0"
         )
     call = dict(call or {})
-    ties = json.dumps([_model(pipe), call, seed, dense_steps, SIZES], sort_keys=True, default=str)
+    model = _model(pipe)
+    ties = json.dumps([model, call, seed, dense_steps, SIZES], sort_keys=True, default=str)
     done = _Done(None if path is None else Path(path), ties)
     for number, prompt in enumerate(prompts):
         wanted = PAIRS if number < pairs else ()
@@ -94,7 +97,7 @@ def tune(
             done.add(prompt, *_of_prompt(pipe, prompt, call, seed, dense_steps, wanted))
         if on_progress is not None:
             on_progress(prompt, number + 1, len(prompts))
-    settings = _joined(pipe, prompts, seed, dense_steps, done)
+    settings = _joined(model, prompts, seed, dense_steps, done)
     if path is not None:
         settings.save(path)
         done.forget()
@@ -167,19 +170,19 @@ def _grid(probe: Probe) -> tuple[int, int, int, int]:
 
 
 def _model(pipe: Any) -> dict[str, Any]:
-    """Fingerprint, dtype and class of the transformers, without patching anything for longer."""
-    with patched(pipe, "dense"):
-        owners = named_owners(pipe)
-        if len(owners) != 1:
-            raise BadParameter(
-                f"tune knows pipelines of one transformer, and this one has {', '.join(owners)}:"
-                " choose settings for this model by hand"
-            )
-        models = {name: getattr(pipe, name) for name in owners}
-        layers = {name: len(owner.modules) for name, owner in owners.items()}
-    dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
-    classes = {name: (type(model).__name__, layers[name]) for name, model in models.items()}
-    return {"fingerprint": fingerprint(models), "dtype": dtype, "classes": classes}
+    """Fingerprint, dtype and class of the transformer, under the name it has in the pipeline."""
+    found = transformers(pipe, None)
+    if len(found) != 1:
+        raise BadParameter(
+            "tune knows pipelines of one transformer, and this one has"
+            f" {', '.join(name for name, *_ in found)}: choose settings for this model by hand"
+        )
+    ((name, model, family),) = found
+    return {
+        "fingerprint": fingerprint({name: model}),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "classes": {name: (type(model).__name__, len(attention_modules(model, family)))},
+    }
 
 
 class _Done:
@@ -224,7 +227,11 @@ class _Done:
 
 
 def _joined(
-    pipe: Any, prompts: Sequence[str], seed: int, dense_steps: float, done: _Done
+    model: Mapping[str, Any],
+    prompts: Sequence[str],
+    seed: int,
+    dense_steps: float,
+    done: _Done,
 ) -> Settings:
     """The settings from what all prompts told: means of their curves."""
     found = [done.found[prompt] for prompt in prompts]
@@ -237,7 +244,6 @@ def _joined(
                 (sum(c[i][0] for c in each) / len(each), sum(c[i][1] for c in each) / len(each))
                 for i in range(len(points))
             ]
-    model = _model(pipe)
     heads: dict[str, int] = {}
     for unit in curves:
         name, _, head = unit.rsplit(".", 2)
