@@ -26,7 +26,7 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Only the parts that lean on diffusers: what is said of its insides, and every family's tiny model.
-DRIFT := tests/patching/test_internals.py tests/pipelines/test_families.py tests/pipelines/test_family_limits.py
+DRIFT := tests/patching/swap/test_internals.py tests/pipelines/test_families.py tests/pipelines/test_family_limits.py
 OLDEST := $(shell sed -n 's/^ *"diffusers>=\(.*\)",$$/\1/p' pyproject.toml)
 
 drift: drift-oldest drift-newest

@@ -14,8 +14,8 @@ from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
-from diffpatch.patching import composition
-from diffpatch.patching.autocast import as_autocast, without_autocast
+from diffpatch.patching.attention.autocast import as_autocast, without_autocast
+from diffpatch.patching.options import composition
 from diffpatch.patterns.grid import Grid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 

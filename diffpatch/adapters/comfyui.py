@@ -43,7 +43,7 @@ import torch
 from diffpatch.adapters.engine import CallPlace, EngineAttention, Told
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.registry import list_methods, make_method
-from diffpatch.patching import composition
+from diffpatch.patching.options import composition
 from diffpatch.patterns.grid import TokenGrid
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
-from diffpatch.patching import composition
-from diffpatch.patching.schedule import Amount, BoundSchedule, Schedule
+from diffpatch.patching.options import composition
+from diffpatch.patching.options.schedule import Amount, BoundSchedule, Schedule
 from diffpatch.patterns.grid import Grid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.kernels.block_sparse.backends import BACKENDS
-from diffpatch.patching.settle import QUALITIES
+from diffpatch.patching.options.settle import QUALITIES
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"

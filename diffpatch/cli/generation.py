@@ -12,7 +12,7 @@ from PIL import Image
 import diffpatch
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import BadParameter, DiffpatchError
-from diffpatch.patching.settle import AUTO
+from diffpatch.patching.options.settle import AUTO
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 from diffpatch.pipelines.running.loading import Source

@@ -170,7 +170,7 @@ class Method:
     @property
     def slowed_from(self) -> int | None:
         """Trained length in latent frames, beyond which one frequency of the model's rotary
-        embedding is slowed down (see `diffpatch.patching.rope`); None never changes it."""
+        embedding is slowed down (see `diffpatch.patching.swap.rope`); None never changes it."""
         return None
 
     def variant(self, layer: int, step: int) -> Hashable:

@@ -13,9 +13,9 @@ from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
+from diffpatch.patching.options.schedule import Amount, Schedule
+from diffpatch.patching.options.settle import settle
 from diffpatch.patching.report import Record, Report
-from diffpatch.patching.schedule import Amount, Schedule
-from diffpatch.patching.settle import settle
 from diffpatch.patching.target import components, models, transformers
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
@@ -62,7 +62,7 @@ def patch(
         pipe: a diffusers pipeline (all its known transformers are patched) or one transformer.
         method: "auto" (radial for videos, neighborhood for images), a name from `list_methods()`,
             a combination such as ``"radial+temporal"`` or ``["radial", "temporal"]`` (see
-            `diffpatch.patching.composition`), or an object such as ``Radial(decay=0.5)``.
+            `diffpatch.patching.options.composition`), or an object such as ``Radial(decay=0.5)``.
         dense_steps: first denoising steps that stay dense; int = count, float = fraction. None
             takes the family's published setting for the method, else the method's own.
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
@@ -189,7 +189,7 @@ def _settled(
 
 
 def _install(target: Any, shared: Patch, owners: Iterable[PatchedTransformer]) -> None:
-    from diffpatch.patching.callers import schedulers_of
+    from diffpatch.patching.run.callers import schedulers_of
 
     try:
         for owner in owners:

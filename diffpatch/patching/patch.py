@@ -13,10 +13,10 @@ import torch
 
 from diffpatch.kernels.memo import Memo
 from diffpatch.methods.base import Method
-from diffpatch.patching.composition import STEPS
-from diffpatch.patching.run import Run
-from diffpatch.patching.runs import Place, Runs
-from diffpatch.patching.schedule import Schedule
+from diffpatch.patching.options.composition import STEPS
+from diffpatch.patching.options.schedule import Schedule
+from diffpatch.patching.run.run import Run
+from diffpatch.patching.run.runs import Place, Runs
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,15 @@ from diffpatch.kernels.block_sparse.backends import passed_over
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
-from diffpatch.patching import composition, parallel, rebind, rope
-from diffpatch.patching import model_masks as masks
-from diffpatch.patching.decision import Decider, Decision, Question
-from diffpatch.patching.forwards import Forward, Forwards
-from diffpatch.patching.gates import Gates
-from diffpatch.patching.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
+from diffpatch.patching.attention import model_masks as masks
+from diffpatch.patching.attention import parallel
+from diffpatch.patching.attention.decision import Decider, Decision, Question
+from diffpatch.patching.attention.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
+from diffpatch.patching.options import composition
 from diffpatch.patching.patch import Patch
+from diffpatch.patching.run.forwards import Forward, Forwards
+from diffpatch.patching.swap import rebind, rope
+from diffpatch.patching.swap.gates import Gates
 from diffpatch.patching.target import argument_names, layers, unreadable
 from diffpatch.pipelines.families.table import FamilyInfo
 

@@ -12,8 +12,8 @@ from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
-from diffpatch.patching.schedule import Amount
-from diffpatch.patching.settle import settle
+from diffpatch.patching.options.schedule import Amount
+from diffpatch.patching.options.settle import settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.table import list_families

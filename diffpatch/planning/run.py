@@ -10,7 +10,7 @@ import torch
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Method
-from diffpatch.patching.schedule import BoundSchedule
+from diffpatch.patching.options.schedule import BoundSchedule
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.shapes.table import ModelShape

@@ -19,7 +19,7 @@ from diffpatch.adapters import diffusers_backend
 from diffpatch.adapters.diffusers_backend import GridBackend
 from tests.pipelines.test_families import error
 from tests.tiny import wan
-from tests.tiny_videos import cosmos
+from tests.tiny.videos import cosmos
 
 GRID = TokenGrid(3, 2, 4, text_after=3)
 LOCAL = Neighborhood(window=(1, 1, 3), stride=1)

@@ -18,7 +18,8 @@ from PIL import Image, ImageSequence
 import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.parameters import convert
-from tests import tiny, tiny_images
+from tests import tiny
+from tests.tiny import images
 
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "17", "--steps", "2"]
 
@@ -222,7 +223,7 @@ def test_a_dry_run_finds_what_only_configs_tell(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before any weights are loaded, which may take long."""
-    tiny_images.dit().pipe.save_pretrained(tmp_path / "dit")
+    images.dit().pipe.save_pretrained(tmp_path / "dit")
     render = ["render", "-p", "a cat", "--dry-run", "--quiet", "-m"]
     square = ["--height", "32", "--width", "32"]
     for words, message in [

@@ -52,7 +52,7 @@ def test_every_variant_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("triton")
     from diffpatch.kernels.block_sparse.gpu import triton_forward as block_sparse_triton
     from diffpatch.kernels.gpu import support
-    from tests.kernels.triton_interpreter import interpreted
+    from tests.kernels.gpu.triton_interpreter import interpreted
 
     def reason(q: torch.Tensor, blocks: Any, backend: str) -> str | None:
         return "no interpreter knows it" if backend == "gluon" else None

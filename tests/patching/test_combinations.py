@@ -32,11 +32,10 @@ from PIL import Image
 import diffpatch
 from diffpatch import Neighborhood, Window
 from diffpatch.errors import DiffpatchError
-from tests import tiny_images, tiny_videos
 from tests.pipelines.test_families import Subject, error, masked
-from tests.tiny import Tiny, wan, wan22, wan_transformer
-from tests.tiny_families import CASES
-from tests.tiny_parts import make, noise
+from tests.tiny import Tiny, images, videos, wan, wan22, wan_transformer
+from tests.tiny.families import CASES
+from tests.tiny.parts import make, noise
 
 LOCAL = Neighborhood(window=(1, 3, 3), stride=1)
 ROWS = Window(window=(-1, 1, 2), shift="none")
@@ -62,7 +61,7 @@ def check(model: Tiny, case: str, **call: Any) -> diffpatch.Report:
 
 
 def test_skip_layer_guidance_is_a_branch_of_some_steps() -> None:
-    model = tiny_images.sd3()
+    model = images.sd3()
     report = check(
         model, "sd3", num_inference_steps=4, guidance_scale=3.0, skip_guidance_layers=[1],
         skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.8,
@@ -72,7 +71,7 @@ def test_skip_layer_guidance_is_a_branch_of_some_steps() -> None:
 
 
 def test_perturbed_attention_guidance_comes_and_goes_under_a_patch() -> None:
-    plain = tiny_images.pixart()
+    plain = images.pixart()
     pipe: Any = diffusers.PixArtSigmaPAGPipeline(**plain.pipe.components, pag_applied_layers=["1"])
     pipe.set_progress_bar_config(disable=True)
     model = Tiny(pipe, plain.call | {"pag_scale": 2.0})
@@ -101,7 +100,7 @@ def add_ip_adapter(model: Tiny) -> None:
 @pytest.mark.parametrize("patched_first", [True, False])
 def test_ip_adapters_under_a_patch(patched_first: bool, caplog: pytest.LogCaptureFixture) -> None:
     call = {f"{sign}ip_adapter_image_embeds": [noise(1, 1, 16)] for sign in ("", "negative_")}
-    plain = tiny_images.flux()
+    plain = images.flux()
     without = plain.run()
     add_ip_adapter(plain)
     model = Tiny(plain.pipe, plain.call | call)
@@ -109,7 +108,7 @@ def test_ip_adapters_under_a_patch(patched_first: bool, caplog: pytest.LogCaptur
     assert not torch.equal(dense, without)
     with masked(subject(model, "flux"), LOCAL):
         expected = model.run()
-    other = tiny_images.flux()
+    other = images.flux()
     if patched_first:
         diffpatch.patch(other.pipe, LOCAL, dense_steps=0)
         sparse_without = other.run()
@@ -132,7 +131,7 @@ def test_ip_adapters_under_a_patch(patched_first: bool, caplog: pytest.LogCaptur
 
 
 def flux_controlnet() -> Tiny:
-    plain = tiny_images.flux_kontext()
+    plain = images.flux_kontext()
     config = {k: plain.pipe.transformer.config[k] for k in _SHARED}
     net = make("FluxControlNetModel", **config)
     parts = plain.pipe.components | {"controlnet": net}
@@ -159,7 +158,7 @@ class Seeded(Tiny):
 
 
 def sd3_controlnet() -> Tiny:
-    plain = tiny_images.sd3()
+    plain = images.sd3()
     config = plain.pipe.transformer.config
     net = make("SD3ControlNetModel", **{k: v for k, v in config.items() if k in _SD3_SHARED})
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "block_out_channels": (4,) * 4}
@@ -252,16 +251,16 @@ def on_another_backend(model: Tiny) -> None:
 
 Change = Callable[[Tiny], None]
 CHANGES: list[tuple[Callable[[], Tiny], Change]] = [
-    (tiny_images.auraflow, fused),
-    (tiny_videos.cogvideox, fused),
-    (tiny_images.flux, fused),
-    (tiny_images.flux, sliced),
-    (tiny_images.sd3, sliced),
-    (tiny_images.sd3, quantized),
-    (tiny_videos.wan, offloaded_by_parts),
-    (tiny_images.sd3, offloaded_by_parts),
-    (tiny_videos.wan, offloaded_whole),
-    (tiny_images.flux, on_another_backend),
+    (images.auraflow, fused),
+    (videos.cogvideox, fused),
+    (images.flux, fused),
+    (images.flux, sliced),
+    (images.sd3, sliced),
+    (images.sd3, quantized),
+    (videos.wan, offloaded_by_parts),
+    (images.sd3, offloaded_by_parts),
+    (videos.wan, offloaded_whole),
+    (images.flux, on_another_backend),
 ]
 
 

@@ -56,7 +56,7 @@ def test_a_pattern_that_keeps_all_equals_dense(
 ) -> None:
     before = tiny.run()
     # One row short of everything would hide a bug here, and everything would run dense: force it.
-    monkeypatch.setattr("diffpatch.patching.decision.DENSE_FROM", 2.0)
+    monkeypatch.setattr("diffpatch.patching.attention.decision.DENSE_FROM", 2.0)
     with diffpatch.patched(tiny.pipe, "window", window=-1, dense_steps=0, backend=backend):
         after = tiny.run()
         assert set(diffpatch.report(tiny.pipe).backends) == {backend}

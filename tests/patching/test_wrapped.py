@@ -15,7 +15,7 @@ import diffpatch
 from diffpatch import BadParameter, DiffpatchError, Radial, UnknownFamily
 from tests.patching.test_custom_model import GRID, Model
 from tests.tiny import Tiny, wan, wan_transformer
-from tests.tiny_parts import noise
+from tests.tiny.parts import noise
 
 LOCAL: dict[str, Any] = {"window": 0.5, "shift": "layer", "dense_steps": 1}
 

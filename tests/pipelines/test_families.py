@@ -1,7 +1,7 @@
 """Every family: the right modules, the right grid, the right numbers, and back again bit for bit.
 
 The reference is the family's own, unpatched attention under a dense mask: torch's operator is
-replaced while the modules named in `tests.tiny_families` run.
+replaced while the modules named in `tests.tiny.families` run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 import diffpatch
 from diffpatch import BlockPattern, Method, Neighborhood, TokenGrid
 from diffpatch.methods.packed import pattern_on
-from tests.family_case import Case
 from tests.tiny import Tiny
-from tests.tiny_families import CASES
-from tests.tiny_parts import Bare, one
+from tests.tiny.families import CASES
+from tests.tiny.family_case import Case
+from tests.tiny.parts import Bare, one
 
 LOCAL = Neighborhood(window=(1, 3, 3), stride=1)
 

@@ -18,8 +18,8 @@ import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.families import COLUMNS, markdown
 from diffpatch.pipelines.families.table import FamilyInfo
-from tests.tiny_families import CASES
-from tests.tiny_parts import Bare
+from tests.tiny.families import CASES
+from tests.tiny.parts import Bare
 
 ROWS = diffpatch.list_families()
 README = Path(__file__).parents[2] / "pipelines" / "README.md"

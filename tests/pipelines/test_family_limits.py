@@ -14,15 +14,15 @@ import torch
 import diffpatch
 from diffpatch import Neighborhood, TokenGrid, UnknownFamily, Window, make_method
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.patching.schedule import Schedule
-from diffpatch.patching.tracker import tracker_of
+from diffpatch.patching.options.schedule import Schedule
+from diffpatch.patching.run.tracker import tracker_of
 from diffpatch.pipelines.families import grids
 from diffpatch.pipelines.families.table import FamilyInfo
-from tests import tiny_images, tiny_more, tiny_videos
 from tests.pipelines.test_families import LOCAL
-from tests.tiny import Tiny
-from tests.tiny_families import CASES
-from tests.tiny_parts import Bare, make, noise
+from tests.tiny import Tiny, images, videos
+from tests.tiny import more as tiny_more
+from tests.tiny.families import CASES
+from tests.tiny.parts import Bare, make, noise
 
 ROWS = diffpatch.list_families()
 
@@ -92,7 +92,7 @@ def test_prompts_of_different_lengths_in_lumina() -> None:
         "encoder_hidden_states": noise(2, 8, 32),
         "encoder_attention_mask": mask,
     }
-    model = tiny_images.lumina2().pipe.transformer
+    model = images.lumina2().pipe.transformer
     runs_dense(Bare(model, inputs), "prompts of different lengths")
 
 
@@ -101,7 +101,7 @@ def test_cached_references_of_flux2() -> None:
 
     if not hasattr(module, "Flux2KVAttnProcessor"):
         pytest.skip("this diffusers caches no references of Flux 2 yet")
-    model = tiny_images.flux2_references()
+    model = images.flux2_references()
     for block in model.pipe.transformer_blocks:
         block.attn.set_processor(module.Flux2KVAttnProcessor())
     for block in model.pipe.single_transformer_blocks:
@@ -147,7 +147,7 @@ def test_prompts_of_different_lengths_in_fibo2() -> None:
 
 
 def test_block_causal_masks_of_skyreels() -> None:
-    model = tiny_videos.skyreels()
+    model = videos.skyreels()
     model.pipe.transformer.register_to_config(num_frame_per_block=3)
     runs_dense(model, r"the model's own mask \(1, 1, 72, 72\)")
 
@@ -155,7 +155,7 @@ def test_block_causal_masks_of_skyreels() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_checkpoints_that_are_sparse_by_themselves() -> None:
     nabla = {f"attention_{name}": 3 for name in ("wT", "wW", "wH")}
-    model = tiny_videos.kandinsky(
+    model = videos.kandinsky(
         attention_type="nabla", attention_P=0.9, attention_add_sta=True, **nabla
     )
     for block in model.pipe.transformer.visual_transformer_blocks:
@@ -164,7 +164,7 @@ def test_checkpoints_that_are_sparse_by_themselves() -> None:
 
 
 def test_a_grid_that_does_not_fit_the_sequence() -> None:
-    model = tiny_videos.ltx2()
+    model = videos.ltx2()
     with diffpatch.patched(model.pipe, LOCAL):
         diffpatch.patch(model.pipe, LOCAL, grid=TokenGrid(3, 4, 6), modules=r".*\.attn1")
         model.run()
@@ -208,7 +208,7 @@ def test_image_ids_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", count)
-    model = tiny_images.flux()
+    model = images.flux()
     diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
     model.run(num_inference_steps=3)
     assert sum(Path(name).name == "grids.py" for name in reads) == 1
@@ -232,7 +232,7 @@ def test_image_ids_that_change_in_place_are_read_again() -> None:
 
 
 def test_samples_that_are_called_one_by_one_are_one_forward() -> None:
-    model = tiny_videos.mochi()
+    model = videos.mochi()
     diffpatch.patch(model.pipe, LOCAL, dense_steps=0)
     model.run()
     tracker = tracker_of(model.pipe.scheduler)
@@ -258,7 +258,7 @@ class Remember(Neighborhood):
 
 
 def test_samples_that_are_called_one_by_one_share_no_state() -> None:
-    model = tiny_videos.mochi()  # of 5 and 3 prompt tokens
+    model = videos.mochi()  # of 5 and 3 prompt tokens
     method = Remember()
     diffpatch.patch(model.pipe, method, dense_steps=0)
     model.run()

@@ -14,11 +14,10 @@ from diffpatch import Neighborhood, PackedGrid, Window
 from diffpatch.methods.packed import pattern_on
 from diffpatch.patterns.packed import without_queries
 from diffpatch.pipelines.families import spans
-from tests import tiny_packed
 from tests.pipelines.test_families import LOCAL
 from tests.pipelines.test_family_limits import runs_dense
-from tests.tiny import Tiny
-from tests.tiny_parts import make, noise
+from tests.tiny import Tiny, packed
+from tests.tiny.parts import make, noise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "MiniMaxH3Transformer3DModel"), reason="diffusers is older than they are"
@@ -61,14 +60,14 @@ def test_spans_follow_from_the_rows() -> None:
 
 
 def test_rows_that_are_not_frames_run_dense() -> None:
-    model = tiny_packed.minimax_h3()
+    model = packed.minimax_h3()
     broken = model.call["position_ids"].clone()
     broken[-1, 1] += 7
     runs_dense(model, "the video rows are not whole frames", position_ids=broken)
 
 
 def test_the_answer_is_read_once_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reads = tiny_packed.minimax_h3(), []
+    model, reads = packed.minimax_h3(), []
     original = spans._spans_of_rows
     monkeypatch.setattr(
         spans,
@@ -82,13 +81,13 @@ def test_the_answer_is_read_once_from_the_device(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cosmos_whose_parts_stand_elsewhere_runs_dense() -> None:
-    model = tiny_packed.cosmos3(sound=0)
+    model = packed.cosmos3(sound=0)
     places = model.call["vision_sequence_indexes"].flip(0)
     runs_dense(model, "do not follow the prompt", vision_sequence_indexes=places)
 
 
 def test_a_packed_sequence_of_several_videos_is_reported_whole() -> None:
-    model = tiny_packed.minimax_h3_references()
+    model = packed.minimax_h3_references()
     with diffpatch.patched(model.pipe, LOCAL, dense_steps=0):
         model.run()
         report = diffpatch.report(model.pipe)
@@ -98,7 +97,7 @@ def test_a_packed_sequence_of_several_videos_is_reported_whole() -> None:
 
 
 def test_a_method_for_videos_leaves_a_sequence_of_images_alone() -> None:
-    model = tiny_packed.cosmos3(shapes=((1, 3, 5), (1, 4, 6)))
+    model = packed.cosmos3(shapes=((1, 3, 5), (1, 4, 6)))
     plain = model.run()
     with diffpatch.patched(model.pipe, "radial", dense_steps=0, dense_layers=0):
         out, report = model.run(), diffpatch.report(model.pipe)
@@ -119,11 +118,11 @@ def test_a_method_for_videos_leaves_a_sequence_of_images_alone() -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        tiny_packed.prx,
-        tiny_packed.nucleus,
-        tiny_packed.cosmos3_pipeline,
-        tiny_packed.qwen21_pipeline,
-        tiny_packed.helios_pipeline,
+        packed.prx,
+        packed.nucleus,
+        packed.cosmos3_pipeline,
+        packed.qwen21_pipeline,
+        packed.helios_pipeline,
     ],
 )
 def test_every_kind_of_method_runs_over_them(
@@ -157,7 +156,7 @@ def test_qwen_asks_cached_keys_sparsely(cached: bool) -> None:
     """The prompt of the first step is computed as ever; the image is sparse in every step."""
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
-    model = tiny_packed.qwen21()
+    model = packed.qwen21()
 
     def steps() -> Iterator[torch.Tensor]:
         more: dict[str, Any] = {"kv_cache": QwenImage21KVCache(2)} if cached else {}
@@ -176,7 +175,7 @@ def test_qwen_asks_cached_keys_sparsely(cached: bool) -> None:
 
 
 def test_compiled_blocks_of_a_packed_model_follow() -> None:
-    model = tiny_packed.minimax_h3_references()
+    model = packed.minimax_h3_references()
     diffpatch.patch(model.pipe, LOCAL)
     eager = model.run()
     model.pipe.compile_repeated_blocks(backend="eager", fullgraph=True)

@@ -10,7 +10,7 @@ import pytest
 import diffpatch
 from diffpatch import BadParameter, Dynamic, Neighborhood, Radial, Window
 from diffpatch.cli import main
-from diffpatch.patching.settle import QUALITIES, settle
+from diffpatch.patching.options.settle import QUALITIES, settle
 from diffpatch.pipelines.families.table import list_families
 from tests.tiny import Tiny, flux, wan, wan22
 

@@ -11,7 +11,7 @@ import torch
 import diffpatch
 from diffpatch import BadParameter, Dense, Temporal, cli
 from diffpatch.tuning.calibration import THRESHOLDS, Calibration
-from tests.patching.test_temporal_state import aligned
+from tests.patching.run.test_temporal_state import aligned
 from tests.tiny import wan
 
 CALL: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 from diffpatch.cli import arguments, progress
 from diffpatch.cli.bench.output import add_common, chosen, finish, times
 from diffpatch.cli.errors import RunError, UsageError
-from diffpatch.patching.settle import AUTO
+from diffpatch.patching.options.settle import AUTO
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.shapes import table as shapes
 

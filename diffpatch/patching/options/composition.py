@@ -1,0 +1,136 @@
+"""What combines with what: methods with methods, and methods with the caches of diffusers.
+
+Methods
+
+===========================  ====================================================================
+``static``                   radial, neighborhood, sliding_tile, window, disc: alone, or inside
+                             ``temporal``, written "radial+temporal" or ["radial", "temporal"]
+``static`` and ``temporal``  if the pattern stays as it is from step to step (``shift="layer"`` of
+                             window, not "step" or "random") and the softmax is not sharpened,
+                             because results of earlier steps are merged into it
+``linear`` and ``temporal``  refused: linear leaves nothing out that could be remembered
+``dynamic``                  alone: it remembers its choice itself, for ``refresh`` steps. With
+                             every layout, mask and number of key heads; rules that compare heads
+                             (sol, sparge, xattention, nabla) compare those of one process under
+                             Ulysses, and ``budgets`` name all heads and are refused there
+dense steps and layers       with everything; a method sees only the calls between
+===========================  ====================================================================
+
+Caches, which diffusers puts around attention or around whole blocks (``transformer.enable_cache``);
+patch first or enable first, it makes no difference
+
+=============================  ==================================================================
+``PyramidAttentionBroadcast``  yes. It counts calls, not steps, and knows no guidance branches:
+                               where those run in turn, diffusers hands the answer for one to the
+                               other, patched or not. A warning says so
+``FirstBlockCache``            yes. The first block decides on results that are now a little off:
+                               look at its threshold again, or keep that block dense
+``MagCache``                   yes. Calibrate its ratios with the patch on
+``TaylorSeerCache``, ``SeaCache``, ``TextKVCache``  yes
+``FasterCache``                yes, but not with ``temporal``, nor with ``dynamic`` unless
+                               ``refresh=1``: it drops the unconditional rows of
+                               most batches, so that nothing can be carried from one to the next
+any other                      refused, because it is not known what it expects of attention
+=============================  ==================================================================
+
+A call that a cache skips is not made, so a method does nothing in it and the report does not count
+it. Steps go on counting: the state of ``temporal`` and the choice of ``dynamic`` age by steps,
+however many calls there were.
+Perturbed-attention guidance (``LayerSkipConfig(skip_attention_scores=True)``) is refused: it goes
+into the attention of torch itself, which is not called any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.methods.base import Method
+from diffpatch.methods.wrapper import Wrapper
+
+CACHES = (
+    "PyramidAttentionBroadcast",
+    "FasterCache",
+    "FirstBlockCache",
+    "MagCache",
+    "SeaCache",
+    "TaylorSeerCache",
+    "TextKVCache",
+)
+# Caches that change the rows of a batch from call to call, so that no state fits.
+UNEVEN = ("FasterCache",)
+# Caches that mix guidance branches which run in turn.
+BRANCHLESS = ("PyramidAttentionBroadcast",)
+STEPS = range(8)  # steps to look at: patterns that follow them change within these
+
+
+def check_method(method: Method) -> None:
+    """Refuse a method over another that it cannot be merged with.
+
+    Raises:
+        BadParameter: says which parameter stands in the way.
+    """
+    if not (isinstance(method, Wrapper) and method.needs_steps):
+        return
+    over = method.over
+    if any(over.variant(0, step) != over.variant(0, 0) for step in STEPS):
+        raise BadParameter(
+            f"{over} over {method.name}: its pattern changes from step to step, and what is carried"
+            " over the steps belongs to one pattern; use shift='layer', 'count' or 'none'"
+        )
+    if over.softmax_factor() != 1:
+        raise BadParameter(
+            f"{over} over {method.name}: results of earlier steps are merged into a softmax that is"
+            " not sharpened; leave out sharpen"
+        )
+
+
+def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
+    """Refuse caches and guidance that would compute something else than they say.
+
+    Called before every forward, because caches come and go after patching; costs a look at each
+    module.
+
+    Raises:
+        DiffpatchError: names what is on and what to do.
+    """
+    from diffpatch import internals  # imports diffusers, which takes seconds
+    from diffpatch.patching.attention import parallel
+
+    if method.slowed_from is not None and parallel.context(model) is not None:
+        raise DiffpatchError(
+            f"{method.name} slows a frequency of the rotary embedding down, which is cut over"
+            " several processes here: pass riflex=False"
+        )
+    cache = cache_of(model)
+    if cache is not None and cache not in CACHES:
+        raise DiffpatchError(
+            f"{cache} is enabled on {type(model).__name__} and not known to work with a patched"
+            f" attention (known: {', '.join(CACHES)}): call disable_cache() or unpatch first"
+        )
+    if cache in UNEVEN and method.needs_steps:
+        raise DiffpatchError(
+            f"{cache} drops rows of the batch from one step to the next, so {method.name} has"
+            " nothing to carry over: use one of the two"
+        )
+    for module in modules:
+        hooks = getattr(getattr(module, internals.HOOKS, None), "hooks", {})
+        if any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values()):
+            raise DiffpatchError(
+                "a hook skips attention scores (perturbed-attention guidance), which reaches into"
+                " torch's attention and misses a patched one: remove the hook or unpatch first"
+            )
+
+
+def mixes_branches(model: Any, branch: int) -> bool:
+    """Whether a cache hands results of one guidance branch to another in this forward."""
+    return branch > 0 and cache_of(model) in BRANCHLESS
+
+
+def cache_of(model: Any) -> str | None:
+    """The cache that is enabled on a model, without "Config"; None without one."""
+    from diffpatch import internals
+
+    config = getattr(model, internals.CACHE, None)
+    return None if config is None else type(config).__name__.removesuffix("Config")

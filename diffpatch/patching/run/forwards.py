@@ -1,0 +1,134 @@
+"""Which forward of a transformer an attention call belongs to, and which sample of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from diffpatch.errors import DiffpatchError
+from diffpatch.methods.base import Method
+from diffpatch.patching.attention.layout import NO_GRID, Numbers
+from diffpatch.patching.attention.parallel import Deal
+from diffpatch.patching.options.schedule import BoundSchedule
+from diffpatch.patching.run.runs import Place
+
+
+@dataclass
+class Forward:
+    """One forward of a transformer.
+
+    Attributes:
+        place: where it stands in a run.
+        bound: the schedule of the run.
+        context: what diffusers' `cache_context` calls it.
+        hooked: whether the hook of the model ran, which tells where it begins and ends; in a
+            compiled one it was traced, and attention calls alone show that there is a forward.
+        grid: of its tokens, where the hook told it.
+        why: there is no grid.
+        calls: of each layer so far.
+        last: the layer called last.
+        deal: in which order the heads of the call at hand are shared out to processes.
+    """
+
+    place: Place
+    bound: BoundSchedule
+    context: str | None = None
+    hooked: bool = False
+    grid: Numbers = NO_GRID
+    why: str = ""
+    calls: Counter[int] = field(default_factory=Counter)
+    last: int = -1
+    deal: Deal | None = None
+
+    def called(self, layer: int) -> int:
+        """Count a call; the number of the sample, because some models call once for each."""
+        sample = self.calls[layer]
+        self.calls[layer] += 1
+        self.last = layer
+        return sample
+
+
+class _Local(threading.local):
+    """What one thread is in the middle of."""
+
+    forward: Forward | None = None
+    context: str | None = None
+
+
+class Forwards:
+    """The forwards of one transformer, one at a time in each thread.
+
+    Args:
+        layers: how many attention layers it has.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._here = _Local()
+        # For backward passes, which may run in a thread of their own and tell nothing.
+        self._looks: set[tuple[Numbers, int]] = set()
+        self._latest: Forward | None = None
+        self._went_back = False
+
+    @property
+    def context(self) -> str | None:
+        """What diffusers' `cache_context` calls the forward of this thread."""
+        return self._here.context
+
+    @context.setter
+    def context(self, name: str | None) -> None:
+        self._here.context = name
+
+    @property
+    def current(self) -> Forward | None:
+        """The forward that this thread is in the middle of."""
+        return self._here.forward
+
+    def begin(self, forward: Forward) -> Forward:
+        """This thread begins a forward."""
+        self._here.forward = forward
+        if self._went_back:
+            self._looks.clear()
+            self._went_back = False
+        if torch.is_grad_enabled():  # a backward pass may compute parts of it again
+            self._looks.add((forward.grid, forward.place.step))
+            self._latest = forward
+        return forward
+
+    def end(self) -> None:
+        """This thread is through with its forward."""
+        self._here.forward = None
+
+    def of_call(self, layer: int, begin: Callable[[], Forward]) -> Forward:
+        """The forward that an attention call in this thread belongs to; `begin` makes a new one.
+
+        Without a hook a forward begins where a layer comes back after others: a layer may be called
+        several times in a row (Mochi: a call a sample), and layers may be skipped.
+        """
+        forward = self.current
+        if forward is None:
+            return begin()
+        if forward.hooked:
+            return forward
+        again = forward.calls[layer] and (layer != forward.last or self._layers == 1)
+        past = forward.place.is_past or forward.context != self.context
+        return begin() if again or past else forward
+
+    def computed_again(self, method: Method) -> Forward:
+        """The forward that a backward pass computes parts of again, by gradient checkpointing.
+
+        Raises:
+            DiffpatchError: nothing tells which of several it is.
+        """
+        self._went_back = True
+        if self._latest is None or len(self._looks) > 1 or method.needs_steps:
+            raise DiffpatchError(
+                f"gradient checkpointing computes {method.name} attention again, one of"
+                f" {len(self._looks)} forwards with grids or steps of their own: call backward"
+                " after every forward, or train without checkpointing"
+            )
+        return self._latest

@@ -1,0 +1,135 @@
+"""One run, which is one pipeline call, over a patch: all that it remembers."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.kernels.memo import Memo
+from diffpatch.methods.base import Method
+from diffpatch.patching.options.schedule import BoundSchedule, Schedule
+from diffpatch.patching.report import Record
+from diffpatch.patching.run.frames import FrameClock
+
+# What tells the states of a method apart: transformer, layer, guidance branch, sample.
+StateKey = tuple[str, int, int, int]
+
+
+class Run:
+    """Counts, and what a method carries from step to step; the latter until the last step.
+
+    Args:
+        pipeline: whose call it is, where that is known.
+        untold: why nothing tells the denoising steps, None where something does.
+
+    Attributes:
+        number: the tracker's number of the run.
+        record: what was computed.
+        state: what the method keeps.
+        memos: the decisions about the grids of this run, held so that none is made anew within it.
+        clocks: of the frames of each transformer.
+    """
+
+    def __init__(self, pipeline: Any = None, untold: str | None = None, number: int = 0) -> None:
+        self.number = number
+        self.untold = untold
+        self.record = Record()
+        self.state: defaultdict[StateKey, dict[str, Any]] = defaultdict(dict)
+        self.memos: dict[Any, Memo] = {}
+        self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._bound: dict[int, BoundSchedule] = {}  # by number of layers
+        self._in_step: dict[str, tuple[int, Counter[str | None]]] = {}
+        self._branches: defaultdict[str, dict[tuple[str | None, int], int]] = defaultdict(dict)
+        self._earlier = 0  # steps of the windows before this one
+
+    @property
+    def pipeline(self) -> Any:
+        """Whose call it is; None if unknown or gone."""
+        return None if self._pipeline is None else self._pipeline()
+
+    def go_on(self, number: int) -> None:
+        """The same call denoises once more, as long videos do for each window."""
+        self.number = number
+        self._earlier = max(self.record.by_step, default=-1) + 1
+        self._forget()
+
+    def end(self) -> None:
+        """Free what was carried; counts stay."""
+        self.note_state()
+        self._forget()
+
+    def note_state(self) -> None:
+        """Count the memory that is held now."""
+        self.record.state_bytes = max(self.record.state_bytes, self.state_bytes())
+
+    def _forget(self) -> None:
+        self.state.clear()
+        self.memos.clear()
+        self.clocks.clear()
+        self._bound.clear()
+        self._in_step.clear()
+        self._branches.clear()
+
+    def reset(self) -> None:
+        """Forget all counts and all state."""
+        self.record = Record()
+        self.state.clear()
+
+    def forget(self, transformer: str) -> None:
+        """Forget the state of one transformer; its counts stay."""
+        for key in [key for key in self.state if key[0] == transformer]:
+            del self.state[key]
+
+    def place(self, step: int) -> int:
+        """The step in the record, where windows follow each other."""
+        return self._earlier + step
+
+    def branch(self, transformer: str, step: int, context: str | None) -> tuple[int, bool]:
+        """The guidance branch of the forward that begins, and whether it is the first of its step.
+
+        Args:
+            transformer: its name in the patch.
+            step: of the run.
+            context: what diffusers' `cache_context` calls the forward, None where it does not.
+        """
+        before, names = self._in_step.get(transformer, (-1, Counter()))
+        if before != step:
+            names = Counter()
+            self._in_step[transformer] = (step, names)
+        first = not names
+        known = self._branches[transformer]
+        branch = known.setdefault((context, names[context]), len(known))
+        names[context] += 1
+        return branch, first
+
+    def bound(
+        self, schedule: Schedule, layers: int, total: int | None, evaluations: int
+    ) -> BoundSchedule:
+        """The schedule in whole steps and layers."""
+        if layers not in self._bound:
+            self._bound[layers] = schedule.bind(total, layers, evaluations, self.untold)
+        return self._bound[layers]
+
+    def state_bytes(self) -> int:
+        """Memory that the method holds now."""
+        held = [value for one in list(self.state.values()) for value in list(one.values())]
+        return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
+
+    def check_state(self, method: Method) -> None:
+        """Refuse politely before the state outgrows what the method may hold."""
+        limit = method.state_limit()
+        if limit == float("inf"):
+            return
+        held = self.state_bytes()
+        self.record.state_bytes = max(self.record.state_bytes, held)
+        if held > limit:
+            self.reset()
+            raise BadParameter(
+                f"{method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
+                f" {limit / 2**30:.2f} GiB; raise budget_gib, or {method.state_advice}"
+            )

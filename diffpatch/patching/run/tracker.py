@@ -1,0 +1,302 @@
+"""Which run and denoising step a scheduler is in.
+
+Pipelines do not say, in general, so it is read off the two things that every denoising loop does:
+``scheduler.set_timesteps`` starts a run, and the first forward after a ``scheduler.step`` starts
+the next step; further forwards within a step are its branches (conditional, unconditional, …). No
+timestep is ever read, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from diffpatch.patching.run import callers
+from diffpatch.patching.run.callers import TRACKER
+
+# The loops that the current thread, or task of an event loop, has begun, where no caller is seen.
+_BEGUN: contextvars.ContextVar[tuple[weakref.ref[Tracker], ...]] = contextvars.ContextVar(
+    "diffpatch_begun", default=()
+)
+
+
+class Follower(Protocol):
+    """Who wants to know when a run is over."""
+
+    def run_is_over(self, tracker: Tracker) -> None:
+        """The last step of the run was taken."""
+        ...
+
+
+class Tracker:
+    """The position of one scheduler in its denoising loop.
+
+    Attributes:
+        run: number of the current run; 0 before the first.
+        step: denoising step within the run, counted in model evaluations; -1 before the first.
+        branch: forward within the step.
+        total: model evaluations in the run, None where nothing tells.
+        evaluations: model evaluations per denoising step (2 for Heun-like solvers).
+        stepped: whether the scheduler was stepped since the last forward.
+        thread: where the run began.
+        followers: who is told when a run is over.
+        schedulers: the ones that report here, by their ids: one, and copies it is stepped with.
+    """
+
+    def __init__(self) -> None:
+        self.run = 0
+        self.evaluations = 1
+        self.total: int | None = None
+        self.thread = 0
+        self.followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self.schedulers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._own: weakref.ref[Any] | None = None  # not a copy
+        self._output: weakref.ref[Any] | None = None
+        self._copied = self._begun = False
+        self._first: int | None = None  # the scheduler's own index of the first step
+        self.step, self.branch, self.stepped = -1, -1, True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
+        # Some pipelines step a deep copy of their scheduler; it must report to the same tracker.
+        return self
+
+    def _begin(self) -> None:
+        self.run += 1
+        self.step, self.branch, self.stepped = -1, -1, True
+        self.total = self._first = None
+
+    def add(self, scheduler: Any) -> None:
+        """A scheduler, or a copy of it, reports here from now on."""
+        if self._own is None:
+            self._own = weakref.ref(scheduler)
+        self.schedulers[id(scheduler)] = scheduler
+
+    def is_own(self, scheduler: Any) -> bool:
+        """Whether a scheduler is the one that this is about, and not a copy of it."""
+        return self._own is not None and self._scheduler is scheduler
+
+    def on_set_timesteps(self, scheduler: Any) -> None:
+        """A run begins; not by a copy that is made in the middle of one."""
+        if self.running and self.step >= 0 and not self.is_own(scheduler):
+            return
+        self._begun = True
+        self.thread = threading.get_ident()
+        self._begin()
+        others = [tracker for tracker in loops_begun() if tracker is not self]
+        _BEGUN.set(tuple(weakref.ref(tracker) for tracker in (*others, self)))
+
+    def take_over(self, scheduler: Any) -> None:
+        """Begin in the middle of a run whose beginning nobody has told."""
+        self.on_set_timesteps(scheduler)
+        self.step = _steps_taken(scheduler) - 1
+        if self.step >= 0:
+            self._first = _begin_index(scheduler)
+
+    def on_step(self, output: Any = None) -> None:
+        """The scheduler consumed a model output."""
+        index = None if self._copied else getattr(self._scheduler, "step_index", None)
+        if index is not None:  # tells more than forwards do, some of which another model may make
+            self._first = index - 1 if self._first is None else self._first
+            self.step = index - self._first - 1
+        elif self.stepped and not self._copied:
+            self.step += 1  # after forwards that are not known here
+        self.stepped = True
+        if isinstance(output, torch.Tensor):
+            self._output = weakref.ref(_whole(output))
+        if self._over:
+            for follower in list(self.followers):
+                follower.run_is_over(self)
+
+    def is_output(self, value: Any) -> bool:
+        """Whether a value is the output that the last step consumed, or that a part of it."""
+        if self._output is None or not isinstance(value, torch.Tensor):
+            return False
+        return self._output() is _whole(value)
+
+    @property
+    def _over(self) -> bool:
+        return self.total is not None and self.step + 1 >= self.total and self.stepped
+
+    @property
+    def running(self) -> bool:
+        """Whether a run has begun and not yet ended."""
+        return self._begun and not self._over
+
+    def on_forward(self, announced: int | None = None) -> None:
+        """A transformer forward begins. Where no run has begun, every forward is one.
+
+        Args:
+            announced: how many steps the pipeline says this run has, where it does.
+        """
+        if not self._begun:
+            self._begin()
+        if not self.stepped:
+            self.branch += 1
+            return
+        if self.total is None and self._begun:
+            self._count(announced)
+        if self._over:  # whoever calls now has a loop that nobody follows
+            self._begun = False
+            self._begin()
+        self.step, self.branch, self.stepped = self.step + 1, 0, False
+
+    @property
+    def _scheduler(self) -> Any:
+        return None if self._own is None else self._own()
+
+    def _count(self, announced: int | None) -> None:
+        """How many model evaluations the run has.
+
+        Only at its first forward, because image-to-image pipelines set the begin index late.
+        """
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        self.total = len(scheduler.timesteps) - _begin_index(scheduler)
+        self.evaluations = getattr(scheduler, "order", 1)
+        # Some video-to-video pipelines cut their timesteps silently; those that step a copy for
+        # every frame take more steps than each of the copies. What is no news may count otherwise.
+        news = announced is not None and announced != getattr(scheduler, "num_inference_steps", 0)
+        if announced is not None and news and (announced < self.total or self._copied):
+            self.total = announced
+
+    def join(self, copied: Any) -> None:
+        """A copy is stepped in place of the scheduler, or beside it."""
+        self._copied = True
+        self.add(copied)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor is a view of."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def loops_begun() -> list[Tracker]:
+    """The loops that are running and were begun in this thread or task."""
+    begun = [reference() for reference in _BEGUN.get()]
+    return [tracker for tracker in begun if tracker is not None and tracker.running]
+
+
+def tracker_of(scheduler: Any) -> Tracker | None:
+    """The tracker that a scheduler reports to, None if it is not tracked."""
+    tracker: Tracker | None = getattr(scheduler, "__dict__", {}).get(TRACKER)
+    return tracker
+
+
+def is_under_way(scheduler: Any) -> bool:
+    """Whether a scheduler that is not tracked has timesteps and not yet taken all its steps."""
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        return False
+    timesteps = getattr(scheduler, "timesteps", None)
+    return timesteps is not None and _steps_taken(scheduler) < len(timesteps) - _begin_index(
+        scheduler
+    )
+
+
+def _steps_taken(scheduler: Any) -> int:
+    index = getattr(scheduler, "step_index", None)
+    return 0 if index is None else max(int(index) - _begin_index(scheduler), 0)
+
+
+def _begin_index(scheduler: Any) -> int:
+    return getattr(scheduler, "begin_index", None) or 0
+
+
+def track(scheduler: Any, tracker: Tracker) -> Callable[[], None]:
+    """Make a scheduler report to a tracker, until the returned function is called.
+
+    The object gets a subclass of the same name, so that pipelines that inspect signatures, save the
+    scheduler's class name or deep-copy it see what they saw before.
+    """
+    if TRACKER in scheduler.__dict__:
+        untrack(scheduler)
+    cls: Any = type(scheduler)
+    scheduler.__class__ = _tracked_class(cls)
+    scheduler.__dict__[TRACKER] = tracker
+    tracker.add(scheduler)
+    return functools.partial(untrack, scheduler)
+
+
+def untrack(scheduler: Any) -> None:
+    """Give the scheduler its own class back."""
+    scheduler.__dict__.pop(TRACKER, None)
+    original = type(scheduler).__dict__.get("_diffpatch_original")
+    if original is not None:
+        scheduler.__class__ = original
+
+
+@functools.cache
+def _tracked_class(cls: Any) -> Any:
+    """A same-named subclass of a scheduler class that reports to the tracker of its instance."""
+    if "_diffpatch_original" in cls.__dict__:
+        return cls
+
+    @functools.wraps(cls.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = cls.set_timesteps(self, *args, **kwargs)
+        if (tracker := tracker_of(self)) is not None:
+            tracker.on_set_timesteps(self)
+        return result
+
+    @functools.wraps(cls.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = cls.step(self, *args, **kwargs)
+        if (tracker := tracker_of(self)) is not None:
+            tracker.on_step(args[0] if args else kwargs.get("model_output"))
+        return result
+
+    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls(*args, **kwargs)  # made from the class of a tracked one, and not tracked
+
+    def reduce(self: Any, protocol: Any = 2) -> Any:
+        # Pickled schedulers come back as what they were before the patch.
+        state = {k: v for k, v in self.__dict__.items() if k != TRACKER}
+        return _restore, (cls, state)
+
+    names = {
+        "set_timesteps": set_timesteps,
+        "step": step,
+        "__new__": new,
+        "__reduce_ex__": reduce,
+        "__deepcopy__": _deepcopy,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_diffpatch_original": cls,
+    }
+    bases: tuple[Any, ...] = (cls,)
+    return type(cls.__name__, bases, names)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    # A copy made during a run takes part in it; any other belongs to somebody else.
+    cls: Any = type(self)
+    tracker = tracker_of(self)
+    joins = tracker is not None and _takes_part(self, tracker)
+    new = object.__new__(cls if joins else cls._diffpatch_original)
+    memo[id(self)] = new
+    items = {k: v for k, v in self.__dict__.items() if joins or k != TRACKER}
+    new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in items.items()})
+    if tracker is not None and joins:
+        tracker.join(new)
+    return new
+
+
+def _takes_part(scheduler: Any, tracker: Tracker) -> bool:
+    """Whether a copy that is made now is one more scheduler of the run."""
+    pipeline = callers.calling_pipeline()
+    if pipeline is not None:
+        return any(own is scheduler for own in callers.schedulers_of(pipeline))
+    return tracker.running and tracker.thread == threading.get_ident()
+
+
+def _restore(cls: Any, state: dict[str, Any]) -> Any:
+    new = cls.__new__(cls)
+    new.__dict__.update(state)
+    return new

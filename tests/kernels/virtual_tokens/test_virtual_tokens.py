@@ -1,0 +1,188 @@
+"""Virtual tokens beside chosen strips, by torch and Triton: against one softmax in fp64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffpatch import Dense, TokenGrid
+from diffpatch.kernels.active_tiles import api as active_tiles
+from diffpatch.kernels.active_tiles.table import tile_table
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from tests.exactness import poisoned
+from tests.kernels.random_blocks import random_qkv
+
+GRID = TokenGrid(3, 5, 7, text_before=4)
+TILE, STRIP, POOL = 24, 10, 4
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def index() -> BlockIndex:
+    return Dense(tile=TILE).pattern(GRID).blocks
+
+
+def chosen(blocks: BlockIndex, heads: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps bool (B, H, N, n): what is exact, and what is virtual; head 0 drops the rest, and some
+    rows have neither."""
+    table, random = tile_table(blocks, STRIP), torch.Generator().manual_seed(4)
+    shape = (batch, heads, table.num_tiles, len(table.strips))
+    active = torch.rand(shape, generator=random) < 0.4
+    active[:, 0, 0] = False
+    shown = ~active
+    shown[:, 0] = False
+    return active, shown
+
+
+def by_formula(
+    tensors: Tensors,
+    blocks: BlockIndex,
+    active: torch.Tensor,
+    shown: torch.Tensor,
+    scale: float,
+    key_mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over the keys of active strips and the runs of strips shown, query by query."""
+    q, k, v = (x.double() for x in tensors)
+    table = tile_table(blocks, STRIP)
+    borders = table.strips.first.tolist()
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    tiles = [blocks.order[a:b].tolist() for a, b in itertools.pairwise(blocks.starts.tolist())]
+    for b, h, i in itertools.product(range(len(q)), range(q.shape[2]), range(len(tiles))):
+        g = h * k.shape[2] // q.shape[2]
+        for token in tiles[i]:
+            x = q[b, token, h] * scale
+            scores, values = [], []
+            for j, (a, z) in enumerate(itertools.pairwise(borders)):
+                if active[b, h, i, j]:
+                    for key in blocks.order[a:z].tolist():
+                        if key_mask[b, key]:
+                            scores.append(x @ k[b, key, g])
+                            values.append(v[b, key, g])
+                elif shown[b, h, i, j]:
+                    parts = math.ceil((z - a) / POOL)
+                    cuts = [a + (z - a) * p // parts for p in range(parts + 1)]
+                    for first, last in itertools.pairwise(cuts):
+                        run = blocks.order[first:last]
+                        run = run[key_mask[b, run]]
+                        if not len(run):
+                            continue
+                        mean = k[b, run, g].mean(0)
+                        second = 0.5 * (x.square() @ (k[b, run, g] - mean).square().mean(0))
+                        bound = torch.tensor(math.log(len(run)))
+                        scores.append(x @ mean + bound + torch.minimum(second, bound))
+                        values.append(v[b, run, g].mean(0))
+            if scores:
+                together = torch.stack(scores)
+                lse[b, token, h] = together.logsumexp(0)
+                out[b, token, h] = together.softmax(0) @ torch.stack(values)
+    return out, lse
+
+
+def both(
+    tensors: Tensors,
+    blocks: BlockIndex,
+    active: torch.Tensor,
+    shown: torch.Tensor,
+    scale: float,
+    key_mask: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = tensors
+    flags = tile_table(blocks, STRIP).flags(active)
+    near = active_tiles.attend(
+        q, k, v, blocks, flags, scale=scale, key_mask=key_mask, strip=STRIP,
+        backend="torch" if backend == "triton" else backend,
+    )  # fmt: skip
+    tokens = virtual_tokens.pool(
+        k, v, blocks, POOL, key_mask=key_mask, strip=STRIP, backend=backend
+    )
+    return virtual_tokens.attend_virtual(
+        q, tokens, blocks, scale, (near.out, near.lse), backend, shown=shown
+    )
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    tensors = random_qkv(2, GRID.num_tokens, 4, 16, dtype, key_heads=2)
+    key_mask = torch.rand(2, GRID.num_tokens, generator=torch.Generator().manual_seed(2)) < 0.8
+    key_mask[1, 30:60] = False
+    return tensors, key_mask
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_exact_and_virtual_share_one_softmax(backend: str) -> None:
+    blocks = index()
+    tensors, key_mask = inputs(torch.float64)
+    active, shown = chosen(blocks, 4)
+    expected = by_formula(tensors, blocks, active, shown, 0.4, key_mask)
+    with poisoned():
+        out, lse = both(tensors, blocks, active, shown, 0.4, key_mask, backend)
+    assert torch.allclose(out, expected[0], atol=1e-6)  # log n is in fp32
+    assert torch.allclose(lse, expected[1], atol=1e-6)
+    assert lse[:, : GRID.text_before, 0].isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_shows_what_it_is_told(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from unittest import mock
+
+    from diffpatch.kernels.gpu import support
+    from tests.kernels.gpu.triton_interpreter import interpreted
+
+    blocks = index()
+    tensors, key_mask = inputs(dtype)
+    active, shown = chosen(blocks, 4)
+    expected = by_formula(tensors, blocks, active, shown, 0.4, key_mask)
+    with (
+        interpreted(),
+        poisoned(),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
+    ):
+        out, lse = both(tensors, blocks, active, shown, 0.4, key_mask, "triton")
+    error = (out.double() - expected[0]).norm() / expected[0].norm()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(lse.isinf(), expected[1].isinf())
+
+
+def test_runs_never_cross_the_border_of_a_strip() -> None:
+    blocks = index()
+    tokens = virtual_tokens.pool(*random_qkv(1, GRID.num_tokens, 1, 8)[1:], blocks, 7, strip=STRIP)
+    runs, strips = tokens.runs, tile_table(blocks, STRIP).strips
+    assert set(strips.first.tolist()) <= set(runs.first.tolist())
+    for run, strip in enumerate(runs.whole.tolist()):
+        assert strips.first[strip] <= runs.first[run] and runs.first[run + 1] <= strips.first[
+            strip + 1
+        ]  # fmt: skip
+    assert runs.first.diff().max() <= 7 and strips.first.diff().max() <= STRIP
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_of_moments_is_their_definition(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from unittest import mock
+
+    from diffpatch.kernels.gpu import support
+    from diffpatch.kernels.selection.moments import moments
+    from tests.kernels.gpu.triton_interpreter import interpreted
+
+    blocks = index()
+    (_, k, _), key_mask = inputs(dtype)
+    strips = tile_table(blocks, STRIP).strips
+    for hidden in (None, key_mask):
+        exact = moments(k.double(), blocks, strips, hidden, "torch")
+        with (
+            interpreted(),
+            poisoned(),
+            mock.patch.object(support, "unsupported_reason", lambda *_: None),
+        ):
+            found = moments(k, blocks, strips, hidden, "triton")
+        assert torch.equal(found.count.double(), exact.count)
+        assert found.mean.dtype == torch.float32
+        assert torch.allclose(found.mean.double(), exact.mean, atol=1e-5)
+        assert torch.allclose(found.variance.double(), exact.variance, atol=1e-5)
+    square = k.double()[:, strips.index[2][strips.valid[2]]].square().mean(1)
+    assert torch.allclose(moments(k, blocks, strips).square[:, :, 2].double(), square, atol=1e-4)
