@@ -301,11 +301,12 @@ class Dynamic(Method):
         self, maps: list[torch.Tensor], pattern: BlockPattern, q: torch.Tensor
     ) -> torch.Tensor:
         """The fraction of all pairs that is computed, on the device of the maps."""
-        table = tile_table(pattern.on(q.device), self.keys_of(pattern.grid))
+        strip = self.keys_of(pattern.grid)
+        table = tile_table(pattern.on(q.device), strip)
 
         def weighed(size: int, shown: torch.Tensor) -> torch.Tensor:
             price = pattern.once(
-                ("price", size, self.strip, q.device), lambda: _prices(table, size, q.device)
+                ("price", size, strip, q.device), lambda: _prices(table, size, q.device)
             )
             return (table.flags(shown) * price[table.pattern]).sum(dtype=price.dtype)
 
