@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffpatch.patching.schedule import Schedule
 
 import diffpatch
 from diffpatch import Dynamic, Linear, TokenGrid
@@ -14,7 +15,6 @@ from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.methods.base import AttentionCall
 from diffpatch.patching.run import Run
-from diffpatch.patching.schedule import Schedule
 from diffpatch.patterns.pattern import BlockPattern
 from tests.tiny import wan, wan22
 
