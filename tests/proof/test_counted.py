@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffpatch.patching.schedule import Schedule
 
 import diffpatch
 from diffpatch import Dynamic, Linear, TokenGrid
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.methods.base import AttentionCall
-from diffpatch.patching.run import Run
+from diffpatch.patching.options.schedule import Schedule
+from diffpatch.patching.run.run import Run
 from diffpatch.patterns.pattern import BlockPattern
 from tests.tiny import wan, wan22
 
