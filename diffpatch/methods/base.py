@@ -34,6 +34,8 @@ class AttentionCall:
         learned: what the layer learned, from the method's file of weights; empty without one.
         layer: number of the layer among those that are patched, from 0.
         branch: number of the transformer's forward in its step, from 0: the guidance branch.
+        shared: what the method keeps for this layer and all branches; None where nothing says which
+            calls are branches of one step.
     """
 
     pattern: BlockPattern
@@ -46,6 +48,7 @@ class AttentionCall:
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
     layer: int = 0
     branch: int = 0
+    shared: dict[str, Any] | None = None
 
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None
@@ -224,8 +227,14 @@ class Method:
         return False
 
     def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
-        """Bytes kept across steps for one layer and branch of a 16-bit model, batch 1."""
+        """Bytes kept across steps for one layer, and one branch unless `shares_state`, of a 16-bit
+        model, batch 1."""
         return 0
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether all guidance branches of a layer share what is kept."""
+        return False
 
     def state_limit(self) -> float:
         """Bytes that the method may keep across the steps of a run, over all layers."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,10 +44,21 @@ def _any_in(tokens: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
     return before[borders.long()].diff() > 0
 
 
-def remembered(call: AttentionCall, q: torch.Tensor) -> torch.Tensor | None:
-    """The bits of an earlier step, uint8 (B, H, ...), if they are about these tokens and heads."""
-    bits = call.state.get("bits")
-    if bits is None or call.state["pattern"] is not call.pattern:
+def memory(call: AttentionCall, per_branch: bool) -> dict[str, Any]:
+    """Where a choice is kept: for all guidance branches, unless each chooses for itself, or has
+    tokens of its own."""
+    shared = call.shared
+    if per_branch or shared is None:
+        return call.state
+    return shared if shared.get("pattern", call.pattern) is call.pattern else call.state
+
+
+def remembered(
+    call: AttentionCall, state: Mapping[str, Any], q: torch.Tensor
+) -> torch.Tensor | None:
+    """The bits of an earlier call, uint8 (B, H, ...), if they are about these tokens and heads."""
+    bits = state.get("bits")
+    if bits is None or state["pattern"] is not call.pattern:
         return None
     same = bits.shape[:2] == (q.shape[0], q.shape[2]) and bits.device == q.device
     return bits if same else None

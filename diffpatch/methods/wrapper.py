@@ -107,6 +107,10 @@ class Wrapper(Method):
     def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
         return self.over.state_size(pattern, heads, head_dim)
 
+    @property
+    def shares_state(self) -> bool:
+        return self.over.shares_state
+
     def state_limit(self) -> float:
         return self.over.state_limit()
 

@@ -321,11 +321,11 @@ class PatchedTransformer:
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         place, method = forward.place, self.patch.method
-        state = place.run.state[self.name, layer, place.branch, sample]
+        state, shared = place.run.states(self.name, layer, place.branch, sample)
         learned = self._gates.gate(self._on(q.device, layer), noted, q)
         call = AttentionCall(
             pattern, scale, seen.keys, self.patch.backend, place.step, place.total, state, learned,
-            layer, place.branch,
+            layer, place.branch, shared,
         )  # fmt: skip
         with on_device_of(q):
             done = method.attend(q, k, v, call)

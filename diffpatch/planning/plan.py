@@ -234,7 +234,7 @@ def plan(
         dense_last_steps: as in `patch`.
         quality: as in `patch`.
         text_tokens: text tokens in the self-attention sequence; None takes the model's usual.
-        branches: guidance branches: forwards of a step, each with state of its own.
+        branches: guidance branches: forwards of a step.
         profile: a device to predict times for: a name such as "h100", or a file that
             `diffpatch bench profile --json FILE` wrote; None for bounds alone.
         dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
@@ -305,7 +305,7 @@ def _plan_of(
     mean, kept = sum(run.kept) / len(run.kept), run.kept_table()
     attention, rest = shape.attention_flops(tokens), shape.linear_flops(tokens)
     share = attention / (attention + rest)
-    state = run.state_size(shape) * branches
+    state = run.state_size(shape) * (1 if run.method.shares_state else branches)
     return Plan(
         model=shape.name,
         method=str(run.method),

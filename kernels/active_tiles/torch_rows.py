@@ -14,7 +14,7 @@ from diffpatch.kernels.active_tiles.table import TileTable
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.pieces import Pieces, cut
 
-GATHERED = 4 << 20  # bytes of keys and values gathered at a time, which caches should hold
+GATHERED = 8 << 20  # bytes of keys and values gathered at a time, which caches should hold
 ALIKE = 0.75  # rows are stacked if the shortest list is at least this part of the longest
 
 

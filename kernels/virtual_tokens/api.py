@@ -16,14 +16,8 @@ from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backe
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.pieces import cut
-from diffpatch.kernels.virtual_tokens import reference
+from diffpatch.kernels.virtual_tokens import reference, torch_impl
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
-
-# Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
-SCORE_BYTES = {"cpu": 2**20}
-SCORE_BYTES_ELSEWHERE = 2**26
-LOWEST = -1e30  # finite, so that -inf less the maximum of nothing is -inf
-TINY = 1e-30
 
 
 def pool(
@@ -58,29 +52,7 @@ def pool(
 
         pooled = kernels.pool(k, v, blocks, runs.first, second_order, key_mask)
         return VirtualTokens(*pooled, runs)
-    weight = runs.valid.expand(k.shape[0], *runs.valid.shape)
-    if key_mask is not None:
-        weight = weight & key_mask[:, runs.index]
-    count = weight.sum(-1).float()  # (B, V)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    share = (weight / count.clamp(min=1)[..., None]).to(wide)[..., None, :]  # (B, V, 1, L)
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
-
-    def gathered(x: torch.Tensor) -> torch.Tensor:
-        x = x[:, runs.index].to(wide)  # (B, V, L, K, D)
-        return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
-
-    keys = gathered(k)
-    centre = mean(keys)
-    variance = None
-    if second_order:
-        largest = torch.finfo(k.dtype).max
-        variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
-    values = mean(gathered(v))[:, :, 0].to(v.dtype)
-    keys = centre[:, :, 0].to(k.dtype)
-    return VirtualTokens(keys, values, variance, count.log(), runs)
+    return torch_impl.pool(k, v, runs, second_order, key_mask)
 
 
 def attend_virtual(
@@ -117,7 +89,7 @@ def attend_virtual(
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
         return kernels.attend(q, tokens, blocks, scale, near, _shown_runs(tokens, blocks, shown))
-    far = _attend_torch(q, tokens, blocks, scale, shown)
+    far = torch_impl.attend(q, tokens, blocks, scale, _shown_runs(tokens, blocks, shown))
     return far if near is None else merge(*near, *far)
 
 
@@ -135,45 +107,3 @@ def _shown_runs(
         return left_out if heads is None else left_out[:, heads.long()]
 
     return blocks.derived(("runs left out", runs.sizes), build)
-
-
-def _attend_torch(
-    q: torch.Tensor,
-    tokens: VirtualTokens,
-    blocks: BlockIndex,
-    scale: float,
-    shown: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Everything in fp32: scores are few, and 16-bit products would be converted again anyway."""
-    batch, length, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = heads // tokens.keys.shape[2]
-
-    def of_heads(x: torch.Tensor) -> torch.Tensor:
-        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, V, D)
-
-    k, v = of_heads(tokens.keys).mT * scale, of_heads(tokens.values)
-    spread = None if tokens.variance is None else of_heads(tokens.variance).mT * (0.5 * scale**2)
-    log_count = tokens.log_count.to(wide)[:, None, None, :]  # (B, 1, 1, V)
-    seen = _shown_runs(tokens, blocks, shown)
-    hidden = torch.zeros(seen.shape, dtype=wide, device=q.device)
-    hidden.masked_fill_(~seen, float("-inf"))
-    tile_of = blocks.tile_of_place[blocks.place]
-    held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
-    rows = max(1, held // (wide.itemsize * batch * heads * v.shape[2]))
-    out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=wide)
-    for begin in range(0, length, rows):
-        piece = slice(begin, min(begin + rows, length))
-        x = q[:, piece].transpose(1, 2).to(wide)  # (B, H, R, D)
-        bias = hidden[:, :, tile_of[piece]]  # (B or 1, H or 1, R, V)
-        scores = x @ k
-        if spread is not None:
-            scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
-        scores = (scores + log_count).add_(bias)
-        # Constant for the gradients: the maximum drops out of what follows.
-        top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out[:, piece] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
-        lse[:, piece] = (total.log() + top)[..., 0].transpose(1, 2)
-    return out, lse

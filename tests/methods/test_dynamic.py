@@ -161,6 +161,59 @@ def test_a_choice_holds_for_some_steps_and_for_its_own_tokens() -> None:
     assert [Dynamic().every(n) for n in (None, 8, 29, 30)] == [2, 2, 2, 4]
 
 
+def test_the_first_branch_of_a_step_chooses_for_all() -> None:
+    settings: dict[str, Any] = {"kept": 0.3, "tile": 32, "strip": 16, "pool": 16}
+    method, own = Dynamic(**settings), Dynamic(**settings, per_branch=True)
+    pattern = method.pattern(GRID)
+
+    def step(method: Dynamic, number: int, shared: dict[str, Any]) -> list[dict[str, Any]]:
+        states = []
+        for branch in range(2):
+            tensors = inputs(GRID, seed=10 * number + branch)
+            states.append(dict[str, Any]())
+            method.attend(*tensors, AttentionCall(
+                pattern, step=number, state=states[-1], branch=branch, shared=shared
+            ))  # fmt: skip
+        return states
+
+    shared: dict[str, Any] = {}
+    assert step(method, 0, shared) == [{}, {}]
+    first = shared["bits"].clone()
+    assert torch.equal(first, chosen_bits(method, inputs(GRID, seed=0)))
+    step(method, 1, shared)
+    assert torch.equal(first, shared["bits"])
+    step(method, 2, shared)
+    assert torch.equal(shared["bits"], chosen_bits(method, inputs(GRID, seed=20)))
+    for alone in (own, Dynamic(**settings, refresh=1)):
+        unused: dict[str, Any] = {}
+        states = step(alone, 0, unused)
+        assert not unused and not torch.equal(states[0]["bits"], states[1]["bits"])
+    # A branch with tokens of its own chooses for itself and leaves the others their choice.
+    state, before = dict[str, Any](), shared["bits"].clone()
+    method.attend(*inputs(ODD), AttentionCall(method.pattern(ODD), state=state, shared=shared))
+    assert "bits" in state and torch.equal(shared["bits"], before)
+
+
+def chosen_bits(method: Dynamic, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    state: dict[str, Any] = {}
+    method.attend(*tensors, AttentionCall(method.pattern(GRID), state=state))  # type: ignore[arg-type]
+    bits: torch.Tensor = state["bits"]
+    return bits
+
+
+def test_branches_of_a_patched_model_share_their_state() -> None:
+    held = {}
+    for per_branch in (False, True):
+        tiny = wan()
+        diffpatch.patch(
+            tiny.pipe, "dynamic", dense_steps=1, dense_layers=0, kept=0.5, tile=16, strip=8,
+            pool=8, per_branch=per_branch,
+        )  # fmt: skip
+        tiny.run(height=64, num_inference_steps=4)
+        held[per_branch] = diffpatch.report(tiny.pipe).state_bytes
+    assert held[True] == 2 * held[False] > 0
+
+
 def test_tiles_are_finer_on_small_grids_and_coarser_on_large_ones() -> None:
     method = Dynamic()
     sizes = []
@@ -170,6 +223,9 @@ def test_tiles_are_finer_on_small_grids_and_coarser_on_large_ones() -> None:
         sizes.append((int(blocks.sizes.max()), strips.longest))
     assert sizes == [(32, 32), (64, 32), (128, 64)]
     assert Dynamic(pool=64).keys_of(TokenGrid(1, 64, 64)) == 64
+    long = TokenGrid(33, 16, 16)
+    assert int(method.pattern(long).blocks.sizes.max()) == 128 and method.keys_of(long) == 32
+    assert [Dynamic(rest="drop").keys_of(TokenGrid(n, 16, 16)) for n in (13, 33)] == [32, 128]
 
 
 def test_the_same_tensors_give_the_same_bits() -> None:

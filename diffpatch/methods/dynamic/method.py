@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,14 +23,13 @@ from diffpatch.methods.dense import LARGE, Dense
 from diffpatch.methods.dynamic import trained
 from diffpatch.methods.learned import Layer, Learned
 from diffpatch.methods.registry import register
-from diffpatch.methods.selection import Levels, always, remembered
+from diffpatch.methods.selection import Levels, always, memory, remembered
 from diffpatch.patterns.grid import Grid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
 RESTS = ("virtual", "drop", "pyramid")
-SMALL = 4096  # visual tokens below which tiles of 64 queries are too few to choose well
-TILE_OF_SMALL, TILE, TILE_OF_LARGE = 32, 64, 128  # queries of a tile
-STRIP, STRIP_OF_LARGE = 32, 64  # keys that are taken or left together
+TILES = ((4096, 32), (8192, 64), (math.inf, 128))  # visual tokens below which a tile is so large
+STRIP, STRIP_OF_LARGE = 32, 64  # keys that are taken or left together beside virtual tokens
 REFRESH, REFRESH_OF_LONG, LONG = 2, 4, 30  # steps; the second in runs of 30 steps or more
 PYRAMID = ((1, 0.1), (2, 0.05), (8, 0.2))  # PSA's for CogVideoX
 
@@ -41,12 +41,14 @@ Budgets = tuple[tuple[int, tuple[float, ...]], ...]
 class Dynamic(Method):
     """Each head chooses for every tile of queries which strips of keys it attends to exactly.
 
-    The choice is made from this layer's queries, keys and values, for each guidance branch and
-    batch entry, kept for `refresh` steps, and never used in another layer. By default a strip is
-    chosen if leaving it out would change the output most, and what is not chosen is not dropped but
-    read in virtual tokens, the means of `pool` keys, in the same softmax. Text, each tile's view of
-    itself and the first `keep_frames` frames are always exact. The same tensors give the same
-    choice; of equal scores the first strips win.
+    The choice is made from this layer's queries, keys and values, for each batch entry, kept for
+    `refresh` steps, and never used in another layer. The first guidance branch of a step chooses
+    for all of them: guidance computes the difference between branches, times its scale, and what
+    all leave out alike cancels there. By default a strip is chosen if leaving it out would change
+    the output most, and what is not chosen is not dropped but read in virtual tokens, the means of
+    `pool` keys, in the same softmax. Text, each tile's view of itself and the first `keep_frames`
+    frames are always exact. The same tensors give the same choice; of equal scores the first strips
+    win.
 
     `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key.
     Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
@@ -70,10 +72,18 @@ class Dynamic(Method):
         "virtual", "what is not chosen: 'virtual' tokens, 'drop', or 'pyramid' (both, by rank)"
     )
     pool: int = param(32, "tokens that one virtual token stands for")
-    tile: int = param(0, "most queries of a tile; 0 takes 32, 64 or 128, by the size of the grid")
-    strip: int = param(0, "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or pool")
+    tile: int = param(
+        0, "most queries of a tile; 0 takes 32, 64 from 4,096 tokens on, 128 from 8,192"
+    )
+    strip: int = param(
+        0, "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or a tile with rest='drop'"
+    )
     refresh: int | None = param(
-        None, "steps from one choice to the next; None takes 2, and 4 in runs of 30 steps or more"
+        None,
+        "steps from one choice to the next; None takes 2, and 4 from 30 steps on; 1: each call",
+    )
+    per_branch: bool = param(
+        False, "choose in every guidance branch, not once for all branches of a step"
     )
     threshold: float | None = param(
         None, "the published cut of sol, sparge, xattention or nabla, in place of kept"
@@ -154,14 +164,18 @@ class Dynamic(Method):
         """Every pair of tiles: what there is to choose from."""
         if self._trained is not None:
             return trained.pattern(self._trained, grid)
-        usual = TILE_OF_LARGE if grid.visual_tokens > LARGE else TILE
-        usual = TILE_OF_SMALL if grid.visual_tokens < SMALL else usual
-        return Dense(tile=self.tile or usual).pattern(grid)
+        return Dense(tile=self.queries_of(grid)).pattern(grid)
+
+    def queries_of(self, grid: Grid) -> int:
+        """Most queries of a tile on a grid."""
+        return self.tile or next(tile for most, tile in TILES if grid.visual_tokens < most)
 
     def keys_of(self, grid: Grid) -> int:
         """Most keys of a strip on a grid."""
+        if self.strip or self.rest == "drop":
+            return self.strip or self.queries_of(grid)
         usual = STRIP_OF_LARGE if grid.visual_tokens > LARGE else STRIP
-        return self.strip or max(usual, self.pool if self.rest == "virtual" else 0)
+        return max(usual, self.pool if self.rest == "virtual" else 0)
 
     def every(self, total: int | None) -> int:
         """Steps from one choice to the next in a run of that many."""
@@ -230,6 +244,10 @@ class Dynamic(Method):
         table = tile_table(pattern.blocks, self.keys_of(pattern.grid))
         return heads * planes * -(-table.num_tiles * len(table.strips) // 8)
 
+    @property
+    def shares_state(self) -> bool:
+        return not self.per_branch and self.refresh != 1
+
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
 
@@ -241,8 +259,9 @@ class Dynamic(Method):
         blocks, strip = call.pattern.on(q.device), self.keys_of(call.pattern.grid)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-        backend, table, state = beside(used), tile_table(blocks, strip), call.state
-        bits = remembered(call, q)
+        backend, table = beside(used), tile_table(blocks, strip)
+        state = memory(call, not self.shares_state)
+        bits = remembered(call, state, q)
         if bits is None or call.step - state["step"] >= self.every(call.total):
             maps = self._chosen(q, k, v, call, scale, backend)
             bits = active_tiles.pack(torch.stack([x.flatten(2) for x in maps], 2))

@@ -17,7 +17,7 @@ from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.choose import Counts
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.selection import always, remembered
+from diffpatch.methods.selection import always, memory, remembered
 from diffpatch.patterns.pattern import BlockPattern
 
 RULE = "error"
@@ -35,9 +35,9 @@ def attend(
     keep_frames: int,
 ) -> Attended:
     """The chosen tiles; every `refresh` steps they are chosen anew, from this step's tensors."""
-    state, blocks = call.state, call.pattern.on(q.device)
+    state, blocks = memory(call, per_branch=False), call.pattern.on(q.device)
     used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-    bits, table = remembered(call, q), tile_table(blocks)
+    bits, table = remembered(call, state, q), tile_table(blocks)
     if bits is None or call.step - state["step"] >= refresh:
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         options = Options("drop", RUN)

@@ -46,7 +46,8 @@ class Temporal(Wrapper):
 
     The last two store a bit for each pair of tiles, choose for each head, always compute text and
     each tile's view of itself, and also work on dense attention. State is kept for each layer and
-    guidance branch and dies with the run.
+    guidance branch ("mask": for all branches of a layer, the first of which chooses) and dies with
+    the run.
 
     Written ``"radial+temporal"``, ``"window+temporal"``, ``"dense+temporal"`` and so on.
     """
@@ -164,6 +165,10 @@ class Temporal(Wrapper):
         if self.mode == "tail":  # outputs, and a 32-bit log-sum-exp each
             return pattern.grid.num_tokens * heads * (2 * head_dim + 4)
         return heads * -(-tile_table(pattern.blocks).length // 8)
+
+    @property
+    def shares_state(self) -> bool:
+        return self.mode == "mask"
 
     def state_limit(self) -> float:
         return self.budget_gib * 2**30

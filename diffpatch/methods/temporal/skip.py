@@ -26,7 +26,7 @@ def attend(
     is not hit (see `active_tiles.attend`) still counts in the step that finds it out.
     """
     state, blocks = call.state, call.pattern.on(q.device)
-    bits = remembered(call, q)
+    bits = remembered(call, state, q)
     if bits is not None and (
         call.step - state["step"] >= refresh or threshold < state["threshold"]
     ):

@@ -15,6 +15,7 @@ from diffpatch.patching.options.schedule import BoundSchedule, Schedule
 from diffpatch.patching.report import Record
 from diffpatch.patching.run.frames import FrameClock
 
+ALL_BRANCHES = -1  # in place of a branch: what its layer keeps for all of them
 # What tells the states of a method apart: transformer, layer, guidance branch, sample.
 StateKey = tuple[str, int, int, int]
 
@@ -62,6 +63,15 @@ class Run:
         """Free what was carried; counts stay."""
         self.note_state()
         self._forget()
+
+    def states(
+        self, transformer: str, layer: int, branch: int, sample: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a method keeps for a layer: of one guidance branch, and of all of them."""
+        return (
+            self.state[transformer, layer, branch, sample],
+            self.state[transformer, layer, ALL_BRANCHES, sample],
+        )
 
     def note_state(self) -> None:
         """Count the memory that is held now."""

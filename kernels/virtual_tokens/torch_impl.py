@@ -1,0 +1,175 @@
+"""Virtual tokens in PyTorch, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.pieces import Pieces, cut
+from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
+
+# Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
+SCORE_BYTES = {"cpu": 2**20}
+SCORE_BYTES_ELSEWHERE = 2**26
+FUSED_BYTES = 2**21  # of one head, where SDPA holds the rest
+LOWEST = -1e30  # finite, so that -inf less the maximum of nothing is -inf
+TINY = 1e-30
+
+
+def pool(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    runs: Pieces,
+    second_order: bool,
+    key_mask: torch.Tensor | None,
+) -> VirtualTokens:
+    """As `virtual_tokens.pool`."""
+    weight = runs.valid.expand(k.shape[0], *runs.valid.shape)
+    if key_mask is not None:
+        weight = weight & key_mask[:, runs.index]
+    count = weight.sum(-1).float()  # (B, V)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    share = (weight / count.clamp(min=1)[..., None]).to(wide)[..., None, :]  # (B, V, 1, L)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
+
+    def gathered(x: torch.Tensor) -> torch.Tensor:
+        x = x[:, runs.index].to(wide)  # (B, V, L, K, D)
+        return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
+
+    keys = gathered(k)
+    centre = mean(keys)
+    variance = None
+    if second_order:
+        largest = torch.finfo(k.dtype).max
+        variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
+    values = mean(gathered(v))[:, :, 0].to(v.dtype)
+    keys = centre[:, :, 0].to(k.dtype)
+    return VirtualTokens(keys, values, variance, count.log(), runs)
+
+
+def attend(
+    q: torch.Tensor,
+    tokens: VirtualTokens,
+    blocks: BlockIndex,
+    scale: float,
+    seen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to virtual tokens alone, in fp32 (fp64 for fp64): scores are few, and 16-bit
+    products would be converted again anyway.
+
+    Args:
+        q: (B, S, H, D).
+        tokens: K heads, K divides H.
+        blocks: the tiles.
+        scale: the factor on q·k.
+        seen: bool (B or 1, H or 1, N, V), which runs each query tile of each head attends to.
+
+    Returns:
+        The output (B, S, H, D) and its log-sum-exp (B, S, H).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[2] // tokens.keys.shape[2]
+
+    def of_heads(x: torch.Tensor) -> torch.Tensor:
+        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, V, D)
+
+    k, v = of_heads(tokens.keys), of_heads(tokens.values)
+    spread = None if tokens.variance is None else of_heads(tokens.variance).mT * (0.5 * scale**2)
+    count = tokens.log_count.to(wide)  # (B, V)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cpu" and not needs_grad:
+        return _fused(q, k, v, spread, count, blocks, scale, seen)
+    return _written_out(q, k, v, spread, count, blocks, scale, seen)
+
+
+def _written_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spread: torch.Tensor | None,
+    count: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    seen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax step by step, with gradients."""
+    batch, length, heads, _ = q.shape
+    k = k.mT * scale
+    log_count = count[:, None, None, :]  # (B, 1, 1, V)
+    hidden = torch.zeros(seen.shape, dtype=k.dtype, device=q.device)
+    hidden.masked_fill_(~seen, float("-inf"))
+    tile_of = blocks.tile_of_place[blocks.place]
+    held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
+    rows = max(1, held // (k.dtype.itemsize * batch * heads * v.shape[2]))
+    out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=k.dtype)
+    for begin in range(0, length, rows):
+        piece = slice(begin, min(begin + rows, length))
+        x = q[:, piece].transpose(1, 2).to(k.dtype)  # (B, H, R, D)
+        bias = hidden[:, :, tile_of[piece]]  # (B or 1, H or 1, R, V)
+        scores = x @ k
+        if spread is not None:
+            scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
+        scores = (scores + log_count).add_(bias)
+        # Constant for the gradients: the maximum drops out of what follows.
+        top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[:, piece] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
+        lse[:, piece] = (total.log() + top)[..., 0].transpose(1, 2)
+    return out, lse
+
+
+def _fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spread: torch.Tensor | None,
+    count: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    seen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts and second order as the bias of SDPA calls, for one head and some tiles each."""
+    batch, length, heads, _ = q.shape
+    bias = torch.where(seen, count[:, None, None], -torch.inf).expand(batch, heads, -1, -1)
+    blind = bias.amax(-1) == -torch.inf  # (B, H, N)
+    bias = bias.masked_fill(blind[..., None], 0.0)
+    cap = count.clamp(min=0)
+    even, tile_of = cut(blocks).even, blocks.tile_of_place
+    rows = max(1, FUSED_BYTES // (k.dtype.itemsize * k.shape[2]))
+    rows = max(1, rows // blocks.max_tile) * blocks.max_tile
+    x = q.index_select(1, blocks.order).transpose(1, 2).to(k.dtype).contiguous()
+    out, lse = torch.empty_like(x), x.new_empty(batch, heads, length)
+    second = x.new_zeros(min(rows, length), k.shape[2])
+    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
+        for begin in range(0, length, rows):
+            piece = slice(begin, min(begin + rows, length))
+            y = x[b, h, piece]
+            scores = second[: len(y)]
+            if spread is not None:
+                torch.matmul(y.square(), spread[b, h], out=scores)
+                torch.minimum(scores, cap[b], out=scores)
+            else:
+                scores.zero_()
+            if even:  # the tiles of a piece are whole
+                first = begin // blocks.max_tile
+                of_tiles = scores.view(-1, blocks.max_tile, scores.shape[1])
+                of_tiles += bias[b, h, first : first + len(of_tiles), None]
+            else:
+                scores += bias[b, h, tile_of[piece]]
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                y[None, None], k[b, h, None, None], v[b, h, None, None],
+                attn_mask=scores[None, None], scale=scale,
+            )  # fmt: skip
+            out[b, h, piece], lse[b, h, piece] = found[0][0, 0], found[1][0, 0]
+    if bool(blind.any()):
+        of_tokens = blind[:, :, tile_of]
+        out.masked_fill_(of_tokens[..., None], 0.0)
+        lse.masked_fill_(of_tokens, -torch.inf)
+    back = blocks.place
+    return (
+        out.to(q.dtype).transpose(1, 2).index_select(1, back),
+        lse.transpose(1, 2).index_select(1, back),
+    )
