@@ -4,6 +4,7 @@ from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.disc import Disc
 from diffpatch.methods.dynamic.method import Dynamic
+from diffpatch.methods.larger import Larger
 from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.longer import Longer
 from diffpatch.methods.neighborhood import Neighborhood
@@ -17,6 +18,7 @@ __all__ = [
     "Dense",
     "Disc",
     "Dynamic",
+    "Larger",
     "Linear",
     "Longer",
     "Method",

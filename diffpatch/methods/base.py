@@ -176,6 +176,15 @@ class Method:
         embedding is slowed down (see `diffpatch.patching.swap.rope`); None never changes it."""
         return None
 
+    def guide_every(self, grid: TokenGrid | None = None) -> int:
+        """Denoising steps that the cross-attention of one dense forward serves, on a grid or on
+        any; 0 where there is no such forward (see `diffpatch.patching.swap.guide`)."""
+        return 0
+
+    def why_whole(self, grid: TokenGrid) -> str:
+        """Why a pattern on a grid keeps everything."""
+        return "pattern keeps everything"
+
     def variant(self, layer: int, step: int) -> Hashable:
         """What the pattern depends on besides the grid; equal variants share one pattern."""
         return None
@@ -198,11 +207,15 @@ class Method:
         )
         return Attended(out, call.pattern.kept, used)
 
-    def for_model(self, trained_frames: int | None) -> Method:
+    def for_model(
+        self, num_frames: int | None, size: tuple[int, int] | None, cross_attention: bool
+    ) -> Method:
         """This method with what it takes from the model filled in.
 
         Args:
-            trained_frames: frames of tokens that the model was trained at; None if unknown.
+            num_frames: frames of tokens that the model was trained at; None if unknown.
+            size: rows and columns of tokens that it was trained at; None if unknown.
+            cross_attention: whether text reaches the model through cross-attention.
         """
         return self
 

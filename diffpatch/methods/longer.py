@@ -74,12 +74,21 @@ class Longer(Method):
         rules = [frames, *(torch.ones(n, n, dtype=torch.bool) for n in grid.shape[1:])]
         return from_axes(grid, Tiling.even(grid, tile), [rules])
 
-    def for_model(self, trained_frames: int | None) -> Longer:
+    def why_whole(self, grid: TokenGrid) -> str:
+        return (
+            f"{grid.num_frames} frames are no longer than the {self.trained} of training"
+            if self.trained is not None and grid.num_frames <= self.trained
+            else super().why_whole(grid)
+        )
+
+    def for_model(
+        self, num_frames: int | None, size: tuple[int, int] | None, cross_attention: bool
+    ) -> Longer:
         if self.trained is not None:
             return self
-        if trained_frames is None:
+        if num_frames is None:
             raise BadParameter(UNKNOWN)
-        return replace(self, trained=trained_frames)
+        return replace(self, trained=num_frames)
 
     def visible_frames(self, num_frames: int, step: int) -> torch.Tensor:
         """bool (T, T): which frames [query frame, key frame] see each other in a step.

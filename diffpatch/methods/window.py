@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from diffpatch.methods import axis
@@ -87,14 +87,8 @@ class Window(Method):
 
     def pattern(self, grid: TokenGrid, variant: Hashable = 0) -> BlockPattern:
         assert isinstance(variant, int)
-        groups = [self._borders(grid, window, variant) for window in self.heads or (self.window,)]
-        # Tiles never straddle a window of any head, so every tile is visited whole or not at all.
-        cuts = [tuple(sorted(set().union(*along))) for along in zip(*groups, strict=True)]
-        tile = choose_tile([max(b - a for a, b in itertools.pairwise(c)) for c in cuts])
-        t, h, w = (refine(c, size) for c, size in zip(cuts, tile, strict=True))
-        rules = [[axis.partition(borders) for borders in group] for group in groups]
-        heads = range(len(groups)) if len(groups) > 1 else None
-        return from_axes(grid, Tiling(grid, (t, h, w)), rules, heads)
+        windows = self.heads or (self.window,)
+        return partitioned(grid, [self._borders(grid, window, variant) for window in windows])
 
     def _borders(self, grid: TokenGrid, window: axis.Sizes, variant: int) -> list[Cuts]:
         """Where the windows end, along each axis."""
@@ -110,3 +104,19 @@ class Window(Method):
             else:
                 borders.append(step_cuts(length, step, variant * step // 4))
         return borders
+
+
+def partitioned(grid: TokenGrid, groups: Sequence[Sequence[Cuts]]) -> BlockPattern:
+    """The pattern in which tokens see their own window.
+
+    Args:
+        grid: the tokens.
+        groups: for equal groups of heads, where the windows end along each axis.
+    """
+    # Tiles never straddle a window of any head, so every tile is visited whole or not at all.
+    cuts = [tuple(sorted(set().union(*along))) for along in zip(*groups, strict=True)]
+    tile = choose_tile([max(b - a for a, b in itertools.pairwise(c)) for c in cuts])
+    t, h, w = (refine(c, size) for c, size in zip(cuts, tile, strict=True))
+    rules = [[axis.partition(borders) for borders in group] for group in groups]
+    heads = range(len(groups)) if len(groups) > 1 else None
+    return from_axes(grid, Tiling(grid, (t, h, w)), rules, heads)

@@ -75,6 +75,12 @@ class Wrapper(Method):
     def slowed_from(self) -> int | None:
         return self.over.slowed_from
 
+    def guide_every(self, grid: TokenGrid | None = None) -> int:
+        return self.over.guide_every(grid)
+
+    def why_whole(self, grid: TokenGrid) -> str:
+        return self.over.why_whole(grid)
+
     def with_kept(self, kept: float, kind: str = "video") -> Self:
         return replace(self, over=self.over.with_kept(kept, kind))
 
@@ -89,8 +95,10 @@ class Wrapper(Method):
     ) -> Attended:
         return self.over.attend(q, k, v, call)
 
-    def for_model(self, trained_frames: int | None) -> Self:
-        return replace(self, over=self.over.for_model(trained_frames))
+    def for_model(
+        self, num_frames: int | None, size: tuple[int, int] | None, cross_attention: bool
+    ) -> Self:
+        return replace(self, over=self.over.for_model(num_frames, size, cross_attention))
 
     def softmax_factor(self) -> float:
         return self.over.softmax_factor()

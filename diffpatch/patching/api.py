@@ -16,7 +16,7 @@ from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.schedule import Amount, Schedule
 from diffpatch.patching.options.settle import settle
 from diffpatch.patching.report import Record, Report
-from diffpatch.patching.target import components, models, transformers
+from diffpatch.patching.target import components, cross_attention, layers, models, transformers
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo
@@ -103,7 +103,7 @@ def patch(
         method, dense_steps = _for_target(found, settings, target, method, params, dense_steps)
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
-    chosen, schedule = _settled(pipe, found[0][2], method, params, **wanted)
+    chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
     check_backend(backend)
     bare = not hasattr(pipe, "components")
     shared = Patch(chosen, schedule, backend, pipe, bare=bare)
@@ -168,15 +168,20 @@ def settled(
     Raises:
         UnknownMethod, BadParameter, UnknownFamily: as in `patch`.
     """
-    family = transformers(target, _custom_family(grid, modules))[0][2]
+    found = transformers(target, _custom_family(grid, modules))[0]
     names = ("dense_steps", "dense_layers", "dense_last_steps", "quality")
     wanted = {name: options.pop(name) for name in names if name in options}
-    return _settled(target, family, method, options, **wanted)
+    return _settled(target, found, method, options, **wanted)
 
 
 def _settled(
-    target: Any, family: FamilyInfo, method: MethodLike, params: dict[str, Any], **wanted: Any
+    target: Any,
+    found: tuple[str, Any, FamilyInfo],
+    method: MethodLike,
+    params: dict[str, Any],
+    **wanted: Any,
 ) -> tuple[Method, Schedule]:
+    _, model, family = found
     return settle(
         method,
         params,
@@ -184,6 +189,8 @@ def _settled(
         family.kind,
         stepless=not hasattr(target, "components"),
         experts=two_experts(target),
+        trained=family.trained_of(model),
+        cross_attention=bool(cross_attention(model, layers(model, family))),
         **wanted,
     )
 

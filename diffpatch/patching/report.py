@@ -27,6 +27,7 @@ class Record:
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
+    guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.guide`)
     state_bytes: int = 0  # the most that was held across steps
     notes: list[str] = field(default_factory=list)
 
@@ -55,6 +56,13 @@ class Record:
             bucket[0] += pairs
             bucket[1] += pairs * kept
 
+    def add_beside(self, where: str, layer: int, step: int, pairs: float) -> None:
+        """A dense call of a guide forward, which the pipeline itself did not make."""
+        self.kept_pairs += pairs
+        place = self.by_place[(step, where, layer)]
+        for bucket in (self.by_step[step], self.by_layer[(where, layer)], place):
+            bucket[1] += pairs
+
     def settle(self) -> None:
         """Count what was still on a device."""
         for where, layer, step, pairs, kept in self.waiting:
@@ -63,7 +71,7 @@ class Record:
 
     def kept_map(self) -> list[list[float | None]]:
         """Kept fraction by step and, in each, by layer."""
-        places = {place: kept / all_ for place, (all_, kept) in self.by_place.items()}
+        places = {place: kept / all_ for place, (all_, kept) in self.by_place.items() if all_}
         layers = sorted(self.by_layer)
         return [[places.get((step, *layer)) for layer in layers] for step in sorted(self.by_step)]
 
@@ -78,6 +86,7 @@ class Record:
             out.kept_pairs += one.kept_pairs
             out.reasons += one.reasons
             out.backends += one.backends
+            out.guides += one.guides
             out.state_bytes += one.state_bytes
             out.notes += one.notes
             out.by_layer |= {(name, layer): both for (_, layer), both in one.by_layer.items()}
@@ -128,6 +137,11 @@ class Report:
     def of(cls, method: str, layers: int, record: Record, notes: Sequence[str] = ()) -> Report:
         """The report of a record."""
         record.settle()
+        told = [*dict.fromkeys(record.notes), *notes]
+        if record.guides:
+            told.append(
+                f"{record.guides} guide forwards ran dense beside the others: kept has them"
+            )
         return cls(
             method=method,
             kept=record.kept_pairs / record.pairs if record.pairs else 1.0,
@@ -137,14 +151,17 @@ class Report:
             backends=dict(record.backends),
             steps=len(record.by_step),
             layers=layers,
-            kept_per_step=[kept / all_ for _, (all_, kept) in sorted(record.by_step.items())],
+            kept_per_step=[
+                kept / all_ for _, (all_, kept) in sorted(record.by_step.items()) if all_
+            ],
             kept_per_layer={
                 f"{where}.{layer}": kept / all_
                 for (where, layer), (all_, kept) in sorted(record.by_layer.items())
+                if all_
             },
             kept_map=record.kept_map(),
             state_bytes=record.state_bytes,
-            notes=(*dict.fromkeys(record.notes), *notes),
+            notes=tuple(told),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from diffpatch.pipelines.families.table import (
 )
 from diffpatch.pipelines.families.unwrap import unwrap
 
+# A self-attention module and the cross-attention beside it.
+BESIDE = {"attn1": "attn2", "self_attention": "cross_attention"}
 _CLOSEST = 3  # classes that an error names
 
 
@@ -112,6 +115,18 @@ def layers(model: Any, family: FamilyInfo) -> list[tuple[str, Any]]:
         ": this is not the model diffpatch knows under that name"
     )  # fmt: skip
     raise UnknownFamily(f"no attention module of {name} matches {family.modules!r}{said}")
+
+
+def cross_attention(model: Any, modules: Sequence[tuple[str, Any]]) -> list[Any]:
+    """The cross-attention modules that stand beside self-attention modules, (path, module)."""
+    own, found = {path for path, _ in modules}, []
+    for path, _ in modules:
+        parent, _, last = path.rpartition(".")
+        beside = BESIDE.get(last, "")
+        module = getattr(model.get_submodule(parent), beside, None) if beside else None
+        if module is not None and f"{parent}.{beside}" not in own:
+            found.append(module)
+    return found
 
 
 def argument_names(model: Any) -> list[str]:

@@ -21,11 +21,13 @@ from diffpatch.patching.attention import parallel
 from diffpatch.patching.attention.decision import Decider, Decision, Question
 from diffpatch.patching.attention.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
 from diffpatch.patching.options import composition
+from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run.forwards import Forward, Forwards
-from diffpatch.patching.swap import rebind, rope
+from diffpatch.patching.swap import guide, rebind, rope
 from diffpatch.patching.swap.gates import Gates
 from diffpatch.patching.target import argument_names, layers, unreadable
+from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import FamilyInfo
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,11 @@ class PatchedTransformer:
         self.family = family
         self.patch = patch
         self.modules = layers(model, family)
+        self._trained = family.trained_of(model)
         self.learned = self._learned(type(model).__name__)
         self._gates = Gates(self.learned)
         self.forwards = Forwards(len(self.modules))
+        self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
         self.active = False
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
@@ -108,6 +112,7 @@ class PatchedTransformer:
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(_After(self), always_call=True),
             *rope_hooks,
+            *(self._guide.listen() if self._guide is not None else ()),
             *self._listen_around(model),
         ]
         if hasattr(type(model), internals.CACHE_CONTEXT):
@@ -163,8 +168,11 @@ class PatchedTransformer:
             self._traced, self._traced_why = grid, why
             return
         forward = self._begin(grid, why, hooked=True)
+        self._warn_beyond_training(forward)
         self._warn_of_mixed_branches(model, forward)
         self._forget_moved_frames(named, forward)
+        if self._guide is not None:
+            self._guide.lead(model, args, kwargs, forward)
 
     def after_forward(self) -> None:
         """The forward is through, or has failed. Traced under torch.compile."""
@@ -189,6 +197,17 @@ class PatchedTransformer:
         modules = [module for _, module in self.modules]
         parallel.check(model, [module.processor for module in modules])
         composition.check_model(model, self.patch.method, modules)
+        if self._guide is not None:
+            self._guide.check(model)
+
+    def _warn_beyond_training(self, forward: Forward) -> None:
+        if forward.grid == NO_GRID or len(forward.grid) != len(NO_GRID):
+            return
+        said = beyond(self._trained, TokenGrid(*forward.grid[:3]), self.patch.method.name)
+        if said is not None:
+            self.patch.say_once(f"{self.name}: {said}")
+            if forward.place.first and forward.place.step == 0:
+                forward.place.run.record.notes.append(said)
 
     def _warn_of_mixed_branches(self, model: Any, forward: Forward) -> None:
         if composition.mixes_branches(model, forward.place.branch):
@@ -229,6 +248,9 @@ class PatchedTransformer:
     ) -> torch.Tensor:
         """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
         forward = self._forward(layer)
+        if forward.guide == guide.RECORD:
+            self._record_beside(forward, q, k, layer)
+            return self._dense(layer, q, k, v, mask, scale)
         sample = forward.called(layer)
         # What cannot work says so at once and not after the dense steps.
         place = forward.place
@@ -342,8 +364,17 @@ class PatchedTransformer:
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
         """Count a call that diffusers answered itself. See `rebind.Owner`."""
         forward = self._forward(layer)
+        if forward.guide == guide.RECORD:
+            return self._record_beside(forward, q, q, layer)
         forward.called(layer)
         self._record_dense(forward, q, q, reason, layer)
+
+    def _record_beside(
+        self, forward: Forward, q: torch.Tensor, k: torch.Tensor, layer: int
+    ) -> None:
+        pairs = float(q.shape[0] * q.shape[2]) * q.shape[1] * k.shape[1]
+        run = forward.place.run
+        run.record.add_beside(self.name, layer, run.place(forward.place.step), pairs)
 
     def _record_dense(
         self, forward: Forward, q: torch.Tensor, k: torch.Tensor, reason: str, layer: int

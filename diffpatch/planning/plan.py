@@ -12,10 +12,12 @@ from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
+from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.options.schedule import Amount
 from diffpatch.patching.options.settle import settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.info import Trained
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
@@ -64,6 +66,9 @@ class Plan:
         patterns: the patterns of the sparse calls.
         at_most: whether the run may keep less than this says, because the data decide.
         fits: whether the state is within what the method may hold; if not, the run is refused.
+        trained: frames, rows and columns of tokens that the model was trained at, the largest; the
+            latter two may not be known, and None where nothing is.
+        warning: what goes beyond that, and which method is made for it; None if nothing does.
     """
 
     model: str
@@ -92,6 +97,8 @@ class Plan:
     patterns: tuple[BlockPattern, ...] = ()
     at_most: bool = False
     fits: bool = True
+    trained: tuple[int, int | None, int | None] | None = None
+    warning: str | None = None
 
     @property
     def computed_speedup(self) -> float:
@@ -130,6 +137,7 @@ class Plan:
         lines = [
             f"{self.method} on {self.model}",
             f"  grid       {self.grid} = {self.tokens:,} tokens",
+            *self._training(),
             f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
             f" {self.kept:.1%} in the run",
             f"  by step    {runs(self.kept_per_step)}",
@@ -148,6 +156,15 @@ class Plan:
             refused = "" if self.fits else ", more than the method may hold: the run is refused"
             lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB{refused}")
         return "\n".join(lines)
+
+    def _training(self) -> list[str]:
+        """What the model was trained at, and what goes beyond it."""
+        if self.trained is None:
+            return []
+        frames, *size = self.trained
+        of = "" if None in size else f" of {size[0]}×{size[1]} tokens"
+        lines = [f"  trained    at up to {frames} frame{'s' * (frames > 1)}{of}"]
+        return lines + ([f"  beyond     {self.warning}"] if self.warning else [])
 
     def _waste(self) -> list[str]:
         """What is computed beyond the kept pairs, in a line or none."""
@@ -262,6 +279,7 @@ def plan(
     shape = find_shape(target)
     device = None if profile is None else load_profile(profile)
     family = next((f for f in list_families() if f.transformer == shape.family), None)
+    trained = None if family is None else family.trained_at(shape.heads, shape.patch[0])
     chosen, schedule = settle(
         method,
         params,
@@ -272,19 +290,25 @@ def plan(
         dense_layers=dense_layers,
         quality=quality,
         experts=shape.experts,
+        trained=trained,
+        cross_attention=shape.cross_tokens > 0,
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
     grid = _grid(shape, (num_frames, height, width), text_tokens)
     used = backend or (BACKEND if device is None else device.backend)
+    calls = family is not None and family.guidance == "calls"
     with neutral():
-        run = PlannedRun(chosen, grid, bound, num_inference_steps, shape.layers, used)
+        run = PlannedRun(
+            chosen, grid, bound, num_inference_steps, shape.layers, used,
+            guided=1 / branches if calls else 1.0,
+        )  # fmt: skip
         predicted = None
         if device is not None and run.modelled and not run.at_most():
             predicted = predict(
                 device, shape, grid.num_tokens, run.work,
                 steps=num_inference_steps, branches=branches, dtype=dtype,
             )  # fmt: skip
-        return _plan_of(run, shape, branches, predicted)
+        return _plan_of(run, shape, branches, predicted, trained)
 
 
 def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
@@ -298,7 +322,11 @@ def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None
 
 
 def _plan_of(
-    run: PlannedRun, shape: ModelShape, branches: int, predicted: Prediction | None
+    run: PlannedRun,
+    shape: ModelShape,
+    branches: int,
+    predicted: Prediction | None,
+    trained: Trained | None,
 ) -> Plan:
     """What there is to say about a run of a model."""
     tokens, steps = run.grid.num_tokens, run.steps
@@ -321,9 +349,9 @@ def _plan_of(
         layers=shape.layers,
         attention_share=share,
         attention_speedup=1 / mean,
-        step_speedup=1 / (1 - share + share * mean),
+        step_speedup=1 / ((1 - share) * (1 + run.guides) + share * mean),
         dense_step_flops=branches * shape.layers * (attention + rest),
-        step_flops=branches * shape.layers * (attention * mean + rest),
+        step_flops=branches * shape.layers * (attention * mean + rest * (1 + run.guides)),
         visited=run.visited(),
         computed=run.computed(),
         backend=run.backend,
@@ -333,4 +361,6 @@ def _plan_of(
         patterns=tuple(run.made.values()),
         at_most=run.at_most(),
         fits=state <= run.method.state_limit(),
+        trained=None if trained is None else (trained.num_frames, trained.height, trained.width),
+        warning=beyond(trained, run.grid, run.method.name),
     )

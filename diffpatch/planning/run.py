@@ -33,6 +33,8 @@ class PlannedRun:
         made: the patterns by variant.
         used: of every sparse call, its pattern.
         holds: by layer, the pattern that its state is about.
+        guided: share of the guidance branches that a guide serves, where there is one.
+        guides: guide forwards of the run, as a fraction of the others.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class PlannedRun:
         steps: int,
         layers: int,
         backend: str,
+        guided: float = 1.0,
     ) -> None:
         self.method, self.grid, self.bound = method, grid, bound
         self.steps, self.layers, self.backend = steps, layers, backend
+        every, self.guided, self.guides = method.guide_every(grid), guided, 0.0
         self.kept: list[float] = []
         self.sparse: list[float] = []
         self.work: list[Work | None] = []
@@ -64,9 +68,11 @@ class PlannedRun:
             pattern = self.made[variant]
             self.holds.setdefault(layer, pattern)
             self.used.append(pattern)
-            self.kept.append(method.kept_at(pattern, age))
-            self.sparse.append(self.kept[-1])
-            self.work.append(method.work(pattern, age, backend))
+            self.sparse.append(method.kept_at(pattern, age))
+            guide = guided if every and age % every == 0 else 0.0
+            self.guides += guide / steps / layers
+            self.kept.append(self.sparse[-1] + guide)
+            self.work.append(None if every else method.work(pattern, age, backend))
             self.modelled = self.modelled and self.work[-1] is not None
 
     def kept_table(self) -> torch.Tensor:
@@ -105,7 +111,11 @@ class PlannedRun:
     def state_size(self, shape: ModelShape) -> int:
         """Bytes held across steps for one guidance branch."""
         size = shape.heads, shape.head_dim
-        return sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
+        held = sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
+        if self.method.guide_every(self.grid):  # the cross-attention of every layer, 16-bit
+            tokens = self.grid.num_tokens * shape.heads * shape.head_dim
+            held += round(2 * tokens * self.layers * self.guided)
+        return held
 
 
 def _visited(blocks: BlockIndex) -> float:

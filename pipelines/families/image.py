@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffpatch.pipelines.families import grids, presets
+from diffpatch.pipelines.families import grids, presets, trained
 from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.families.info import (
     BLOCKS,
@@ -26,6 +26,7 @@ IMAGE_FAMILIES = (
         guidance="distilled",
         regional=True,
         ulysses=True,
+        trained=trained.FLUX,
     ),
     FamilyInfo(
         "Flux.2",
@@ -49,6 +50,7 @@ IMAGE_FAMILIES = (
         guidance="batch",
         regional=False,
         ulysses=False,
+        trained=trained.SD3,
     ),
     FamilyInfo(
         "PixArt-α / Σ",
@@ -71,6 +73,7 @@ IMAGE_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=True,
+        trained=trained.QWEN_IMAGE,
     ),
     FamilyInfo(
         "Z-Image",
@@ -83,6 +86,7 @@ IMAGE_FAMILIES = (
         guidance="batch",
         regional=True,
         ulysses=False,
+        trained=trained.Z_IMAGE,
     ),
     FamilyInfo(
         "HiDream-I1",

@@ -4,10 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from diffpatch.pipelines.families import grids
 from diffpatch.pipelines.families.grids import GridFunction
 from diffpatch.pipelines.families.presets import Preset
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The largest size that public checkpoints were trained at, in tokens of their grid.
+
+    Attributes:
+        num_frames: frames; 1 for images.
+        height: rows; None where it differs among checkpoints that look alike.
+        width: columns; None as above.
+        heads: attention heads that tell these checkpoints from others of their family; None fits
+            any.
+        time_patch: latent frames in a token that tell them from others; None fits any.
+    """
+
+    num_frames: int
+    height: int | None = None
+    width: int | None = None
+    _: KW_ONLY
+    heads: int | None = None
+    time_patch: int | None = None
+
+    def fits(self, heads: int | None, time_patch: int) -> bool:
+        """Whether a model with so many heads and latent frames in a token may be one of these."""
+        return self.heads in (None, heads) and self.time_patch in (None, time_patch)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Rows and columns, where they are known."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -39,8 +70,8 @@ class FamilyInfo:
         regional: whether diffusers can compile its blocks alone (`compile_repeated_blocks`);
             others compile as a whole.
         ulysses: whether diffusers has a plan that splits its sequence over several GPUs.
-        trained_frames: frames of tokens that its public checkpoints were trained at, where one
-            number says it; None where it is not known or differs.
+        trained: what its public checkpoints were trained at, the first that fits a model; empty
+            where that is not known.
     """
 
     name: str
@@ -58,7 +89,23 @@ class FamilyInfo:
     guidance: str
     regional: bool
     ulysses: bool
-    trained_frames: int | None = None
+    trained: tuple[Trained, ...] = ()
+
+    def trained_at(self, heads: int | None = None, time_patch: int | None = None) -> Trained | None:
+        """What a model of this family was trained at; None where that is not known.
+
+        Args:
+            heads: attention heads of the model.
+            time_patch: latent frames in one of its tokens.
+        """
+        return next((one for one in self.trained if one.fits(heads, time_patch or 1)), None)
+
+    def trained_of(self, model: Any) -> Trained | None:
+        """The same for a transformer, by its config."""
+        if not self.trained:
+            return None
+        config = model.config
+        return self.trained_at(config.get("num_attention_heads"), config.get("patch_size_t"))
 
 
 BLOCKS = r"blocks\.\d+\.attn1"

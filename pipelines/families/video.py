@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffpatch.pipelines.families import grids, presets, spans
+from diffpatch.pipelines.families import grids, presets, spans, trained
 from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.families.info import (
     BLOCKS,
@@ -25,7 +25,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=True,
-        trained_frames=21,
+        trained=trained.WAN,
     ),
     FamilyInfo(
         "Wan VACE",
@@ -37,7 +37,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
-        trained_frames=21,
+        trained=trained.WAN,
     ),
     FamilyInfo(
         "Wan Animate",
@@ -62,7 +62,7 @@ VIDEO_FAMILIES = (
         guidance="distilled",
         regional=True,
         ulysses=False,
-        trained_frames=33,
+        trained=trained.HUNYUAN,
     ),
     FamilyInfo(
         "HunyuanVideo 1.5",
@@ -76,7 +76,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
-        trained_frames=33,
+        trained=trained.HUNYUAN_15,
     ),
     FamilyInfo(
         "CogVideoX 1.0 / 1.5",
@@ -88,7 +88,7 @@ VIDEO_FAMILIES = (
         guidance="batch",
         regional=False,
         ulysses=False,
-        trained_frames=13,
+        trained=trained.COGVIDEOX,
     ),
     FamilyInfo(
         "Mochi 1",
@@ -113,7 +113,7 @@ VIDEO_FAMILIES = (
         guidance="batch",
         regional=True,
         ulysses=True,
-        trained_frames=21,
+        trained=trained.LTX,
     ),
     FamilyInfo(
         "LTX-2",
@@ -147,7 +147,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
-        trained_frames=25,
+        trained=trained.SKYREELS,
     ),
     FamilyInfo(
         "Kandinsky 5",

@@ -114,7 +114,7 @@ class Decider:
         pattern = pattern.for_heads(heads * question.parts)
         pattern = parallel.of_heads(pattern, heads, question.rank, question.parts, question.deal)
         if pattern.kept >= DENSE_FROM and not self.method.dynamic:
-            return Decision("pattern keeps everything")
+            return Decision(self._why_whole(found))
         like = torch.empty((), dtype=question.dtype, device=question.device).expand(question.shape)
         reason = unsupported_reason(like, pattern.on(question.device), self.backend)
         if reason is None and question.learned and (question.ranks > 1 or question.biased):
@@ -126,6 +126,10 @@ class Decider:
         if silent:
             pattern = without_queries(pattern, silent)
         return Decision(None, pattern, order, silent)
+
+    def _why_whole(self, grid: Grid) -> str:
+        grids = grid.grids if isinstance(grid, PackedGrid) else (grid,)
+        return "; ".join(dict.fromkeys(map(self.method.why_whole, grids)))
 
     def _grid(self, shape: Numbers, question: Question) -> Grid | str:
         """Where the tokens of the sequence stand, or why it must be dense."""

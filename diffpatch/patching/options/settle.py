@@ -10,6 +10,7 @@ from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, make_method, one_method
 from diffpatch.patching.options import composition
 from diffpatch.patching.options.schedule import BARE, Amount, Schedule
+from diffpatch.pipelines.families.info import Trained
 from diffpatch.pipelines.families.presets import Preset
 from diffpatch.pipelines.families.table import FamilyInfo
 
@@ -32,6 +33,8 @@ def settle(
     stepless: bool = False,
     quality: str | None = None,
     experts: bool = False,
+    trained: Trained | None = None,
+    cross_attention: bool = False,
 ) -> tuple[Method, Schedule]:
     """The method and the schedule of a patch or a plan.
 
@@ -50,6 +53,8 @@ def settle(
         stepless: whether denoising steps are unknown (a bare transformer), so that none are dense.
         quality: a level of `QUALITIES`, or None for the published setting.
         experts: whether the model is one of two that share the steps.
+        trained: what the model was trained at, if known.
+        cross_attention: whether cross-attention stands beside the model's self-attention.
 
     Raises:
         UnknownMethod, BadParameter: the method or a parameter cannot work.
@@ -69,7 +74,8 @@ def settle(
         )
     if quality is not None:
         chosen = _at_quality(method, chosen, quality, params, preset, kind)
-    chosen = chosen.for_model(family.trained_frames if family is not None else None)
+    frames, size = (None, None) if trained is None else (trained.num_frames, trained.size)
+    chosen = chosen.for_model(frames, size, cross_attention)
     composition.check_method(chosen)
     if stepless and chosen.needs_steps:
         raise BadParameter(

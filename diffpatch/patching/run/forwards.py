@@ -32,6 +32,7 @@ class Forward:
         calls: of each layer so far.
         last: the layer called last.
         deal: in which order the heads of the call at hand are shared out to processes.
+        guide: what it does with cross-attention: "" nothing, "record" or "recall" it.
     """
 
     place: Place
@@ -43,6 +44,7 @@ class Forward:
     calls: Counter[int] = field(default_factory=Counter)
     last: int = -1
     deal: Deal | None = None
+    guide: str = ""
 
     def called(self, layer: int) -> int:
         """Count a call; the number of the sample, because some models call once for each."""

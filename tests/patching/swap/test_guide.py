@@ -1,0 +1,178 @@
+"""The guide branch of `larger` against two rows carried by hand, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import FirstBlockCacheConfig
+
+import diffpatch
+from diffpatch import BadParameter, DiffpatchError, Larger
+from tests import tiny as tiny_models
+from tests.tiny import Tiny, flux, videos, wan
+from tests.tiny.images import dit, pixart
+
+STEPS = 5
+SMALL = (2, 2)  # of the 2×4 tokens of a frame of the tiny Wan
+
+
+def by_hand(tiny: Tiny, every: int) -> torch.Tensor:
+    """A run with windows whose cross-attention comes from a dense copy of the model."""
+    model = tiny.pipe.transformer
+    dense, kept, calls = copy.deepcopy(model), {}, iter(range(1000))
+    for i, block in enumerate(dense.blocks):
+        block.attn2.register_forward_hook(lambda m, a, out, i=i: kept.__setitem__(i, out))
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL, guide=0)
+    override = []
+    handles = [
+        block.attn2.register_forward_hook(lambda m, a, out, i=i: kept[i] if override else None)
+        for i, block in enumerate(model.blocks)
+    ]
+    windows = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        step, branch = divmod(next(calls), 2)
+        if branch == 0:  # with the prompt
+            if step % every == 0:
+                dense(*args, **kwargs)
+            override.append(1)
+        out = windows(*args, **kwargs)
+        override.clear()
+        return out
+
+    model.forward = forward
+    try:
+        return tiny.run(num_inference_steps=STEPS)
+    finally:
+        del model.forward
+        for handle in handles:
+            handle.remove()
+        diffpatch.unpatch(tiny.pipe)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_it_is_two_rows_of_which_one_gives_its_cross_attention(every: int) -> None:
+    tiny = wan()
+    expected = by_hand(tiny, every)
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL, guide=every)
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), expected)
+    report = diffpatch.report(tiny.pipe)
+    guides = -(-STEPS // every)
+    assert report.notes == (f"{guides} guide forwards ran dense beside the others: kept has them",)
+    # Three of the four columns are seen, and a guide's pairs come on top.
+    assert report.kept == pytest.approx(0.75 + guides / STEPS / 2)
+    assert report.calls == STEPS * 2 * 2
+    tokens, channels = 3 * 2 * 4, 24
+    assert report.state_bytes == 2 * tokens * channels * 4  # two layers, fp32
+
+
+def test_undo_is_exact_and_copies_are_plain() -> None:
+    tiny = wan()
+    before = tiny.run()
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
+    during = tiny.run()
+    assert not torch.equal(during, before)
+    copied = copy.deepcopy(tiny.pipe.transformer)
+    patched, tiny.pipe.transformer = tiny.pipe.transformer, copied
+    assert torch.equal(tiny.run(), before)
+    tiny.pipe.transformer = patched
+    assert torch.equal(tiny.run(), during)
+    diffpatch.unpatch(tiny.pipe)
+    assert torch.equal(tiny.run(), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in patched.modules())
+
+
+def test_trained_size_and_dense_steps_need_no_guide() -> None:
+    tiny = wan()
+    before = tiny.run(num_inference_steps=STEPS)
+    diffpatch.patch(tiny.pipe, "larger", trained=(2, 4))
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), before)
+    report = diffpatch.report(tiny.pipe)
+    assert report.notes == () and report.state_bytes == 0
+    assert list(report.reasons) == ["a window of the trained 2×4 tokens holds all 2×4 of a frame"]
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL, dense_steps=3)
+    tiny.run(num_inference_steps=STEPS)
+    assert diffpatch.report(tiny.pipe).notes[0].startswith("1 guide forwards")
+
+
+@pytest.mark.parametrize("build", ["ltx", "skyreels", "wan22"])
+def test_other_families_with_cross_attention_are_guided(build: str) -> None:
+    model = (getattr(videos, build, None) or getattr(tiny_models, build))()
+    if build == "ltx":
+        model.call["width"] = 4 * 32
+    before = model.run()
+    diffpatch.patch(model.pipe, "larger", trained=SMALL, guide=0)
+    alone = model.run()
+    diffpatch.patch(model.pipe, "larger", trained=SMALL)
+    guided = model.run()
+    assert "guide forwards" in diffpatch.report(model.pipe).notes[0]
+    assert not torch.equal(guided, alone)
+    diffpatch.unpatch(model.pipe)
+    assert torch.equal(model.run(), before)
+
+
+def test_images_with_cross_attention_too() -> None:
+    tiny = pixart()
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
+    tiny.run()
+    assert "guide forwards" in diffpatch.report(tiny.pipe).notes[0]
+
+
+@pytest.mark.parametrize("build", [flux, dit])
+def test_models_without_cross_attention_have_windows_alone(build: Callable[[], Tiny]) -> None:
+    tiny = build()
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
+    tiny.run()
+    assert diffpatch.report(tiny.pipe).notes == ()
+    with pytest.raises(BadParameter, match=r"no cross-attention .* pass guide=0"):
+        diffpatch.patch(flux().pipe, "larger", trained=SMALL, guide=3)
+
+
+def test_two_sizes_at_once() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
+    sizes = [(32, 64), (48, 32), (48, 64)]
+    pipes = [type(tiny.pipe)(**_own_scheduler(tiny.pipe)) for _ in sizes]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    alone = [
+        Tiny(p, tiny.call).run(height=h, width=w) for p, (h, w) in zip(pipes, sizes, strict=True)
+    ]
+    together: dict[int, torch.Tensor] = {}
+
+    def work(i: int) -> None:
+        height, width = sizes[i]
+        together[i] = Tiny(pipes[i], tiny.call).run(height=height, width=width)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(sizes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[i], alone[i]) for i in range(len(sizes)))
+
+
+def _own_scheduler(pipe: Any) -> dict[str, Any]:
+    return {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
+
+
+def test_what_goes_around_a_guide_is_refused() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
+    tiny.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(DiffpatchError, match=r"FirstBlockCache is enabled.*pass guide=0"):
+        tiny.run()
+    tiny.pipe.transformer.disable_cache()
+    tiny.run()
+    block = tiny.pipe.transformer.blocks[0]
+    block.compile(backend="eager")
+    with pytest.raises(DiffpatchError, match=r"compiled.*pass guide=0"):
+        tiny.run()
+    block._compiled_call_impl = None
+    with pytest.raises(BadParameter, match="a bare transformer knows no steps"):
+        diffpatch.patch(tiny.pipe.transformer, Larger(trained=SMALL, guide=2))
