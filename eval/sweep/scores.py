@@ -11,6 +11,7 @@ import torch
 
 from diffpatch.eval.files import read_json, write_json
 from diffpatch.eval.media import load_frames
+from diffpatch.eval.quality.details import details
 from diffpatch.eval.quality.distances import compare
 from diffpatch.eval.quality.scores import Tools, alone, load_tools, paired
 from diffpatch.pipelines.running.loading import DEMOS
@@ -20,7 +21,11 @@ FEWEST = 4  # clips below which a set has no distance
 
 
 def score(
-    frames: torch.Tensor, reference: torch.Tensor | None, prompt: str, tools: Tools
+    frames: torch.Tensor,
+    reference: torch.Tensor | None,
+    prompt: str,
+    tools: Tools,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Everything that can be said about frames (F, 3, H, W) in [0, 1]; ready for JSON.
 
@@ -29,9 +34,11 @@ def score(
         reference: the dense frames; None for a dense run.
         prompt: what was asked for.
         tools: from `diffpatch.eval.quality.load_tools`.
+        detailed: add what `diffpatch.eval.quality.details` says.
     """
     beside = {} if reference is None else paired(frames, reference, tools)
-    return beside | alone(frames, prompt, tools)
+    more = details(frames, prompt, tools) if detailed else {}
+    return beside | alone(frames, prompt, tools) | more
 
 
 def has_features(model: str, networks: Mapping[str, str]) -> bool:
@@ -89,7 +96,8 @@ def rescore(folder: Path) -> int:
         if "dense" in result:
             reference = load_frames(folder / "runs" / result["dense"]["name"] / "frames.npz")
         frames = folder / "runs" / result.get("frames_of", path.name) / "frames.npz"
-        quality = score(load_frames(frames), reference, result["prompt"], tools)
+        detailed = "repetition" in result["quality"]
+        quality = score(load_frames(frames), reference, result["prompt"], tools, detailed)
         if has_features(result["model"], networks) and "frames_of" not in result:
             save_features(load_frames(frames), path, tools)
         write_json(path / "run.json", {**result, "quality": quality, "judged_by": tools.names()})

@@ -137,7 +137,7 @@ class Session:
             "clip": save_pictures(frames, None, stage, frames_per_second(self.source)),
             "shared": self._shared(),
             "kept": 1.0,
-            "quality": score(frames, None, run.case.prompt.text, self.tools),
+            "quality": self._score(frames, None, run),
         }
 
     def _render(self, run: Rendering, stage: Path) -> dict[str, Any]:
@@ -160,8 +160,7 @@ class Session:
         frames = self._keep(sample, stage)
         result["clip"] = save_pictures(frames, reference, stage, frames_per_second(self.source))
         save_pattern(self._patterns.get(_place(run)), stage)
-        text = run.case.prompt.text
-        result["quality"] = score(frames, reference, text, self.tools)
+        result["quality"] = self._score(frames, reference, run)
         if run.errors:
             result["attention_error"] = self._attention_error(run)
         return result
@@ -170,13 +169,17 @@ class Session:
         """The floor that another seed gives; no frames of its own."""
         reference = self._dense_frames(run.dense)
         frames = self._dense_frames(run.other_seed)
-        text = run.case.prompt.text
         return {
             "frames_of": run.other_seed.name,
             "dense": {"name": run.dense.name},
             "kept": 1.0,
-            "quality": score(frames, reference, text, self.tools),
+            "quality": self._score(frames, reference, run),
         }
+
+    def _score(
+        self, frames: torch.Tensor, reference: torch.Tensor | None, run: Rendering
+    ) -> dict[str, float]:
+        return score(frames, reference, run.case.prompt.text, self.tools, self.spec.details)
 
     def _sample(self, run: Rendering) -> tuple[sampling.Sample, dict[str, Any]]:
         """Warm up where this process did not yet, then one timed call; and what the patch did."""

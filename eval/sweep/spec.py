@@ -78,6 +78,7 @@ class SweepSpec:
             pass that is not timed.
         dense_every: dense is timed anew after so many timed runs; 0 never.
         bar: the quality that a method must have to be recommended.
+        details: whether the judge's answers stand one by one, beside objects and repetitions.
         networks: folders or files of the networks that judge quality, as
             `diffpatch.eval.quality.load_tools` takes them; empty for those that are shipped.
     """
@@ -99,6 +100,7 @@ class SweepSpec:
     attention_error: int
     dense_every: int
     bar: Mapping[str, float]
+    details: bool
     networks: Mapping[str, str]
 
 
@@ -146,6 +148,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         attention_error=len(prompts) if error is True else _count(error or 0, "attention_error"),
         dense_every=_count(data.get("dense_every", 8), "dense_every"),
         bar=_bar(data.get("bar", {"psnr": 25})),
+        details=_typed(data.get("details", False), "details", bool),
         networks=_networks(data.get("networks", {}), folder),
     )
 

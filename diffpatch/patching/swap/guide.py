@@ -111,7 +111,7 @@ class Guide:
 
     def _every(self, forward: Forward) -> int:
         """Steps between the guides of such forwards; 0 where they have none."""
-        grid, step = forward.grid, forward.place.step
+        grid, step, name = forward.grid, forward.place.step, forward.context or ""
         if grid == NO_GRID or len(grid) != len(NO_GRID) or name.startswith(UNGUIDED):
             return 0
         if forward.bound.reason(step, -1) is not None:  # dense itself

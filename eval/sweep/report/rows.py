@@ -28,6 +28,11 @@ METRICS = {
     "clip_score": Metric("CLIP score", "{:.1f}"),
     "caption_accuracy": Metric("caption", "{:.0%}"),
     "caption_log_prob": Metric("log p", "{:.3f}"),
+    "caption_motion": Metric("motion", "{:.0%}"),
+    "caption_color": Metric("colour", "{:.0%}"),
+    "caption_shape": Metric("shape", "{:.0%}"),
+    "objects": Metric("objects", "{:.2f}"),
+    "repetition": Metric("repetition", "{:.2f}"),
 }
 FEWEST_PROMPTS = 4  # that an interval is made of
 KD = "KD ×1000"
