@@ -57,7 +57,7 @@ class Guide:
         """Hooks on the cross-attention, each with a ``remove``."""
         handles: list[Any] = []
         for layer, module in enumerate(self._modules):
-            before, after = _Before(self, layer), _After(self, layer)
+            before, after = _ShortInput(self, layer), _OtherOutput(self, layer)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         return handles
@@ -130,14 +130,14 @@ def of(model: Any, modules: Layers, name: str, method: Method, forwards: Forward
     return Guide(model, modules, name, method, forwards) if method.guide_every() else None
 
 
-class _Hook:
+class _CrossHook:
     """What both hooks know. Copies and pickles of a patched model have hooks that do nothing."""
 
     def __init__(self, guide: Guide | None, layer: int) -> None:
         self.guide = None if guide is None else weakref.ref(guide)
         self.layer = layer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CrossHook:
         return type(self)(None, self.layer)
 
     def __reduce__(self) -> Any:
@@ -150,7 +150,7 @@ class _Hook:
         return None if guide is None or forward is None else (guide, forward)
 
 
-class _Before(_Hook):
+class _ShortInput(_CrossHook):
     """Cuts down the work of a module whose output is not going to be used."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,7 +164,7 @@ class _Before(_Hook):
         return None
 
 
-class _After(_Hook):
+class _OtherOutput(_CrossHook):
     """Keeps the output of a module, or puts the one that was kept in its place."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
