@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.hooks.hooks import HookRegistry
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+from diffusers.hooks.hooks import HookRegistry, StateManager
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models.cache_utils import CacheMixin
@@ -41,6 +42,8 @@ ULYSSES_MESH, TENSOR_MESH = "_ulysses_mesh", "_mesh"
 EXCHANGE = "_templated_context_parallel_attention"
 # What `enable_cache` notes on the model, and where hooks on a module are kept.
 CACHE, HOOKS = "_cache_config", "_diffusers_hook"
+# Where the hooks of a cache keep their states, one for every `cache_context`.
+CACHE_MANAGER, CACHE_STATES = "state_manager", "_state_cache"
 # Where layer-skip hooks find by class what to do for a processor; asking it fills it.
 PROCESSORS = "_registry"
 # How a pipeline names the forward that it is about to make (of the models that have it).
@@ -170,6 +173,8 @@ def _kept_names() -> list[tuple[Any, str, str]]:
         (AttentionProcessorRegistry, "get", PROCESSORS),
         (AttentionProcessorRegistry, "register", PROCESSORS),
         (HookRegistry, "check_if_exists_or_initialize", HOOKS),
+        (FBCHeadBlockHook, "reset_state", CACHE_MANAGER),
+        (StateManager, "reset", CACHE_STATES),
     ]
 
 

@@ -21,7 +21,7 @@ from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo
 from diffpatch.pipelines.families.unwrap import bypassing
-from diffpatch.targets.choice import choose_for
+from diffpatch.targets.choice import Chosen, choose_for
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target as Wanted
 
@@ -44,6 +44,7 @@ def patch(
     backend: str = "auto",
     grid: Grid | None = None,
     modules: str | None = None,
+    cache: float | None = None,
     settings: str | Path | Settings | None = None,
     target: str | None = None,
     **params: Any,
@@ -79,6 +80,9 @@ def patch(
             (as keywords) that returns one. Needs `modules`.
         modules: for models without a family: regular expression that full-matches the paths of the
             self-attention modules, each with a diffusers ``processor``.
+        cache: threshold of diffusers' FirstBlockCache, which is then a part of the patch: steps in
+            which the first block changes by less (relative L1) leave out the other blocks. None
+            enables none; caches that you enable yourself stay yours.
         settings: what `diffpatch.tune` found out about this model: a file of it, or the object. The
             method is then ``dynamic`` with a budget for every head.
         target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x".
@@ -94,21 +98,30 @@ def patch(
     """
     # Imports diffusers, which takes seconds, so only here.
     from diffpatch import internals
+    from diffpatch.patching.swap.cache import check_cache
     from diffpatch.patching.patch import Patch
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()
     found = transformers(pipe, _custom_family(grid, modules))
+    if cache is not None:
+        check_cache(cache, bare=not hasattr(pipe, "components"))
+    check_grid = None
     if settings is not None or target is not None:
-        method, dense_steps = _for_target(found, settings, target, method, params, dense_steps)
+        loaded, choice = _for_target(found, settings, target, method, params, cache)
+        method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
+        dense_steps = choice.dense_steps if dense_steps is None else dense_steps
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
     check_backend(backend)
     bare = not hasattr(pipe, "components")
-    shared = Patch(chosen, schedule, backend, pipe, bare=bare)
+    shared = Patch(chosen, schedule, backend, pipe, bare=bare, check_grid=check_grid)
     parts = components(pipe)
-    fresh = [PatchedTransformer(m, name, f, shared, bypassing(parts[name])) for name, m, f in found]
+    fresh = [
+        PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache)
+        for name, model, family in found
+    ]
     for transformer in fresh:
         schedule.layers(len(transformer.modules))
     unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
@@ -122,9 +135,9 @@ def _for_target(
     target: str | None,
     method: MethodLike,
     params: dict[str, Any],
-    dense_steps: Amount | None,
-) -> tuple[MethodLike, Amount | None]:
-    """The method and the dense steps that tuned settings give for a target.
+    cache: float | None,
+) -> tuple[Settings, Chosen]:
+    """Tuned settings, and what they come to for a target.
 
     Raises:
         BadParameter: one of the two is missing, the settings are not of this model, or the target
@@ -136,16 +149,15 @@ def _for_target(
         )
     if target is None:
         raise BadParameter("settings= needs target=, such as '30 dB', 'kept 0.25' or '2x'")
-    if params or method not in ("radial", "dynamic"):
+    if params or cache is not None or method not in ("radial", "dynamic"):
+        given = [*params, *(["cache"] if cache is not None else [])]
         raise BadParameter(
             f"target={target!r} chooses the method and its parameters: leave out"
-            f" {', '.join(params) or f'method={method!r}'}"
+            f" {', '.join(given) or f'method={method!r}'}"
         )
     loaded = settings if isinstance(settings, Settings) else Settings.load(settings)
     loaded.check_model({name: model for name, model, _ in found})
-    chosen = choose_for(loaded, Wanted.parse(target))
-    method = chosen.method(found[0][0])
-    return method, chosen.dense_steps if dense_steps is None else dense_steps
+    return loaded, choose_for(loaded, Wanted.parse(target))
 
 
 def settled(
@@ -228,23 +240,23 @@ def unpatch(target: Target) -> Target:
 
 
 @contextlib.contextmanager
-def patched(target: Target, method: MethodLike = "radial", **options: Any) -> Iterator[Target]:
+def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; undone on the way out, also after an exception.
 
     A patch that the target carried before is back afterwards, with counts and state of its own that
     begin anew.
     """
     before: dict[Patch, list[PatchedTransformer]] = {}
-    for owner in owners(target):
+    for owner in owners(pipe):
         before.setdefault(owner.patch, []).append(owner)
-    patch(target, method, **options)
+    patch(pipe, method, **options)
     try:
-        yield target
+        yield pipe
     finally:
-        unpatch(target)
+        unpatch(pipe)
         for shared, previous in before.items():
             shared.runs.forget()
-            _install(target, shared, previous)
+            _install(pipe, shared, previous)
 
 
 def report(target: Any) -> Report:

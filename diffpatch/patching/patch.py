@@ -6,13 +6,14 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from diffpatch.kernels.memo import Memo
 from diffpatch.methods.base import Method
+from diffpatch.patching.attention.layout import NO_GRID
 from diffpatch.patching.options.composition import STEPS
 from diffpatch.patching.options.schedule import Schedule
 from diffpatch.patching.run.run import Run
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 # What watches sparse calls: gets (transformer, layer, step, branch), the output (B, S, H, D), and a
 # function that computes the dense one.
 Observer = Callable[[tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None]
+
+# What tuned settings say of a grid (num_frames, height, width, text); raises BadParameter.
+CheckGrid = Callable[[tuple[int, int, int, int]], str | None]
 
 _CACHED_GRIDS = 4  # grids about which a patch remembers its decisions, beside those of its runs
 
@@ -44,17 +48,26 @@ class Patch:
         method: what sparse calls do.
         schedule: which calls are dense.
         backend: of the kernels.
+        check_grid: refuses grids that the settings say nothing about, or remarks on them.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
         installed: the transformers that carry it.
     """
 
     def __init__(
-        self, method: Method, schedule: Schedule, backend: str, target: Any, *, bare: bool = False
+        self,
+        method: Method,
+        schedule: Schedule,
+        backend: str,
+        target: Any,
+        *,
+        bare: bool = False,
+        check_grid: CheckGrid | None = None,
     ) -> None:
         self.method = method
         self.schedule = schedule
         self.backend = backend
+        self.check_grid = check_grid
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)
         self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()
@@ -98,6 +111,17 @@ class Patch:
             place.run.record.notes.append(text)
             self.say_once(text)
         return place
+
+    def remark_on(self, grid: Sequence[int]) -> str | None:
+        """What the settings that were chosen from say of a grid that they were not measured on.
+
+        Raises:
+            BadParameter: they say nothing about it.
+        """
+        if self.check_grid is None or len(grid) != len(NO_GRID) or not all(grid[:3]):
+            return None
+        frames, height, width, *text = grid
+        return self.check_grid((frames, height, width, sum(n for n in text if n > 0)))
 
     def say_once(self, text: str, about: str | None = None) -> None:
         """Warn, unless it was said before, or something else about the same."""

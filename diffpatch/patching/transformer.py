@@ -25,6 +25,7 @@ from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run.forwards import Forward, Forwards
 from diffpatch.patching.swap import guide, rebind, rope
+from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patching.swap.gates import Gates
 from diffpatch.patching.target import argument_names, layers, unreadable
 from diffpatch.patterns.grid import TokenGrid
@@ -43,6 +44,7 @@ class PatchedTransformer:
         family: FamilyInfo,
         patch: Patch,
         callers: Iterable[Any] = (),
+        cache: float | None = None,
     ) -> None:
         self.handle = rebind.new_handle(self)
         self.name = name
@@ -55,6 +57,7 @@ class PatchedTransformer:
         self.forwards = Forwards(len(self.modules))
         self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
         self.active = False
+        self.cache = None if cache is None else StepCache(cache, model)
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
         self._callers = [weakref.ref(caller) for caller in callers]
@@ -120,6 +123,8 @@ class PatchedTransformer:
         model._diffpatch = self
         self.patch.installed.add(self)
         self.active = True
+        if self.cache is not None:  # last: if it fails, all that went before is undone
+            self.cache.enable(model)
 
     def _listen_around(self, model: Any) -> Iterator[Any]:
         for caller in (reference() for reference in self._callers):
@@ -139,6 +144,8 @@ class PatchedTransformer:
         for run in self.patch.runs.all():
             run.forget(self.name)
         model = self._model()
+        if model is not None and self.cache is not None:
+            self.cache.disable(model)
         if model is not None and vars(model).get("_diffpatch") is self:
             del model._diffpatch
             if isinstance(vars(model).get(internals.CACHE_CONTEXT), _NamedForward):
@@ -164,11 +171,14 @@ class PatchedTransformer:
         grid, why = (
             (NO_GRID, found) if isinstance(found, str) else (numbers(found), self._traced_why)
         )
+        remark = self.patch.remark_on(grid)
         if torch.compiler.is_compiling():
             self._traced, self._traced_why = grid, why
             return
         forward = self._begin(grid, why, hooked=True)
         self._warn_beyond_training(forward)
+        if remark is not None and remark not in forward.place.run.record.notes:
+            forward.place.run.record.notes.append(remark)
         self._warn_of_mixed_branches(model, forward)
         self._forget_moved_frames(named, forward)
         if self._guide is not None:
@@ -183,6 +193,11 @@ class PatchedTransformer:
         """A forward begins in this thread."""
         patch, context = self.patch, self.forwards.context
         place = patch.begin_forward(self.name, context)
+        if self.cache is not None and self.cache.begin_forward(self._model(), place.run):
+            patch.say_once(
+                f"several runs take turns on {self.name}, and its cache remembers one: steps are"
+                " computed that could be left out; let one run follow the other"
+            )
         bound = place.run.bound(patch.schedule, len(self.modules), place.total, place.evaluations)
         return self.forwards.begin(Forward(place, bound, context, hooked, grid, why))
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
+from diffpatch.methods.base import Method
+from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic import Dynamic
 from diffpatch.targets.curves import Choice, Curve, choose
+from diffpatch.targets.front import Applied, FrontPoint, best_within, fastest
 from diffpatch.targets.picture import SMALLEST, quality_line, time_line
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
@@ -23,14 +26,17 @@ class Chosen:
 
     Attributes:
         rest: "virtual" or "drop", for all heads.
-        budgets: transformer -> layer -> kept fraction of each head in a sparse call.
+        budgets: transformer -> layer -> kept fraction of each head in a sparse call; empty where
+            all attention stays dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        kept: fraction of all pairs of a run, dense steps included.
+        kept: fraction of the pairs of all calls, dense steps included.
         error: mean relative L1 error of the attention in sparse calls.
         psnr: predicted for the pictures, in dB; None where no pairs were rendered.
         spread: of that prediction, in dB; None likewise.
         speedup: predicted for the denoising; None likewise.
         next_kept: error that the next percent of kept fraction would save.
+        cache: threshold of the step cache; None without one.
+        low: PSNR that four of five prompts reach, in dB; None where no front was measured.
     """
 
     rest: str
@@ -42,18 +48,30 @@ class Chosen:
     spread: float | None
     speedup: float | None
     next_kept: float
+    cache: float | None = None
+    low: float | None = None
 
-    def method(self, transformer: str) -> Dynamic:
+    def method(self, transformer: str) -> Method:
         """The method for one transformer of the model, by its name in the pipeline."""
+        if not self.budgets:
+            return Dense()
         return Dynamic(rest=self.rest, budgets=dict(self.budgets[transformer]))
 
     def __str__(self) -> str:
-        lines = [
-            f"kept      {self.kept:.1%} of all query-key pairs, first {self.dense_steps:.0%} dense",
-            f"error     {self.error:.2%} of the attention output (relative L1), rest: {self.rest}",
-        ]
+        lines = ["attention dense"]
+        if self.budgets:
+            lines = [
+                f"kept      {self.kept:.1%} of all query-key pairs, first {self.dense_steps:.0%}"
+                " dense",
+                f"error     {self.error:.2%} of the attention output (relative L1), rest:"
+                f" {self.rest}",
+            ]
+        if self.cache is not None:
+            lines.append(f"cache     steps in which the first block changes by < {self.cache:g}")
         if self.psnr is not None and self.spread is not None:
             lines.append(f"pictures  {self.psnr:.1f} ± {self.spread:.1f} dB to dense (predicted)")
+        if self.low is not None:
+            lines[-1] += f"; four of five prompts {self.low:.1f} or more"
         if self.speedup is not None:
             lines.append(f"speedup   {self.speedup:.2f}× of the denoising (predicted)")
         return "\n".join(lines)
@@ -71,7 +89,12 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
             names the best that can be had.
     """
     if target.goal == "psnr":
+        _refuse_noise(settings, target)
+        if settings.front:
+            return at_point(settings, fastest(settings.front, target.value, str(target)))
         return _choose(settings, target, error=_error_for(settings, target))
+    if target.goal == "speedup" and settings.front:
+        return at_point(settings, best_within(settings.front, 1 / target.value, str(target)))
     if target.goal == "error":
         return _choose(settings, target, error=target.value)
     kept = target.value if target.goal == "kept" else _kept_for(settings, target)
@@ -85,8 +108,41 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
     return _choose(settings, target, kept=min(sparse, 1.0))
 
 
+def at_point(settings: Settings, point: FrontPoint) -> Chosen:
+    """What a point of the front comes to, with what it was predicted to give.
+
+    Raises:
+        BadParameter: the curves do not reach its kept fraction.
+    """
+    return replace(
+        chosen_for(settings, point.applied),
+        psnr=point.psnr, spread=point.spread, low=point.low, speedup=1 / point.time,
+    )  # fmt: skip
+
+
+def chosen_for(settings: Settings, applied: Applied) -> Chosen:
+    """What one way to run the model comes to: the budgets of its heads.
+
+    Raises:
+        BadParameter: the curves do not reach its kept fraction.
+    """
+    if applied.sparse >= 1:
+        return Chosen(
+            rest=RULES[0], budgets={}, dense_steps=0.0, kept=1.0, error=0.0, psnr=None, spread=None,
+            speedup=None, next_kept=0.0, cache=applied.cache,
+        )  # fmt: skip
+    wanted = Target("kept", applied.sparse)
+    chosen = _choose(settings, wanted, kept=applied.sparse, dense_steps=applied.dense_steps)
+    return replace(chosen, cache=applied.cache)
+
+
 def _choose(
-    settings: Settings, target: Target, *, kept: float | None = None, error: float | None = None
+    settings: Settings,
+    target: Target,
+    *,
+    kept: float | None = None,
+    error: float | None = None,
+    dense_steps: float | None = None,
 ) -> Chosen:
     found: list[tuple[str, Choice]] = []
     refused: list[BadParameter] = []
@@ -98,7 +154,8 @@ def _choose(
     if not found:
         raise BadParameter(f"target={str(target)!r}: {refused[0]}")
     rest, best = min(found, key=lambda one: one[1].error if error is None else one[1].kept)
-    return _described(settings, rest, best)
+    dense = settings.measured_on.dense_steps if dense_steps is None else dense_steps
+    return _described(settings, rest, best, dense)
 
 
 def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
@@ -112,12 +169,11 @@ def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
     return curves
 
 
-def _described(settings: Settings, rest: str, choice: Choice) -> Chosen:
+def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> Chosen:
     heads: dict[str, dict[int, dict[int, float]]] = {}
     for unit, point in choice.points.items():
         transformer, layer, head = unit.rsplit(".", 2)
         heads.setdefault(transformer, {}).setdefault(int(layer), {})[int(head)] = point.kept
-    dense = settings.measured_on.dense_steps
     kept = dense + (1 - dense) * choice.kept
     quality, time = quality_line(settings.rendered), time_line(settings.rendered)
     log_error = math.log10(max(choice.error, SMALLEST))
@@ -137,6 +193,15 @@ def _described(settings: Settings, rest: str, choice: Choice) -> Chosen:
     )
 
 
+def _refuse_noise(settings: Settings, target: Target) -> None:
+    """A target above the noise floor is not one."""
+    if settings.floor is not None and target.value > settings.floor:
+        raise BadParameter(
+            f"target={str(target)!r} means nothing: dense differs from dense computed by another"
+            f" kernel by {settings.floor:.1f} dB already; ask for less"
+        )
+
+
 def _error_for(settings: Settings, target: Target) -> float:
     """The mean error at which pictures are predicted to have a PSNR."""
     line = quality_line(settings.rendered)
@@ -144,11 +209,6 @@ def _error_for(settings: Settings, target: Target) -> float:
         raise BadParameter(
             f"target={str(target)!r}: the settings hold too few rendered pairs to predict PSNR:"
             " tune with more prompts, or ask for 'kept 0.25'"
-        )
-    if settings.floor is not None and target.value > settings.floor:
-        raise BadParameter(
-            f"target={str(target)!r} means nothing: dense differs from dense computed by another"
-            f" kernel by {settings.floor:.1f} dB already; ask for less"
         )
     return float(10 ** line.where(target.value))
 

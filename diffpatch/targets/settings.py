@@ -25,6 +25,7 @@ REACH = 2.0  # factor on the number of tokens within which curves are carried to
 
 Text = Annotated[str, Field(max_length=4000)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -88,6 +89,55 @@ class Rendered(_Part):
     dense_seconds: Positive
 
 
+class Measured(_Part):
+    """One rendered run of the front: what was applied to a model, and what came of it.
+
+    Attributes:
+        prompt: its text.
+        sparse: kept fraction of sparse calls, dealt out over the heads by the curves; 1 leaves all
+            attention dense.
+        dense_steps: first steps that stay dense, as a fraction of the run.
+        cache: threshold of the step cache; None without one.
+        kept: fraction of the pairs of all calls that were made.
+        calls: attention calls that were made, as a fraction of those without a cache.
+        psnr: against dense, in dB.
+        seconds: of the denoising, and of the dense one in the same process.
+        dense_seconds: see above.
+    """
+
+    prompt: Text
+    sparse: Share
+    dense_steps: Fraction
+    cache: Positive | None
+    kept: Fraction
+    calls: Fraction
+    psnr: float
+    seconds: Positive
+    dense_seconds: Positive
+
+
+class Checked(_Part):
+    """One prompt that no curve was made from, rendered with what a target came to.
+
+    Attributes:
+        prompt: its text.
+        target: what was asked for.
+        predicted: PSNR that was predicted, in dB; None where there was no prediction.
+        psnr: what was reached, in dB.
+        predicted_speedup: of the denoising; None likewise.
+        seconds: of the denoising, and of the dense one in the same process.
+        dense_seconds: see above.
+    """
+
+    prompt: Text
+    target: Text
+    predicted: float | None
+    psnr: float
+    predicted_speedup: float | None
+    seconds: Positive
+    dense_seconds: Positive
+
+
 class Settings(_Part):
     """The file.
 
@@ -98,6 +148,9 @@ class Settings(_Part):
         objective: what an error is.
         curves: "transformer.layer.head" -> rule -> [[kept, error], …].
         rendered: pairs that were rendered to learn and to check how errors become pictures.
+        front: runs with sparse attention, with a step cache and with both, from which targets in dB
+            and in speed are chosen.
+        checked: other prompts, rendered with what was chosen.
         floor: PSNR of dense against dense with another kernel, in dB: what no target can exceed.
     """
 
@@ -112,6 +165,8 @@ class Settings(_Part):
         Field(min_length=1, max_length=MOST_UNITS),
     ]
     rendered: Annotated[list[Rendered], Field(max_length=100_000)] = []
+    front: Annotated[list[Measured], Field(max_length=100_000)] = []
+    checked: Annotated[list[Checked], Field(max_length=100_000)] = []
     floor: float | None = None
 
     def points(self) -> dict[str, list[Point]]:
@@ -202,7 +257,7 @@ class Settings(_Part):
             BadParameter: it is of another kind, or its tokens differ by more than a factor of 2.
         """
         own = self.measured_on.grid
-        if grid == own:
+        if grid[:3] == own[:3]:  # as much text as there is; it is kept whole
             return None
         here, there = (f * h * w for f, h, w, _ in (grid, own))
         ratio = here / there

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
+from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic import Dynamic
 from diffpatch.patching.api import named_owners, patched, report
 from diffpatch.patching.target import transformers
@@ -22,6 +23,7 @@ from diffpatch.pipelines.families.table import attention_modules
 from diffpatch.pipelines.running.sampling import Sample, sample
 from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe
+from diffpatch.tuning.unfinished import Unfinished
 
 SIZES = (0.06, 0.125, 0.25, 0.5)  # kept fractions that every head is tried at
 PAIRS = (0.125, 0.25, 0.5)  # those that are rendered, to learn how errors become pictures
@@ -123,7 +125,8 @@ def _of_prompt(
     found = _Found(probe.curves(name), [], BEST_PSNR)
     if not sizes:
         return found, place
-    dense = sample(pipe, arguments, seed)
+    with patched(pipe, Dense(), dense_steps=0, dense_layers=0), torch.no_grad():
+        dense = sample(pipe, arguments, seed)  # also where the pipeline carries another patch
     rendered = [
         _pair(pipe, arguments, seed, dense_steps, kept, dense, found.mean_error(kept))
         for kept in sizes
@@ -186,44 +189,29 @@ def _model(pipe: Any) -> dict[str, Any]:
 
 
 class _Done:
-    """What is finished, in a file beside the result, so that nothing is measured twice."""
+    """What the prompts told that are finished, and what their runs were like."""
 
     def __init__(self, path: Path | None, ties: str) -> None:
-        self._file = None if path is None else path.with_name(path.name + ".part")
-        self._ties = ties
+        self._kept = Unfinished(path, ".part", ties)
         self.found: dict[str, _Found] = {}
         self.place: dict[str, Any] = {}
-        if self._file is not None and self._file.is_file():
-            self._read(self._file)
-
-    def _read(self, file: Path) -> None:
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data["ties"] == self._ties:
-                self.found = {prompt: _Found(**found) for prompt, found in data["found"].items()}
-                self.place = data["place"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # cut off or of something else: measured again
 
     def has(self, prompt: str, pairs: int) -> bool:
         """Whether a prompt is finished, with that many pairs."""
-        return prompt in self.found and len(self.found[prompt].rendered) >= pairs
+        known = self._kept.get(prompt)
+        if known is None or len(known["found"]["rendered"]) < pairs:
+            return False
+        self.found[prompt], self.place = _Found(**known["found"]), known["place"]
+        return True
 
     def add(self, prompt: str, found: _Found, place: dict[str, Any]) -> None:
         """One prompt is finished."""
         self.found[prompt], self.place = found, place
-        if self._file is None:
-            return
-        data = {"ties": self._ties, "place": place,
-                "found": {name: vars(one) for name, one in self.found.items()}}  # fmt: skip
-        partial = self._file.with_name(f".{self._file.name}.writing")
-        partial.write_text(json.dumps(data), encoding="utf-8")
-        partial.replace(self._file)
+        self._kept.put(prompt, {"found": vars(found), "place": place})
 
     def forget(self) -> None:
         """The result is written."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        self._kept.forget()
 
 
 def _joined(

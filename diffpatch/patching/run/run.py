@@ -33,11 +33,13 @@ class Run:
         state: what the method keeps.
         memos: the decisions about the grids of this run, held so that none is made anew within it.
         clocks: of the frames of each transformer.
+        ended: whether its last step is over.
     """
 
     def __init__(self, pipeline: Any = None, untold: str | None = None, number: int = 0) -> None:
         self.number = number
         self.untold = untold
+        self.ended = False
         self.record = Record()
         self.state: defaultdict[StateKey, dict[str, Any]] = defaultdict(dict)
         self.memos: dict[Any, Memo] = {}
@@ -55,12 +57,13 @@ class Run:
 
     def go_on(self, number: int) -> None:
         """The same call denoises once more, as long videos do for each window."""
-        self.number = number
+        self.number, self.ended = number, False
         self._earlier = max(self.record.by_step, default=-1) + 1
         self._forget()
 
     def end(self) -> None:
         """Free what was carried; counts stay."""
+        self.ended = True
         self.note_state()
         self._forget()
 

@@ -1,0 +1,111 @@
+"""diffusers' FirstBlockCache as a part of a patch: on with it, gone with it.
+
+The cache compares what the first block adds in a step with what it added in the last step that was
+computed, |r - r'|₁ / |r'|₁. Below a threshold the other blocks are left out, and what they added
+then is added again. It keeps one state a guidance branch, which belongs to a run like all state.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+from diffpatch import internals
+from diffpatch.errors import BadParameter
+from diffpatch.patching.options.composition import cache_of
+from diffpatch.patching.run.run import Run
+
+
+class StepCache:
+    """The cache on one transformer.
+
+    Args:
+        threshold: change of what the first block adds below which the others are left out.
+        model: a transformer of diffusers.
+
+    Raises:
+        BadParameter: diffusers cannot cache this model, or does so already.
+    """
+
+    def __init__(self, threshold: float, model: Any) -> None:
+        self.threshold = threshold
+        self._config: Any = None
+        self._run: weakref.ref[Run] | None = None
+        if not hasattr(model, "enable_cache"):
+            raise BadParameter(
+                f"cache={threshold}: diffusers cannot cache {type(model).__name__}; leave cache out"
+            )
+        earlier = getattr(getattr(model, "_diffpatch", None), "cache", None)
+        if (other := cache_of(model)) is not None and not (earlier and earlier.is_on(model)):
+            raise BadParameter(
+                f"cache={threshold}: {other} is enabled on {type(model).__name__} already: call"
+                " disable_cache() first, or leave cache out"
+            )
+
+    def is_on(self, model: Any) -> bool:
+        """Whether this cache, and none that somebody else has enabled, is on a model."""
+        return self._config is not None and getattr(model, internals.CACHE) is self._config
+
+    def enable(self, model: Any) -> None:
+        """Put its hooks on.
+
+        Raises:
+            BadParameter: diffusers does not know the blocks of the model.
+        """
+        from diffusers import FirstBlockCacheConfig
+
+        self._config = FirstBlockCacheConfig(threshold=self.threshold)
+        try:
+            model.enable_cache(self._config)
+        except (ValueError, IndexError) as error:
+            setattr(model, internals.CACHE, self._config)
+            model.disable_cache()  # hooks that were on before it failed
+            raise BadParameter(
+                f"cache={self.threshold}: FirstBlockCache does not know the blocks of"
+                f" {type(model).__name__} ({error}); leave cache out"
+            ) from error
+
+    def disable(self, model: Any) -> None:
+        """Take its hooks off, unless somebody did already."""
+        if self.is_on(model):
+            model.disable_cache()
+        self._config = None
+
+    def begin_forward(self, model: Any, run: Run) -> bool:
+        """Forget what is of another run than the forward that begins.
+
+        Returns:
+            Whether that other run is not over, so that each robs the other of what is cached.
+        """
+        before = None if self._run is None else self._run()
+        if before is run:
+            return False
+        self._run = weakref.ref(run)
+        if self.is_on(model):
+            for module in model.modules():
+                hooks = getattr(getattr(module, internals.HOOKS, None), "hooks", {})
+                for hook in hooks.values():
+                    manager = getattr(hook, internals.CACHE_MANAGER, None)
+                    if manager is not None:
+                        getattr(manager, internals.CACHE_STATES).clear()
+        return before is not None and not before.ended
+
+
+def check_cache(threshold: Any, *, bare: bool) -> None:
+    """Refuse what cannot be a threshold, and a transformer whose runs nobody tells apart.
+
+    Raises:
+        BadParameter: says what can be.
+    """
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not math.isfinite(threshold) or threshold <= 0:
+        raise BadParameter(
+            f"cache={threshold!r} must be a number above 0, such as 0.1: how much the first block"
+            " may change before the others are computed again"
+        )
+    if bare:
+        raise BadParameter(
+            f"cache={threshold!r} remembers results from step to step, but a bare transformer knows"
+            " no steps: patch the pipeline"
+        )

@@ -1,0 +1,196 @@
+"""The front of quality against time: what sparse attention, a step cache, or both come to.
+
+Its points were rendered (`diffpatch.tuning.front`). Between two of them that differ in the kept
+fraction of attention alone there are others, predicted on the line between the two: PSNR over the
+logarithm of the fraction, time over the fraction itself.
+
+A prompt is harder or easier than another by about as much at every point, so the spread over
+prompts is pooled over all points, and a point's `low` is what four of five prompts reach.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from diffpatch.errors import BadParameter
+from diffpatch.targets.settings import Measured
+
+BETWEEN = 8  # parts into which the way between two measured points is cut
+FOUR_OF_FIVE = 0.8416  # standard deviations below the mean that leave one of five below
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One way to run a model.
+
+    Attributes:
+        sparse: kept fraction of sparse attention calls; 1 leaves attention dense.
+        dense_steps: first steps that stay dense, as a fraction of the run.
+        cache: threshold of the step cache; None without one.
+    """
+
+    sparse: float
+    dense_steps: float
+    cache: float | None
+
+    @property
+    def label(self) -> str:
+        """For people, such as "attention 25% + cache 0.1"."""
+        parts = [f"attention {100 * self.sparse:.3g}%"] if self.sparse < 1 else []
+        parts += [f"cache {self.cache:g}"] if self.cache is not None else []
+        return " + ".join(parts) or "dense"
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """What to expect of one way to run a model.
+
+    Attributes:
+        applied: the way.
+        psnr: mean over prompts, in dB.
+        spread: standard deviation of a prompt that was not measured, in dB; 0 where one prompt
+            was, which cannot tell.
+        time: of the denoising, as a part of the dense one.
+        calls: attention calls that the cache leaves over, as a fraction.
+        measured: whether it was rendered; else it lies between two that were.
+    """
+
+    applied: Applied
+    psnr: float
+    spread: float
+    time: float
+    calls: float = 1.0
+    measured: bool = True
+
+    @property
+    def low(self) -> float:
+        """PSNR that four of five prompts reach, in dB."""
+        return self.psnr - FOUR_OF_FIVE * self.spread
+
+
+def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
+    """A point for everything that was rendered with all of the prompts, fastest first."""
+    groups: dict[Applied, list[Measured]] = defaultdict(list)
+    for run in front:
+        groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
+    most = max((len(runs) for runs in groups.values()), default=0)
+    whole = {applied: runs for applied, runs in groups.items() if len(runs) == most}
+    spread = _spread([[run.psnr for run in runs] for runs in whole.values()])
+    points = [
+        FrontPoint(
+            applied,
+            psnr=statistics.fmean(run.psnr for run in runs),
+            spread=spread,
+            time=statistics.geometric_mean(run.seconds / run.dense_seconds for run in runs),
+            calls=statistics.fmean(run.calls for run in runs),
+        )
+        for applied, runs in whole.items()
+    ]
+    return sorted(points, key=lambda point: point.time)
+
+
+def _spread(groups: Sequence[Sequence[float]]) -> float:
+    """How far a prompt that is not among them lies from the mean of those that are."""
+    count = min(map(len, groups), default=0)
+    if count < 2:
+        return 0.0
+    pooled = statistics.fmean(statistics.variance(group) for group in groups)
+    return math.sqrt(pooled * (1 + 1 / count))
+
+
+def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
+    """The points, and those on the way from one kept fraction to the next, fastest first.
+
+    A step from sparse to dense attention is not cut: another kernel computes it.
+    """
+    lines: dict[tuple[float, float | None], list[FrontPoint]] = defaultdict(list)
+    found = list(points)
+    for point in found:
+        if (applied := point.applied).sparse < 1:
+            lines[applied.dense_steps, applied.cache].append(point)
+    for line in lines.values():
+        line.sort(key=lambda point: point.applied.sparse)
+        for low, high in itertools.pairwise(line):
+            found += [_between(low, high, part / BETWEEN) for part in range(1, BETWEEN)]
+    return sorted(found, key=lambda point: point.time)
+
+
+def _between(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
+    def at(a: float, b: float, part: float) -> float:
+        return a + part * (b - a)
+
+    least, most = low.applied.sparse, high.applied.sparse
+    sparse = least * (most / least) ** part
+    linear = (sparse - least) / (most - least)
+    return FrontPoint(
+        replace(low.applied, sparse=sparse), at(low.psnr, high.psnr, part), low.spread,
+        at(low.time, high.time, linear), at(low.calls, high.calls, linear), measured=False,
+    )  # fmt: skip
+
+
+def pareto(points: Iterable[FrontPoint]) -> list[FrontPoint]:
+    """Those that no faster one is as good as, fastest first."""
+    front: list[FrontPoint] = []
+    for point in sorted(points, key=lambda point: (point.time, -point.psnr)):
+        if not front or point.psnr > front[-1].psnr:
+            front.append(point)
+    return front
+
+
+def time_at(points: Iterable[FrontPoint], psnr: float) -> float | None:
+    """Time at which points reach a mean PSNR, on the straight lines of their front.
+
+    None where even the best does not; the fastest point's time where all do.
+    """
+    front = pareto(points)
+    if not front or front[-1].psnr < psnr:
+        return None
+    if front[0].psnr >= psnr:
+        return front[0].time
+    for low, high in itertools.pairwise(front):
+        if high.psnr >= psnr:
+            part = (psnr - low.psnr) / (high.psnr - low.psnr)
+            return low.time + part * (high.time - low.time)
+    raise AssertionError("the front rises to its best point")
+
+
+def fastest(front: Sequence[Measured], psnr: float, target: str) -> FrontPoint:
+    """The fastest point that four of five prompts reach a PSNR at.
+
+    Raises:
+        BadParameter: nothing that is faster than dense does; says what can be had.
+    """
+    points = [point for point in with_between(measured_points(front)) if point.time < 1]
+    fitting = [point for point in points if point.low >= psnr]
+    if fitting:
+        return min(fitting, key=lambda point: point.time)
+    best = max(points, key=lambda point: point.low, default=None)
+    had = "nothing that was measured is faster than dense"
+    if best is not None:
+        had = (
+            f"the best that is faster than dense has {best.low:.1f} dB in four of five prompts"
+            f" ({best.applied.label}, {1 / best.time:.2f}×)"
+        )
+    raise BadParameter(f"target={target!r} cannot be reached: {had}")
+
+
+def best_within(front: Sequence[Measured], time: float, target: str) -> FrontPoint:
+    """The best point that takes no longer than a part of the dense time.
+
+    Raises:
+        BadParameter: nothing is that fast; says what is.
+    """
+    points = with_between(measured_points(front))
+    fitting = [point for point in points if point.time <= time]
+    if fitting:
+        return max(fitting, key=lambda point: point.low)
+    best = points[0]
+    raise BadParameter(
+        f"target={target!r} cannot be reached: the fastest that was measured is"
+        f" {1 / best.time:.2f}× at {best.psnr:.1f} dB ({best.applied.label})"
+    )

@@ -1,0 +1,279 @@
+"""Rendering the front: what sparse attention, a step cache and both together come to on a model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter
+from diffpatch.methods.dense import Dense
+from diffpatch.patching.api import patched, report
+from diffpatch.patching.target import transformers
+from diffpatch.pipelines.running.sampling import Sample, sample, warm_up
+from diffpatch.targets.choice import Chosen, choose_for, chosen_for
+from diffpatch.targets.front import Applied
+from diffpatch.targets.settings import Checked, Measured, Settings
+from diffpatch.targets.target import Target
+from diffpatch.tuning.tune import psnr
+from diffpatch.tuning.unfinished import Unfinished
+
+SPARSE = (0.5, 0.25)  # kept fractions of sparse calls that are rendered, beside dense attention
+CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long job is.
+
+    Attributes:
+        what: the unit that begins.
+        done: units that are finished.
+        units: units in all.
+        left: seconds that the others will take, by those that are done; None before the first.
+    """
+
+    what: str
+    done: int
+    units: int
+    left: float | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def measure_front(
+    pipe: Any,
+    settings: Settings,
+    prompts: Sequence[str] | None = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    sparse: Sequence[float] = SPARSE,
+    caches: Sequence[float] = CACHES,
+    path: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Settings:
+    """Render prompts with every pair of a kept fraction and a cache threshold, and time them.
+
+    Targets in dB and in speed are then chosen from what was seen, caches included. On n prompts
+    with s fractions and c thresholds it renders n · (s + 1) · (c + 1) clips, of which n are dense
+    and the others faster.
+
+    Args:
+        pipe: the pipeline that the settings are of. A patch that it carries is back afterwards.
+        settings: with curves, as `diffpatch.tune` returns them.
+        prompts: to render; None takes the first two that the curves were made from. One does not
+            tell how much prompts differ.
+        call: other arguments of the pipeline's call, as in `diffpatch.tune`.
+        seed: of the noise.
+        sparse: kept fractions of sparse calls; each is dealt out over the heads by the curves.
+        caches: thresholds of diffusers' FirstBlockCache; empty where it does not know the model.
+        path: where the result is written, and what is done kept beside it, so that the same call
+            goes on after it was stopped and loses at most the clip it was at.
+        on_progress: called before every clip.
+
+    Raises:
+        BadParameter: there is nothing to render, or the settings are of another model.
+    """
+    if prompts is None:
+        prompts = settings.measured_on.prompts[:2]
+    prompts = list(dict.fromkeys(prompts))
+    ways = _ways(settings, sparse, caches)
+    if not prompts or not ways:
+        raise BadParameter(
+            f"prompts={prompts!r}, sparse={sparse!r}, caches={caches!r}: there is nothing to render"
+        )
+    job = _Job(pipe, settings, dict(call or {}), seed, path, len(prompts) * (1 + len(ways)))
+    for prompt in prompts:
+        job.begin(prompt, on_progress)
+        for applied in ways:
+            job.measure(prompt, applied, on_progress)
+    found = settings.model_copy(update={"front": job.measured})
+    if path is not None:
+        found.save(path)
+    job.finish()
+    return found
+
+
+def check(
+    pipe: Any,
+    settings: Settings,
+    target: str,
+    prompts: Sequence[str],
+    *,
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    path: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Settings:
+    """Render prompts that no curve was made from, with what a target comes to, and note the result.
+
+    Args:
+        pipe: as in `measure_front`.
+        settings: as there.
+        target: such as "30 dB".
+        prompts: to check with; those of the curves are refused.
+        call: as there.
+        seed: as there.
+        path: as there.
+        on_progress: as there.
+
+    Raises:
+        BadParameter: the target cannot be reached, or a prompt is not a fresh one.
+    """
+    wanted = Target.parse(target)
+    known = {*settings.measured_on.prompts, *(run.prompt for run in settings.front)}
+    stale = [prompt for prompt in prompts if prompt in known]
+    if stale or not prompts:
+        raise BadParameter(f"prompts={stale or prompts!r}: give some that were not tuned with")
+    chosen = choose_for(settings, wanted)
+    job = _Job(pipe, settings, dict(call or {}), seed, path, 2 * len(prompts))
+    for prompt in prompts:
+        job.begin(prompt, on_progress)
+        job.check(prompt, str(wanted), chosen, on_progress)
+    checked = [one for one in settings.checked if one.target != str(wanted)] + job.checked
+    found = settings.model_copy(update={"checked": checked})
+    if path is not None:
+        found.save(path)
+    job.finish()
+    return found
+
+
+def _ways(settings: Settings, sparse: Sequence[float], caches: Sequence[float]) -> list[Applied]:
+    """What is rendered beside dense, cheapest kernels first."""
+    first = settings.measured_on.dense_steps
+    return [
+        Applied(kept, first if kept < 1 else 0.0, threshold)
+        for kept in dict.fromkeys((1.0, *sparse))
+        for threshold in dict.fromkeys((None, *caches))
+        if kept < 1 or threshold is not None
+    ]
+
+
+class _Job:
+    """Rendering one clip after the other, and remembering what is done."""
+
+    def __init__(
+        self, pipe: Any, settings: Settings, call: dict[str, Any], seed: int,
+        path: str | Path | None, units: int,
+    ) -> None:  # fmt: skip
+        found = transformers(pipe, None)
+        settings.check_model({name: model for name, model, _ in found})
+        self._pipe, self._settings, self._seed = pipe, settings, seed
+        self._call, self._units = call, units
+        (self._name,) = settings.measured_on.transformers
+        curves = settings.model_dump_json(include={"measured_on", "curves"})
+        ties = json.dumps([curves, call, seed], sort_keys=True, default=str)
+        self._done = Unfinished(None if path is None else Path(path), ".clips", ties)
+        self._warm: set[str] = set()
+        self._spent: list[float] = []
+        self._count = 0
+        self.measured: list[Measured] = []
+        self.checked: list[Checked] = []
+        self._dense: tuple[str, Sample, float, int] | None = None
+
+    def begin(self, prompt: str, on_progress: OnProgress | None) -> None:
+        """A prompt, whose dense clip the others are compared with; rendered when it is needed."""
+        self._tell(f"dense: {prompt}", on_progress)
+        self._dense = None
+        self._count += 1
+
+    def measure(self, prompt: str, applied: Applied, on_progress: OnProgress | None) -> None:
+        """One clip of the front."""
+        self._tell(f"{applied.label}: {prompt}", on_progress)
+        unit = json.dumps([prompt, applied.sparse, applied.dense_steps, applied.cache])
+        if (known := self._done.get(unit)) is None:
+            ran = self._run(prompt, chosen_for(self._settings, applied))
+            known = Measured(
+                prompt=prompt, sparse=applied.sparse, dense_steps=applied.dense_steps,
+                cache=applied.cache, kept=min(ran.kept, 1.0), calls=min(ran.calls, 1.0),
+                psnr=ran.psnr, seconds=ran.seconds, dense_seconds=ran.dense_seconds,
+            ).model_dump()  # fmt: skip
+            self._done.put(unit, known)
+        self._count += 1
+        self.measured.append(Measured(**known))
+
+    def check(
+        self, prompt: str, target: str, chosen: Chosen, on_progress: OnProgress | None
+    ) -> None:
+        """One clip with what a target came to."""
+        self._tell(f"{target}: {prompt}", on_progress)
+        unit = json.dumps([prompt, target, str(chosen)])
+        if (known := self._done.get(unit)) is None:
+            ran = self._run(prompt, chosen)
+            known = Checked(
+                prompt=prompt, target=target, predicted=chosen.psnr, psnr=ran.psnr,
+                predicted_speedup=chosen.speedup, seconds=ran.seconds,
+                dense_seconds=ran.dense_seconds,
+            ).model_dump()  # fmt: skip
+            self._done.put(unit, known)
+        self._count += 1
+        self.checked.append(Checked(**known))
+
+    def finish(self) -> None:
+        """The result is written."""
+        self._done.forget()
+
+    def _run(self, prompt: str, chosen: Chosen) -> _Ran:
+        dense, dense_seconds, dense_calls = self._dense_of(prompt)
+        clip, calls, kept, seconds = self._sample(prompt, chosen)
+        return _Ran(psnr(clip.frames, dense.frames), kept, calls / dense_calls, seconds,
+                    dense_seconds)  # fmt: skip
+
+    def _dense_of(self, prompt: str) -> tuple[Sample, float, int]:
+        """The dense clip of a prompt, its seconds, and its attention calls."""
+        if self._dense is None or self._dense[0] != prompt:
+            clip, calls, _, seconds = self._sample(prompt, None)
+            self._dense = prompt, clip, seconds, calls
+        return self._dense[1:]
+
+    def _sample(self, prompt: str, chosen: Chosen | None) -> tuple[Sample, int, float, float]:
+        """One clip, its attention calls, kept fraction and seconds."""
+        from diffpatch.internals import execution_device  # diffusers is slow to import
+
+        began = time.monotonic()
+        method = Dense() if chosen is None else chosen.method(self._name)
+        cache = None if chosen is None else chosen.cache
+        first = 0 if chosen is None else chosen.dense_steps
+        call = {"prompt": prompt, **self._call}
+        on_cpu = execution_device(self._pipe).type == "cpu"
+        with torch.no_grad():
+            if not on_cpu and str(chosen) not in self._warm:  # compilers
+                with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
+                    warm_up(self._pipe, call, self._seed)
+                self._warm.add(str(chosen))
+            with patched(self._pipe, method, dense_steps=first, dense_layers=0, cache=cache):
+                clip = sample(self._pipe, call, self._seed)
+                told = report(self._pipe)
+        self._spent.append(time.monotonic() - began)
+        return clip, told.calls, told.kept, _seconds(clip, on_cpu)
+
+    def _tell(self, what: str, on_progress: OnProgress | None) -> None:
+        if on_progress is not None:
+            left = None
+            if self._spent:
+                left = sum(self._spent) / len(self._spent) * (self._units - self._count)
+            on_progress(Progress(what, self._count, self._units, left))
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one clip came to, as in `Measured`."""
+
+    psnr: float
+    kept: float
+    calls: float
+    seconds: float
+    dense_seconds: float
+
+
+def _seconds(clip: Sample, on_cpu: bool) -> float:
+    """The denoising; on a CPU without the time in which others had the processor."""
+    seconds = clip.clocks.get("denoising", clip.total_seconds)
+    return seconds * clip.cpu_share if on_cpu else seconds

@@ -1,0 +1,50 @@
+"""What is done of a long job, in a file beside its result, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Unfinished:
+    """The finished units of a job, each written whole or not at all.
+
+    What stands in a file that is damaged, or of another job, is done again.
+
+    Args:
+        path: of the result; None keeps nothing.
+        ending: what is appended to its name.
+        ties: everything that decides what the units come to.
+    """
+
+    def __init__(self, path: Path | None, ending: str, ties: str) -> None:
+        self._file = None if path is None else path.with_name(path.name + ending)
+        self._ties = ties
+        self._done: dict[str, Any] = {}
+        if self._file is not None and self._file.is_file():
+            try:
+                data = json.loads(self._file.read_text(encoding="utf-8"))
+                if data["ties"] == ties:
+                    self._done = dict(data["done"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                pass  # nothing of it is known to be true
+
+    def get(self, unit: str) -> Any:
+        """What a unit came to, as plain JSON; None if it is not done."""
+        return self._done.get(unit)
+
+    def put(self, unit: str, value: Any) -> None:
+        """A unit is done."""
+        self._done[unit] = value
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f".{self._file.name}.writing")
+        partial.write_text(json.dumps({"ties": self._ties, "done": self._done}), encoding="utf-8")
+        partial.replace(self._file)
+
+    def forget(self) -> None:
+        """The result is written."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

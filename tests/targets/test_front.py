@@ -1,0 +1,124 @@
+"""The front of quality against time, and what is chosen from it."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from diffpatch import BadParameter
+from diffpatch.targets.choice import chosen_for
+from diffpatch.targets.front import (
+    FOUR_OF_FIVE,
+    Applied,
+    FrontPoint,
+    best_within,
+    fastest,
+    measured_points,
+    pareto,
+    time_at,
+    with_between,
+)
+from diffpatch.targets.settings import Measured
+from tests.targets.test_choice import settings
+
+# (sparse, cache) -> time, PSNR: at 30 dB the pair of both beats each alone.
+RUNS = {
+    (1.0, 0.1): (0.6, 35.0), (1.0, 0.2): (0.45, 28.0), (0.5, None): (0.8, 36.0),
+    (0.25, None): (0.6, 31.0), (0.5, 0.1): (0.48, 33.0), (0.25, 0.1): (0.4, 30.5),
+}  # fmt: skip
+LEVELS = {"easy": 2.0, "hard": -2.0}
+
+
+def runs(**levels: float) -> list[Measured]:
+    return [
+        Measured(
+            prompt=prompt, sparse=sparse, dense_steps=0.2 if sparse < 1 else 0.0, cache=cache,
+            kept=sparse, calls=1.0 if cache is None else 0.5, psnr=psnr + level,
+            seconds=20 * time, dense_seconds=20.0,
+        )
+        for prompt, level in (levels or LEVELS).items()
+        for (sparse, cache), (time, psnr) in RUNS.items()
+    ]  # fmt: skip
+
+
+def test_points_are_means_and_their_spread_is_that_of_another_prompt() -> None:
+    points = {point.applied.label: point for point in measured_points(runs())}
+    assert set(points) == {
+        "cache 0.1", "cache 0.2", "attention 50%", "attention 25%", "attention 50% + cache 0.1",
+        "attention 25% + cache 0.1",
+    }  # fmt: skip
+    both = points["attention 25% + cache 0.1"]
+    assert both.psnr == pytest.approx(30.5) and both.time == pytest.approx(0.4)
+    spread = statistics.stdev(LEVELS.values()) * (1 + 1 / 2) ** 0.5
+    assert both.spread == pytest.approx(spread)
+    assert both.low == pytest.approx(30.5 - FOUR_OF_FIVE * spread)
+
+
+def test_one_prompt_tells_no_spread_and_a_half_done_point_is_left_out() -> None:
+    assert all(point.spread == 0 for point in measured_points(runs(only=0.0)))
+    assert len(measured_points(runs()[:-1])) == len(RUNS) - 1
+
+
+def test_between_two_kept_fractions_there_are_more_and_none_up_to_dense() -> None:
+    points = measured_points(runs(only=0.0))
+    found = [point for point in with_between(points) if not point.measured]
+    assert {point.applied.cache for point in found} == {None, 0.1}
+    for point in found:
+        ends = {p.applied.sparse: p for p in points if p.applied.cache == point.applied.cache}
+        low, high = ends[0.25], ends[0.5]
+        assert low.applied.sparse < point.applied.sparse < high.applied.sparse
+        assert low.psnr < point.psnr < high.psnr and low.time < point.time < high.time
+        assert point.applied.dense_steps == low.applied.dense_steps
+
+
+def test_a_front_drops_what_a_faster_one_is_as_good_as() -> None:
+    points = measured_points(runs(only=0.0))
+    front = pareto(points)
+    for point in points:
+        better = [p for p in points if p is not point and p.time <= point.time
+                  and p.psnr >= point.psnr]  # fmt: skip
+        assert (point in front) == (not better)
+
+
+def test_time_at_equal_quality_is_read_off_the_front() -> None:
+    alone = [p for p in measured_points(runs(only=0.0)) if p.applied.sparse == 1]
+    assert time_at(alone, 28 + 7 / 2) == pytest.approx((0.45 + 0.6) / 2)
+    assert time_at(alone, 20.0) == pytest.approx(0.45)
+    assert time_at(alone, 35.1) is None and time_at([], 30.0) is None
+
+
+def test_a_quality_is_met_by_the_fastest_that_four_of_five_reach() -> None:
+    assert fastest(runs(only=0.0), 30.0, "30 dB").applied == Applied(0.25, 0.2, 0.1)
+    sure = fastest(runs(), 30.0, "30 dB")
+    assert sure.low >= 30 and sure.time > 0.4
+    with pytest.raises(BadParameter, match=r"has 36\.0 dB in four of five .*attention 50%, 1\.25×"):
+        fastest(runs(only=0.0), 40.0, "40 dB")
+    slow = [run.model_copy(update={"seconds": 21.0}) for run in runs()]
+    with pytest.raises(BadParameter, match="nothing that was measured is faster than dense"):
+        fastest(slow, 20.0, "20 dB")
+
+
+def test_a_speed_is_met_by_the_best_that_is_as_fast() -> None:
+    assert best_within(runs(), 0.5, "2x").applied == Applied(0.5, 0.2, 0.1)
+    with pytest.raises(BadParameter, match=r"the fastest .* is 2\.50× at 30\.5 dB"):
+        best_within(runs(), 0.1, "10x")
+
+
+def test_a_way_comes_to_budgets_and_a_cache() -> None:
+    chosen = chosen_for(settings(), Applied(0.4, 0.1, 0.2))
+    mean = statistics.fmean(k for layer in chosen.budgets["transformer"].values() for k in layer)
+    assert mean <= 0.4 + 1e-9 and chosen.kept == pytest.approx(0.1 + 0.9 * mean)
+    assert chosen.cache == 0.2 and chosen.dense_steps == 0.1
+    dense = chosen_for(settings(), Applied(1.0, 0.0, 0.2))
+    assert not dense.budgets and dense.method("transformer").name == "dense"
+    assert "attention dense" in str(dense) and "cache" in str(dense)
+
+
+def test_labels_say_what_is_applied() -> None:
+    assert Applied(1.0, 0.0, None).label == "dense"
+    point: dict[str, Any] = {"psnr": 30.0, "spread": 0.0, "time": 0.5}
+    assert FrontPoint(Applied(0.125, 0.1, 0.08), **point).applied.label == (
+        "attention 12.5% + cache 0.08"
+    )

@@ -1,0 +1,135 @@
+"""Rendering the front of a tiny model: resumed, chosen from, checked and undone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffpatch
+from diffpatch import BadParameter
+from diffpatch.targets.choice import choose_for
+from diffpatch.targets.front import measured_points
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
+from diffpatch.tuning import front as fronts
+from diffpatch.tuning import tune as tuning
+from diffpatch.tuning.front import check, measure_front
+from tests.tiny import Tiny, wan
+
+CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6}
+ALWAYS = 1e9  # a change of the first block that no step reaches
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return wan(layers=2)
+
+
+def call_of(tiny: Tiny) -> dict[str, Any]:
+    return {k: v for k, v in tiny.call.items() if k not in ("prompt", "output_type")} | CALL
+
+
+@pytest.fixture(scope="module")
+def settings(tiny: Tiny) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "SIZES", (0.3, 0.6))
+        return diffpatch.tune(tiny.pipe, ["a cat", "a dog"], call=call_of(tiny), pairs=0)
+
+
+def test_a_front_is_rendered_stopped_and_gone_on_with(
+    tiny: Tiny, settings: Settings, tmp_path: Path
+) -> None:
+    path, before = tmp_path / "wan.json", tiny.run()
+    told: list[str] = []
+
+    def stop(progress: fronts.Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+        told.append(progress.what)
+
+    options: dict[str, Any] = {
+        "call": call_of(tiny), "sparse": (0.5,), "caches": (ALWAYS,), "path": path
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        measure_front(tiny.pipe, settings, **options, on_progress=stop)
+    assert told == ["dense: a cat", "cache 1e+09: a cat", "attention 50%: a cat"]
+    assert [p.name for p in tmp_path.iterdir()] == ["wan.json.clips"]
+    real, rendered = fronts.sample, []
+
+    def noted(pipe: Any, call: Any, seed: int) -> Any:
+        rendered.append(call["prompt"])
+        return real(pipe, call, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fronts, "sample", noted)
+        found = measure_front(tiny.pipe, settings, **options)
+    assert rendered == ["a cat"] * 2 + ["a dog"] * 4, "what was done is not done again"
+    assert Settings.load(path) == found and [p.name for p in tmp_path.iterdir()] == ["wan.json"]
+    assert torch.equal(tiny.run(), before), "something was left behind"
+    points = {point.applied.label: point for point in measured_points(found.front)}
+    assert set(points) == {"cache 1e+09", "attention 50%", "attention 50% + cache 1e+09"}
+    first = 1 / CALL["num_inference_steps"]
+    layers = 2
+    for label, point in points.items():  # the first step is computed, then the first block alone
+        skips = "cache" in label
+        assert point.calls == pytest.approx(first + (1 - first) / layers if skips else 1.0)
+        assert 0 < point.psnr < 100 and point.spread > 0
+
+
+def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: Settings) -> None:
+    found = measure_front(
+        tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(0.5,), caches=(ALWAYS,)
+    )
+    fast = {"seconds": 1.0, "dense_seconds": 10.0, "psnr": 31.0}
+    slow = {"seconds": 5.0, "dense_seconds": 10.0, "psnr": 40.0}
+    front = [run.model_copy(update=fast if run.cache else slow) for run in found.front]
+    made = settings.model_copy(update={"front": front})
+    chosen = choose_for(made, Target.parse("30 dB"))
+    assert chosen.cache == ALWAYS and chosen.speedup == pytest.approx(10)
+    assert choose_for(made, Target.parse("35 dB")).cache is None
+    plain = tiny.run(**CALL)
+    diffpatch.patch(tiny.pipe, settings=made, target="30 dB")
+    config = tiny.pipe.transformer._cache_config
+    assert type(config).__name__ == "FirstBlockCacheConfig" and config.threshold == ALWAYS
+    assert not torch.equal(tiny.run(**CALL), plain)
+    assert diffpatch.report(tiny.pipe).calls < 2 * 6 * 2
+    diffpatch.unpatch(tiny.pipe)
+    assert tiny.pipe.transformer._cache_config is None
+    assert torch.equal(tiny.run(**CALL), plain)
+    with pytest.raises(BadParameter, match=r"the best that is faster than dense has 40\.0 dB"):
+        choose_for(made, Target.parse("50 dB"))
+
+
+def test_settings_of_another_grid_are_refused_at_the_first_forward(
+    tiny: Tiny, settings: Settings
+) -> None:
+    with diffpatch.patched(tiny.pipe, settings=settings, target="kept 0.8"):
+        with pytest.raises(BadParameter, match="tune at this size"):
+            tiny.run(**CALL | {"height": 256, "width": 256, "num_inference_steps": 2})
+        tiny.run(**CALL | {"height": 160})
+        assert any("carried to" in note for note in diffpatch.report(tiny.pipe).notes)
+        tiny.run(**CALL)
+        assert not any("carried to" in note for note in diffpatch.report(tiny.pipe).notes)
+
+
+def test_what_was_chosen_is_checked_on_fresh_prompts(
+    tiny: Tiny, settings: Settings, tmp_path: Path
+) -> None:
+    path = tmp_path / "wan.json"
+    options: dict[str, Any] = {"call": call_of(tiny), "path": path}
+    found = check(tiny.pipe, settings, "kept 0.8", ["a fox", "a bird"], **options)
+    assert [one.prompt for one in found.checked] == ["a fox", "a bird"]
+    assert all(one.psnr > 5 and one.target == "kept 0.8" for one in found.checked)
+    assert Settings.load(path) == found
+    with pytest.raises(BadParameter, match=r"prompts=\['a cat'\]: give some that were not"):
+        check(tiny.pipe, settings, "kept 0.8", ["a cat", "a fox"], **options)
+
+
+def test_bad_requests_are_refused(tiny: Tiny, settings: Settings) -> None:
+    with pytest.raises(BadParameter, match="nothing to render"):
+        measure_front(tiny.pipe, settings, sparse=(), caches=())
+    with pytest.raises(BadParameter, match="other weights"):
+        measure_front(wan(layers=2, heads=3).pipe, settings)
