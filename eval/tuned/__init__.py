@@ -1,0 +1,1 @@
+"""What tuned settings say, for people: a table, a page, and the picture of the front."""
