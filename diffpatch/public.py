@@ -43,6 +43,7 @@ from diffpatch.planning.profiles import load_profile
 from diffpatch.targets.settings import Settings
 from diffpatch.tuning.attention_error import AttentionErrors, attention_error
 from diffpatch.tuning.calibration import Calibration, calibrate
+from diffpatch.tuning.front import check_prompts, measure_front
 from diffpatch.tuning.tune import tune
 
 __all__ = [
@@ -78,12 +79,14 @@ __all__ = [
     "attention",
     "attention_error",
     "calibrate",
+    "check_prompts",
     "entropy_scale",
     "fit_kept",
     "list_families",
     "list_methods",
     "load_profile",
     "make_method",
+    "measure_front",
     "patch",
     "patched",
     "plan",

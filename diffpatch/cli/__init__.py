@@ -29,6 +29,7 @@ examples:
 COMMANDS = {
     "render": "make a video or an image, accelerated and dense side by side",
     "plan": "what a method will gain, without running anything",
+    "tune": "what a quality costs on your model: settings for targets such as '30 dB'",
     "calibrate": "find the thresholds of temporal attention from one prompt",
     "bench": "measure speed",
     "eval": "measure quality, of files or of methods on a model",

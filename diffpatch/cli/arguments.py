@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffpatch.cli.errors import UsageError
 from diffpatch.kernels.block_sparse.backends import BACKENDS
 from diffpatch.patching.options.settle import QUALITIES
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
+from diffpatch.targets.target import Target
 
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
 
@@ -115,6 +117,36 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="last denoising steps that stay dense: a count or a fraction",
     )
     add_backend_option(group)
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """--settings, --target."""
+    group = parser.add_argument_group("settings for a target")
+    group.add_argument(
+        "--settings", type=existing_file, metavar="FILE",
+        help="what `diffpatch tune` found out about this model; they choose the method",
+    )  # fmt: skip
+    group.add_argument("--target", help="what to choose: '30 dB', '2x', 'kept 0.25' or 'error 5%%'")
+
+
+def check_target(args: argparse.Namespace, method: str | None) -> None:
+    """Refuse a target without settings, settings without a target, and a method beside both.
+
+    Raises:
+        UsageError: says what to give.
+        BadParameter: the target is not one.
+    """
+    if (args.settings is None) != (args.target is None):
+        raise UsageError(
+            "--settings and --target go together: --settings FILE that `diffpatch tune` wrote,"
+            " --target '30 dB'"
+        )
+    if args.settings is None:
+        return
+    Target.parse(args.target)
+    given = {"--method": method, "--set": args.set, "--quality": args.quality}
+    if named := [option for option, value in given.items() if value]:
+        raise UsageError(f"--target chooses the method and its parameters: drop {named[0]}")
 
 
 def add_backend_option(group: Any) -> None:

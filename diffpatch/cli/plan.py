@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
 from diffpatch.eval.files import to_json
 from diffpatch.eval.tables import table
+from diffpatch.eval.tuned.table import answer, describe
 from diffpatch.patterns.drawing import KINDS, draw
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of
@@ -23,6 +25,7 @@ from diffpatch.pipelines.shapes.table import MODELS
 from diffpatch.planning.plan import operations
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.profiles import load_profile, profile_names
+from diffpatch.targets.settings import Settings
 
 STEPS = 50  # of a model that does not say
 PICTURES = (".png", ".webp", ".jpg")
@@ -34,6 +37,7 @@ examples:
       --method radial --set decay=0.5 --dense-steps 12 --draw pictures/
   diffpatch plan --model flux --height 2048 --width 2048 --method neighborhood --json
   diffpatch plan --model ./my-model --height 480 --width 832 --num-frames 81 --quality balanced
+  diffpatch plan --settings wan.json --target "30 dB"
 """
 
 
@@ -49,11 +53,11 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument(
-        "-m", "--model", required=True,
+        "-m", "--model",
         help=f"{names}; a pipeline as in render, or a transformer's config.json",
     )  # fmt: skip
-    parser.add_argument("--height", type=arguments.number(int, 1), required=True, help="in pixels")
-    parser.add_argument("--width", type=arguments.number(int, 1), required=True, help="in pixels")
+    parser.add_argument("--height", type=arguments.number(int, 1), help="in pixels")
+    parser.add_argument("--width", type=arguments.number(int, 1), help="in pixels")
     parser.add_argument("--num-frames", type=arguments.number(int, 1), default=1, help="of a video")
     parser.add_argument(
         "--num-inference-steps", "--steps", type=arguments.number(int, 1),
@@ -61,6 +65,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--method", help="one method in detail; without it, all are compared")
     arguments.add_method_options(parser)
+    arguments.add_target_options(parser)
     parser.add_argument(
         "--device-profile", metavar="NAME|FILE",
         help=f"predict times on a device: {', '.join(profile_names())}, or a file that"
@@ -97,6 +102,11 @@ def place(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan or the comparison; returns the exit code."""
+    if args.settings is not None or args.target is not None:
+        return _tuned(args)
+    for name in ("model", "height", "width"):
+        if getattr(args, name) is None:
+            raise UsageError(f"give --{name}: a plan is of a model at a size")
     if args.method is None and args.set:
         raise UsageError("--set is about one method: name it with --method")
     if args.dtype and not args.device_profile:
@@ -138,6 +148,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}: {why}")
     print(recommendation(plans, args.quality))
     return 0
+
+
+def _tuned(args: argparse.Namespace) -> int:
+    """What tuned settings say, and what a target comes to; nothing is planned anew."""
+    arguments.check_target(args, args.method)
+    settings = Settings.load(args.settings)
+    found = answer(settings, args.target)
+    if args.json:
+        chosen = None if found.chosen is None else dataclasses.asdict(found.chosen)
+        print(to_json({"target": found.target, "chosen": chosen, "refused": found.refused}), end="")
+    else:
+        print(describe(settings, found))
+    return 0 if found.chosen is not None else 1
 
 
 def _steps(model: str) -> int:

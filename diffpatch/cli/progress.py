@@ -59,3 +59,10 @@ def steps(
             bar.update()
 
         yield advance
+
+
+def span(seconds: float) -> str:
+    """A time to wait, such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

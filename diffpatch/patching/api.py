@@ -98,8 +98,8 @@ def patch(
     """
     # Imports diffusers, which takes seconds, so only here.
     from diffpatch import internals
-    from diffpatch.patching.swap.cache import check_cache
     from diffpatch.patching.patch import Patch
+    from diffpatch.patching.swap.cache import check_cache
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()

@@ -28,7 +28,7 @@ CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
 
 
 @dataclass(frozen=True)
-class Progress:
+class Advance:
     """How far a long job is.
 
     Attributes:
@@ -44,7 +44,7 @@ class Progress:
     left: float | None
 
 
-OnProgress = Callable[[Progress], None]
+OnAdvance = Callable[[Advance], None]
 
 
 def measure_front(
@@ -55,9 +55,9 @@ def measure_front(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     sparse: Sequence[float] = SPARSE,
-    caches: Sequence[float] = CACHES,
+    caches: Sequence[float] | None = None,
     path: str | Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnAdvance | None = None,
 ) -> Settings:
     """Render prompts with every pair of a kept fraction and a cache threshold, and time them.
 
@@ -73,7 +73,8 @@ def measure_front(
         call: other arguments of the pipeline's call, as in `diffpatch.tune`.
         seed: of the noise.
         sparse: kept fractions of sparse calls; each is dealt out over the heads by the curves.
-        caches: thresholds of diffusers' FirstBlockCache; empty where it does not know the model.
+        caches: thresholds of diffusers' FirstBlockCache; None takes `CACHES`, and none where
+            diffusers cannot cache the model.
         path: where the result is written, and what is done kept beside it, so that the same call
             goes on after it was stopped and loses at most the clip it was at.
         on_progress: called before every clip.
@@ -84,6 +85,8 @@ def measure_front(
     if prompts is None:
         prompts = settings.measured_on.prompts[:2]
     prompts = list(dict.fromkeys(prompts))
+    if caches is None:
+        caches = CACHES if _can_cache(pipe) else ()
     ways = _ways(settings, sparse, caches)
     if not prompts or not ways:
         raise BadParameter(
@@ -101,7 +104,7 @@ def measure_front(
     return found
 
 
-def check(
+def check_prompts(
     pipe: Any,
     settings: Settings,
     target: str,
@@ -110,7 +113,7 @@ def check(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     path: str | Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnAdvance | None = None,
 ) -> Settings:
     """Render prompts that no curve was made from, with what a target comes to, and note the result.
 
@@ -145,6 +148,15 @@ def check(
     return found
 
 
+def _can_cache(pipe: Any) -> bool:
+    """Whether diffusers knows the blocks of every transformer."""
+    try:
+        with patched(pipe, Dense(), dense_steps=0, dense_layers=0, cache=CACHES[0]):
+            return True
+    except BadParameter:
+        return False
+
+
 def _ways(settings: Settings, sparse: Sequence[float], caches: Sequence[float]) -> list[Applied]:
     """What is rendered beside dense, cheapest kernels first."""
     first = settings.measured_on.dense_steps
@@ -163,7 +175,15 @@ class _Job:
         self, pipe: Any, settings: Settings, call: dict[str, Any], seed: int,
         path: str | Path | None, units: int,
     ) -> None:  # fmt: skip
+        from diffpatch.patching.swap.cache import foreign_cache  # imports diffusers, which is slow
+
         found = transformers(pipe, None)
+        for name, model, _ in found:
+            if (other := foreign_cache(model)) is not None:
+                raise BadParameter(
+                    f"{other} is enabled on {name}, and tuning needs dense runs: call"
+                    " disable_cache() first"
+                )
         settings.check_model({name: model for name, model, _ in found})
         self._pipe, self._settings, self._seed = pipe, settings, seed
         self._call, self._units = call, units
@@ -178,13 +198,13 @@ class _Job:
         self.checked: list[Checked] = []
         self._dense: tuple[str, Sample, float, int] | None = None
 
-    def begin(self, prompt: str, on_progress: OnProgress | None) -> None:
+    def begin(self, prompt: str, on_progress: OnAdvance | None) -> None:
         """A prompt, whose dense clip the others are compared with; rendered when it is needed."""
         self._tell(f"dense: {prompt}", on_progress)
         self._dense = None
         self._count += 1
 
-    def measure(self, prompt: str, applied: Applied, on_progress: OnProgress | None) -> None:
+    def measure(self, prompt: str, applied: Applied, on_progress: OnAdvance | None) -> None:
         """One clip of the front."""
         self._tell(f"{applied.label}: {prompt}", on_progress)
         unit = json.dumps([prompt, applied.sparse, applied.dense_steps, applied.cache])
@@ -200,7 +220,7 @@ class _Job:
         self.measured.append(Measured(**known))
 
     def check(
-        self, prompt: str, target: str, chosen: Chosen, on_progress: OnProgress | None
+        self, prompt: str, target: str, chosen: Chosen, on_progress: OnAdvance | None
     ) -> None:
         """One clip with what a target came to."""
         self._tell(f"{target}: {prompt}", on_progress)
@@ -254,12 +274,12 @@ class _Job:
         self._spent.append(time.monotonic() - began)
         return clip, told.calls, told.kept, _seconds(clip, on_cpu)
 
-    def _tell(self, what: str, on_progress: OnProgress | None) -> None:
+    def _tell(self, what: str, on_progress: OnAdvance | None) -> None:
         if on_progress is not None:
             left = None
             if self._spent:
                 left = sum(self._spent) / len(self._spent) * (self._units - self._count)
-            on_progress(Progress(what, self._count, self._units, left))
+            on_progress(Advance(what, self._count, self._units, left))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def arguments(method: Method | None, given: Mapping[str, Any], options: Mapping[
 
 def line(name: str, arguments: Mapping[str, Any], remark: str = "") -> str:
     """The call to paste, with a remark behind it."""
-    words = ["pipe", f'"{name}"', *(f"{key}={_text(value)}" for key, value in arguments.items())]
+    named = [] if "settings" in arguments else [f'"{name}"']  # settings choose the method
+    words = ["pipe", *named, *(f"{key}={_text(value)}" for key, value in arguments.items())]
     return f"diffpatch.patch({', '.join(words)})" + (f"  # {remark}" if remark else "")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.errors import choices
-from diffpatch.eval.sweep.spec import BadSweep, MethodSpec, Prompt, SweepSpec
+from diffpatch.eval.sweep.spec import TUNED, BadSweep, MethodSpec, Prompt, SweepSpec
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 
@@ -121,6 +121,10 @@ class Rendering:
         del facts["case"]["number"], facts["variant"]["told"]  # these are about the sweep
         if (image := self.case.prompt.image) is not None:  # what it shows, wherever it lies
             facts["case"]["prompt"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        method = self.variant.method
+        if method is not None and method.name == TUNED:  # likewise
+            digest = hashlib.sha256(Path(method.parameters["settings"]).read_bytes()).hexdigest()
+            facts["variant"]["method"]["parameters"] = {**method.parameters, "settings": digest}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -176,6 +180,8 @@ def _variants(spec: SweepSpec) -> list[Variant]:
     found = [Variant("dense"), *(Variant(kind) for kind in spec.noise_floor)]
     for method, schedule in itertools.product(spec.methods, spec.schedules):
         options = {key: value for key, value in schedule.items() if key not in method.options}
+        if method.name == TUNED:  # chosen with a schedule of its own
+            options = {}
         kept = spec.kept if method.kept is None else method.kept
         told = len(spec.schedules) > 1
         for wanted in kept or (None,):

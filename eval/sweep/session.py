@@ -26,8 +26,9 @@ from diffpatch.eval.sweep.paste import arguments
 from diffpatch.eval.sweep.pictures import pattern_of, save_pattern, save_pictures
 from diffpatch.eval.sweep.plan import Case, Rendering
 from diffpatch.eval.sweep.scores import has_features, save_features, score
-from diffpatch.eval.sweep.spec import Prompt, SweepSpec
+from diffpatch.eval.sweep.spec import TUNED, Prompt, SweepSpec
 from diffpatch.eval.sweep.store import Store
+from diffpatch.patching.api import owners
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call, frames_per_second, settings_of
 
@@ -278,6 +279,10 @@ class Session:
             return
         method = self._fitted(run)
         options = _options(run) | changes
+        if variant.method.name == TUNED:
+            with diffpatch.patched(self.pipe, **options, **variant.method.parameters):
+                yield owners(self.pipe)[0].patch.method
+            return
         if method is None:
             parameters = {**variant.method.parameters}
             with diffpatch.patched(self.pipe, variant.method.name, **options, **parameters):

@@ -17,9 +17,14 @@ from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.backends import BACKENDS
 from diffpatch.methods.registry import parameter_types
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
+from diffpatch.targets.choice import choose_for
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
 
 SCHEDULE_KEYS = ("dense_steps", "dense_layers", "dense_last_steps")
-METHOD_KEYS = ("method", "set", "vary", "backend", "kept", *SCHEDULE_KEYS)
+METHOD_KEYS = ("method", "set", "vary", "backend", "kept", "cache", *SCHEDULE_KEYS)
+TUNED_KEYS = ("settings", "target", "backend")
+TUNED = "tuned"  # the name of what settings choose
 SIZE_KEYS = ("height", "width", "num_frames")
 FLOORS = ("kernel", "seed")
 BARS = ("psnr", "ssim", "caption_accuracy", "clip_score")  # of a verdict; higher is better
@@ -51,6 +56,8 @@ class MethodSpec:
     @property
     def label(self) -> str:
         """The method as people write it: ``radial decay=0.5``."""
+        if self.name == TUNED:
+            return f"{self.parameters['target']} ({Path(self.parameters['settings']).name})"
         given = {**self.parameters, **self.options}
         return " ".join([self.name, *(f"{key}={_short(value)}" for key, value in given.items())])
 
@@ -142,7 +149,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         sizes=_sizes(data.get("sizes", {})),
         steps=_numbers(data["steps"], "steps", int, 1) if "steps" in data else (None,),
         schedules=_schedules(data.get("schedules", {})),
-        methods=_methods(data["methods"]),
+        methods=_methods(data["methods"], folder),
         kept=_kept(data.get("kept", [])),
         noise_floor=floors,
         attention_error=len(prompts) if error is True else _count(error or 0, "attention_error"),
@@ -305,14 +312,35 @@ def _networks(value: Any, folder: Path) -> dict[str, str]:
     return found
 
 
-def _methods(value: Any) -> tuple[MethodSpec, ...]:
+def _methods(value: Any, folder: Path) -> tuple[MethodSpec, ...]:
     found: list[MethodSpec] = []
     for item in _list(value, "methods"):
-        found += _method({"method": item} if isinstance(item, str) else item)
+        if isinstance(item, dict) and "settings" in item:
+            found += _tuned(item, folder)
+        else:
+            found += _method({"method": item} if isinstance(item, str) else item)
     for method in found:
         if found.count(method) > 1:
             raise BadSweep(f"methods: {method.label} stands in it twice")
     return tuple(found)
+
+
+def _tuned(item: dict[str, Any], folder: Path) -> list[MethodSpec]:
+    """What settings choose, an entry for each target."""
+    item = _mapping(item, "methods: settings", TUNED_KEYS)
+    path = folder / _typed(item["settings"], "methods: settings", str)
+    backend = {}
+    if "backend" in item:
+        backend = {"backend": _choice(item["backend"], "methods: settings: backend", BACKENDS)}
+    found = []
+    for target in _strings(item.get("target", []), "methods: settings: target"):
+        try:
+            choose_for(Settings.load(path), Target.parse(target))
+        except BadParameter as error:
+            raise BadSweep(f"methods: {error}") from None
+        given = {"settings": str(path), "target": target}
+        found.append(MethodSpec(TUNED, given, backend, kept=()))
+    return found
 
 
 def _method(item: Any) -> list[MethodSpec]:
@@ -322,7 +350,8 @@ def _method(item: Any) -> list[MethodSpec]:
     known = diffpatch.list_methods()
     for part in name.split("+"):
         _choice(part, "methods", known)
-    if name == "dense":
+    cache = _cache(item["cache"], name) if "cache" in item else (None,)
+    if name == "dense" and cache == (None,):
         raise BadSweep("methods: dense is rendered anyway, for every prompt; drop it")
     hints = parameter_types(name)
     fixed = _mapping(item.get("set", {}), f"methods: {name}: set", hints)
@@ -333,14 +362,20 @@ def _method(item: Any) -> list[MethodSpec]:
         options["backend"] = _choice(item["backend"], f"methods: {name}: backend", BACKENDS)
     kept = _kept(item["kept"]) if "kept" in item else None
     found = []
-    for values in itertools.product(*axes):
+    for threshold, *values in itertools.product(cache, *axes):
         parameters = {**fixed, **dict(zip(varied, values, strict=True))}
         try:
             diffpatch.make_method(name, **parameters)
         except BadParameter as error:
             raise BadSweep(f"methods: {error}") from None
-        found.append(MethodSpec(name, parameters, options, kept))
+        beside = {} if threshold is None else {"cache": threshold}
+        found.append(MethodSpec(name, parameters, options | beside, kept))
     return found
+
+
+def _cache(value: Any, name: str) -> tuple[float, ...]:
+    """Thresholds of the step cache, one or several."""
+    return _numbers(value, f"methods: {name}: cache", float, 1e-6)
 
 
 def fits(value: Any, hint: Any) -> bool:

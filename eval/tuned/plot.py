@@ -70,8 +70,9 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     heights = [psnr for _, psnr in places]
     if wanted is not None and wanted.goal == "psnr":
         heights.append(wanted.value)
-    x = _Axis(1.0, max(speed for speed, _ in places) * 1.04, LEFT, WIDTH - RIGHT)
-    y = _Axis(math.floor(min(heights)) - 1, math.ceil(max(heights)) + 1, HEIGHT - BOTTOM, TOP)
+    speeds = [speed for speed, _ in places]
+    x = _Ruler(min(1.0, *speeds) * 0.98, max(1.0, *speeds) * 1.04, LEFT, WIDTH - RIGHT)
+    y = _Ruler(math.floor(min(heights)) - 1, math.ceil(max(heights)) + 1, HEIGHT - BOTTOM, TOP)
     made = Picture()
     made.across = [(x.at(v), f"{v:g}×") for v in ticks(x.low, x.high, 8)]
     made.up = [(y.at(v), f"{v:g}") for v in ticks(y.low, y.high, 8)]
@@ -87,7 +88,11 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
         p = found.point
         made.chosen = x.at(1 / p.time), y.at(p.psnr), "chosen: " + _about(p)
     made.checked = [
-        (x.at(one.dense_seconds / one.seconds), y.at(one.psnr), f"“{one.prompt}”: {one.psnr:.1f} dB")
+        (
+            x.at(one.dense_seconds / one.seconds),
+            y.at(one.psnr),
+            f"“{one.prompt}”: {one.psnr:.1f} dB",
+        )
         for one in checked
     ]
     return made
@@ -101,7 +106,7 @@ def kind(point: FrontPoint) -> str:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class _Ruler:
     """From values to pixels."""
 
     low: float
@@ -114,7 +119,7 @@ class _Axis:
         return round(self.first + part * (self.last - self.first), 1)
 
 
-def _line(points: list[FrontPoint], x: _Axis, y: _Axis) -> str:
+def _line(points: list[FrontPoint], x: _Ruler, y: _Ruler) -> str:
     return " ".join(f"{x.at(1 / p.time)},{y.at(p.psnr)}" for p in points)
 
 

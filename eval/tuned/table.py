@@ -122,7 +122,9 @@ def gain_table(settings: Settings) -> str:
     rows = [["at equal PSNR", *(f"{level} dB" for level, *_ in known)]]
     rows.append(["best cache alone", *(_times(alone) for _, alone, _ in known)])
     rows.append(["best of all", *(_times(best) for *_, best in known)])
-    rows.append(["gain", *(f"{best / alone:.2f}" if alone and best else "" for _, alone, best in known)])
+    rows.append(
+        ["gain", *(f"{best / alone:.2f}" if alone and best else "" for _, alone, best in known)]
+    )
     return table(rows)
 
 

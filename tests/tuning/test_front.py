@@ -16,7 +16,7 @@ from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 from diffpatch.tuning import front as fronts
 from diffpatch.tuning import tune as tuning
-from diffpatch.tuning.front import check, measure_front
+from diffpatch.tuning.front import check_prompts, measure_front
 from tests.tiny import Tiny, wan
 
 CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6}
@@ -45,7 +45,7 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
     path, before = tmp_path / "wan.json", tiny.run()
     told: list[str] = []
 
-    def stop(progress: fronts.Progress) -> None:
+    def stop(progress: fronts.Advance) -> None:
         if progress.done == 3:
             raise KeyboardInterrupt
         told.append(progress.what)
@@ -120,12 +120,12 @@ def test_what_was_chosen_is_checked_on_fresh_prompts(
 ) -> None:
     path = tmp_path / "wan.json"
     options: dict[str, Any] = {"call": call_of(tiny), "path": path}
-    found = check(tiny.pipe, settings, "kept 0.8", ["a fox", "a bird"], **options)
+    found = check_prompts(tiny.pipe, settings, "kept 0.8", ["a fox", "a bird"], **options)
     assert [one.prompt for one in found.checked] == ["a fox", "a bird"]
     assert all(one.psnr > 5 and one.target == "kept 0.8" for one in found.checked)
     assert Settings.load(path) == found
     with pytest.raises(BadParameter, match=r"prompts=\['a cat'\]: give some that were not"):
-        check(tiny.pipe, settings, "kept 0.8", ["a cat", "a fox"], **options)
+        check_prompts(tiny.pipe, settings, "kept 0.8", ["a cat", "a fox"], **options)
 
 
 def test_bad_requests_are_refused(tiny: Tiny, settings: Settings) -> None:

@@ -15,7 +15,15 @@ import diffpatch
 from diffpatch.cli import arguments, generation, progress
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.render import sheets, summary
-from diffpatch.cli.render.job import Job, RenderVariant, check_variants, describe, plan, request
+from diffpatch.cli.render.job import (
+    TUNED,
+    Job,
+    RenderVariant,
+    check_variants,
+    describe,
+    plan,
+    request,
+)
 from diffpatch.eval import media
 from diffpatch.eval.card import thumbnail, write_card
 from diffpatch.eval.environment import environment
@@ -61,6 +69,7 @@ def add_parser(commands: Any) -> None:
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
     arguments.add_method_options(parser)
+    arguments.add_target_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder (out)")
     again = group.add_mutually_exclusive_group()
@@ -197,6 +206,8 @@ def _explained(name: str) -> Iterator[None]:
 def _pattern(pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> Image.Image | None:
     """A small picture of the pattern, for the card; None where the data decide."""
     sizes = {key: call[key] for key in ("height", "width", "num_frames") if call.get(key)}
+    if variant.name == TUNED:
+        return None
     options = {key: value for key, value in variant.options.items() if key != "backend"}
     try:
         made = diffpatch.plan(pipe, variant.name, **sizes, **options)

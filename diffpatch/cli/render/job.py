@@ -21,6 +21,9 @@ from diffpatch.eval.processes import Process
 from diffpatch.eval.tables import table
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import frames_per_second, settings_of, steps_of
+from diffpatch.targets.settings import Settings
+
+TUNED = "tuned"  # the name of what settings choose
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class RenderVariant:
         """The pipeline patched for the length of a with block; as it is for dense."""
         if self.is_dense:
             return contextlib.nullcontext(pipe)
+        if self.name == TUNED:
+            return patched(pipe, **self.options | changes)
         return patched(pipe, self.name, **self.options | changes)
 
 
@@ -100,6 +105,14 @@ class Job:
 def check_variants(args: argparse.Namespace, source: loading.Source) -> list[RenderVariant]:
     """What to run, in order: dense first if asked for; checks the method and its parameters."""
     dense = RenderVariant("dense", {})
+    arguments.check_target(args, None if args.method == "auto" else args.method)
+    if args.settings is not None:
+        Settings.load(args.settings)  # what is wrong with the file is said before weights load
+        options = {"settings": str(args.settings), "target": args.target}
+        schedule = arguments.method_options(args)
+        del schedule["quality"]
+        fast = RenderVariant(TUNED, options | schedule)
+        return [dense, fast] if args.compare == "dense" else [fast]
     if args.method == "dense":
         if args.set or args.quality:
             option = "--set" if args.set else "--quality"
@@ -129,7 +142,7 @@ def plan(
     steps = steps_of(call, source)
     generation.check_dense_steps(vars(args), steps)
     for variant in variants:
-        if not variant.is_dense:
+        if not variant.is_dense and variant.name != TUNED:
             generation.check_fit(source, call, variant.name, variant.options)
     form = args.format or sheets.default_format(source.is_video)
     sheets.check_format(form, source.is_video)

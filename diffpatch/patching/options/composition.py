@@ -24,7 +24,9 @@ patch first or enable first, it makes no difference
                                where those run in turn, diffusers hands the answer for one to the
                                other, patched or not. A warning says so
 ``FirstBlockCache``            yes. The first block decides on results that are now a little off:
-                               look at its threshold again, or keep that block dense
+                               look at its threshold again, or keep that block dense.
+                               ``patch(…, cache=0.1)`` enables it as a part of the patch, which
+                               forgets it between runs and takes it off again
 ``MagCache``                   yes. Calibrate its ratios with the patch on
 ``TaylorSeerCache``, ``SeaCache``, ``TextKVCache``  yes
 ``FasterCache``                yes, but not with ``temporal``, nor with ``dynamic`` unless

@@ -36,8 +36,7 @@ class StepCache:
             raise BadParameter(
                 f"cache={threshold}: diffusers cannot cache {type(model).__name__}; leave cache out"
             )
-        earlier = getattr(getattr(model, "_diffpatch", None), "cache", None)
-        if (other := cache_of(model)) is not None and not (earlier and earlier.is_on(model)):
+        if (other := foreign_cache(model)) is not None:
             raise BadParameter(
                 f"cache={threshold}: {other} is enabled on {type(model).__name__} already: call"
                 " disable_cache() first, or leave cache out"
@@ -90,6 +89,12 @@ class StepCache:
                     if manager is not None:
                         getattr(manager, internals.CACHE_STATES).clear()
         return before is not None and not before.ended
+
+
+def foreign_cache(model: Any) -> str | None:
+    """The cache that somebody else than a patch has enabled on a model; None without one."""
+    own = getattr(getattr(model, "_diffpatch", None), "cache", None)
+    return None if own is not None and own.is_on(model) else cache_of(model)
 
 
 def check_cache(threshold: Any, *, bare: bool) -> None:

@@ -12,7 +12,7 @@ from diffusers import FirstBlockCacheConfig
 import diffpatch
 from diffpatch import BadParameter
 from tests.tiny import Tiny, wan
-from tests.tiny_images import sd3
+from tests.tiny.images import sd3
 
 STEPS, LAYERS = 5, 3
 ALWAYS = 1e9  # a change of the first block that no step reaches

@@ -1,0 +1,190 @@
+"""`diffpatch tune`: what a quality costs on your model, found out once and kept in a file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffpatch
+from diffpatch.cli import arguments, generation, output, progress
+from diffpatch.cli.errors import UsageError
+from diffpatch.eval.files import write_text
+from diffpatch.eval.tuned.page import page
+from diffpatch.eval.tuned.plot import front_svg
+from diffpatch.eval.tuned.table import Answer, answer, describe
+from diffpatch.pipelines.running import loading, sampling
+from diffpatch.pipelines.running.calls import fitted_call, steps_of
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
+from diffpatch.tuning.cost import Cost, cost
+from diffpatch.tuning.front import CACHES, SPARSE, Advance, check_prompts, measure_front
+
+EXAMPLES = """\
+examples:
+  diffpatch tune -m demo --prompt-file prompts.txt -o demo.json
+  diffpatch tune -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt-file prompts.txt --hold-out 2 \\
+      --target "30 dB" -o wan.json
+  diffpatch render -m demo -p "a large red circle moves left over a black background" \\
+      --settings demo.json --target "30 dB" --compare dense -o out/
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "tune",
+        help="what a quality costs on your model: settings for targets such as '30 dB'",
+        description="Find out what every head loses to sparse attention, render with attention,\n"
+        "with a step cache and with both, and print what each comes to. Writes the settings, and\n"
+        "a page and a picture beside them. Stopped at any moment, the same command goes on.",
+        epilog=EXAMPLES,
+    )
+    group = parser.add_argument_group("what to tune with")
+    group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
+    group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
+    group.add_argument(
+        "--hold-out", type=arguments.number(int, 0), default=0, metavar="N",
+        help="check with the last N prompts what the target really comes to (0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--target", default="30 dB", help="what to choose: '30 dB', '2x', 'kept 0.25' (30 dB)"
+    )
+    group.add_argument(
+        "--render", type=arguments.number(int, 1), default=2, metavar="N",
+        help="prompts that the front is rendered with (2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kept", nargs="*", type=arguments.fraction, default=list(SPARSE), metavar="F",
+        help="kept fractions of sparse calls that are rendered (0.5 0.25)",
+    )  # fmt: skip
+    group.add_argument(
+        "--caches", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
+        help="thresholds of diffusers' FirstBlockCache, none without any (0.05 0.1 0.2 where"
+        " diffusers knows the model)",
+    )  # fmt: skip
+    arguments.add_model_options(parser)
+    arguments.add_generation_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", type=Path, default=Path("settings.json"),
+        help="file of the settings (settings.json)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    group.add_argument("--json", action="store_true", help="print the settings as JSON")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune, render the front, check and report; returns the exit code."""
+    wanted = str(Target.parse(args.target))  # what is no target is said before any work
+    prompts = list(dict.fromkeys(generation.prompts(args)))
+    held = prompts[len(prompts) - args.hold_out :] if args.hold_out else []
+    own = prompts[: len(prompts) - len(held)]
+    if not own:
+        raise UsageError(f"--hold-out {args.hold_out} leaves none of the {len(prompts)} prompts")
+    if args.output.suffix != ".json":
+        raise UsageError(f"-o {args.output} must be a file that ends in .json")
+    output.check_free([args.output], args.overwrite)
+    output.check_writable(args.output.absolute().parent)
+    progress.hush_libraries()
+    source = loading.find(args.model)
+    call = generation.call_arguments(args, source)
+    pipe = generation.load(source, generation.load_options(args))
+    call = fitted_call(call, pipe)
+    rendered = own[: args.render]
+    say_cost(pipe, args, call, steps_of(call, source) or 50, len(own), len(rendered), len(held))
+    settings = _measure(pipe, args, call, own, rendered, held, wanted)
+    found = answer(settings, wanted)
+    files = write_reports(settings, args.output, found)
+    if args.json:
+        print(settings.model_dump_json(indent=1))
+    else:
+        print(describe(settings, found))
+        for path in (args.output, *files):
+            print(f"wrote {path}")
+        print(f'use it: diffpatch.patch(pipe, settings="{args.output}", target="{wanted}")')
+    return 0
+
+
+def say_cost(
+    pipe: Any, args: argparse.Namespace, call: dict[str, Any], steps: int, own: int, rendered: int,
+    held: int,
+) -> None:  # fmt: skip
+    """How long it will take and what it needs, by two steps of the model."""
+    caches = CACHES if args.caches is None else args.caches
+    probe = {**call, "prompt": "a test", "num_inference_steps": 2}
+    progress.say("timing two steps", args.quiet)
+    known = cost(
+        sampling.sample(pipe, probe, args.seed), steps, curves=own, fronts=rendered, checks=held,
+        ways=(1 + len(set(args.kept))) * (1 + len(set(caches))) - 1,
+    )  # fmt: skip
+    progress.say(told(known), args.quiet)
+
+
+def told(known: Cost) -> str:
+    """The cost as a sentence."""
+    return (
+        f"this takes about {progress.span(known.seconds)}, the time of {known.dense_runs:.1f} dense"
+        f" runs, and at most {known.extra_bytes / 2**20:,.0f} MiB beside a dense run"
+    )
+
+
+def _measure(
+    pipe: Any, args: argparse.Namespace, call: dict[str, Any], own: Sequence[str],
+    rendered: Sequence[str], held: Sequence[str], target: str,
+) -> Settings:  # fmt: skip
+    path: Path = args.output
+    # Every stage has a file of its own until the last is done, named by what decides it.
+    ties = [type(pipe).__name__, args.model, str(pipe.dtype), call, args.seed, own]
+    curves = _stage(path, "curves", ties)
+    front = _stage(path, "front", [*ties, rendered, args.kept, args.caches])
+
+    def prompt_done(prompt: str, done: int, of: int) -> None:
+        progress.say(f"curves {done} of {of}: {prompt}", args.quiet)
+
+    def begins(at: Advance) -> None:
+        left = "" if at.left is None else f", {progress.span(at.left)} left"
+        progress.say(f"clip {at.done + 1} of {at.units}{left}: {at.what}", args.quiet)
+
+    if curves.is_file():
+        settings = Settings.load(curves)
+    else:
+        settings = diffpatch.tune(
+            pipe, own, call=call, seed=args.seed, pairs=0, path=curves, on_progress=prompt_done
+        )
+    if front.is_file():
+        settings = Settings.load(front)
+    elif args.kept or args.caches != []:
+        settings = measure_front(
+            pipe, settings, rendered, call=call, seed=args.seed, sparse=args.kept,
+            caches=args.caches, path=front, on_progress=begins,
+        )  # fmt: skip
+    if held and answer(settings, target).chosen is not None:
+        settings = check_prompts(
+            pipe, settings, target, held, call=call, seed=args.seed, path=path, on_progress=begins
+        )
+    settings.save(path)
+    for stage in (curves, front):
+        stage.unlink(missing_ok=True)
+    return settings
+
+
+def _stage(path: Path, name: str, ties: list[Any]) -> Path:
+    """Where a stage is kept until the whole is done."""
+    digest = hashlib.sha256(json.dumps(ties, sort_keys=True, default=str).encode()).hexdigest()
+    return path.with_name(f"{path.stem}.{name}-{digest[:10]}.json")
+
+
+def write_reports(settings: Settings, path: Path, found: Answer) -> list[Path]:
+    """The page, and the picture of the front where there is one, beside the settings."""
+    files = [path.with_suffix(".html")]
+    write_text(files[0], page(settings, found))
+    if settings.front:
+        files.append(path.with_suffix(".svg"))
+        write_text(files[1], front_svg(settings, found))
+    return files
