@@ -23,7 +23,7 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   model             one or several, as for render (demo)
   dtype, offload, vae_tiling    as for render
   prompts           texts, or {prompt: TEXT, image: FILE}; prompt_file: a line each
-  seeds             (0)
+  seeds             (0); seeds_in_turn: true gives each prompt one of them
   sizes             {height: …, width: …, num_frames: …}
   steps             denoising steps
   call              other arguments of the pipeline's call

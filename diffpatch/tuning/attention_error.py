@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from diffpatch.patching.patch import Observer
 
 
+MOST_TOKENS = 1024  # of a layer, whose outputs are held until the other branches come
+
+
 @dataclass(frozen=True, order=True)
 class Where:
     """One attention layer in one forward of a run."""
@@ -36,6 +39,8 @@ class AttentionErrors:
 
     def __init__(self) -> None:
         self._sums: defaultdict[Where, list[torch.Tensor]] = defaultdict(list)
+        self._first: dict[tuple[str, int], tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._apart: list[torch.Tensor] = []
 
     def add(self, where: Where, out: torch.Tensor, dense: torch.Tensor) -> None:
         """One call: its output and the dense one, of the same shape."""
@@ -43,6 +48,20 @@ class AttentionErrors:
         self._sums[where].append(
             torch.stack([(out.float() - exact).abs().sum(), exact.abs().sum()])
         )
+        self._compare_branches(where, out, exact)
+
+    def _compare_branches(self, where: Where, out: torch.Tensor, exact: torch.Tensor) -> None:
+        """Against the first branch of the step, whose outputs wait for the others; a sample of the
+        tokens is enough and fits in memory for every layer."""
+        some = slice(None, None, -(-out.shape[1] // MOST_TOKENS))
+        wrong, exact = out[:, some].float() - exact[:, some], exact[:, some].abs().sum()
+        place = where.transformer, where.layer
+        if where.branch == 0:
+            self._first[place] = where.step, wrong, exact
+            return
+        step, first, size = self._first.get(place, (-1, wrong, exact))
+        if step == where.step and first.shape == wrong.shape:
+            self._apart.append(2 * (wrong - first).abs().sum() / (exact + size))
 
     def _relative(self, key: Callable[[Where], Any]) -> dict[Any, float]:
         groups: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
@@ -71,11 +90,27 @@ class AttentionErrors:
         """Mean error of every denoising step that had sparse calls."""
         return dict(sorted(self._relative(lambda where: where.step).items()))
 
+    @property
+    def per_branch(self) -> dict[int, float]:
+        """Mean error of every guidance branch."""
+        return dict(sorted(self._relative(lambda where: where.branch).items()))
+
+    @property
+    def difference(self) -> float | None:
+        """How far the errors of two branches are apart, relative to the mean of their outputs.
+
+        Guidance multiplies the difference of the branches by its scale, and with it what they do
+        not get wrong alike: 0 if their errors are the same. None without a second branch.
+        """
+        return float(torch.stack(self._apart).double().mean()) if self._apart else None
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
             "mean": self.mean,
             "per_layer": self.per_layer,
+            "per_branch": {str(branch): error for branch, error in self.per_branch.items()},
+            "difference": self.difference,
             "per_step": {str(step): error for step, error in self.per_step.items()},
             "calls": [vars(where) | {"error": e} for where, e in self.per_call.items()],
         }

@@ -166,7 +166,10 @@ def _runs(spec: SweepSpec, model: str) -> list[Rendering]:
             call["num_inference_steps"] = steps
         total = steps_of(call, source)
         _check_steps(variants, total)
-        for (number, prompt), seed in itertools.product(enumerate(spec.prompts), spec.seeds):
+        pairs = itertools.product(enumerate(spec.prompts), spec.seeds)
+        if spec.seeds_in_turn:
+            pairs = zip(enumerate(spec.prompts), itertools.cycle(spec.seeds), strict=False)
+        for (number, prompt), seed in pairs:
             case = Case(
                 model, spec.dtype, prompt, number, seed, call, total, spec.offload, spec.vae_tiling
             )

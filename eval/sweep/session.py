@@ -209,7 +209,8 @@ class Session:
     def _attention_error(self, run: Rendering) -> dict[str, Any]:
         with self._applied(run), diffpatch.attention_error(self.pipe) as errors:
             sampling.sample(self.pipe, self._call(run.case), run.case.seed)
-        return {"mean": errors.mean, "per_layer": errors.per_layer}
+        found = errors.to_dict()
+        return {key: found[key] for key in ("mean", "per_layer", "per_branch", "difference")}
 
     def _dense_frames(self, dense: Rendering) -> torch.Tensor:
         """The frames of a dense run, which is rendered here unless somebody did already."""

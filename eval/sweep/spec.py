@@ -74,6 +74,7 @@ class SweepSpec:
         vae_tiling: whether to decode in tiles.
         prompts: what to render.
         seeds: of the noise.
+        seeds_in_turn: whether each prompt takes one of the seeds, in turn, and not all of them.
         call: further arguments of the pipeline's call.
         sizes: axis of height, width and num_frames; an empty mapping is the pipeline's own size.
         steps: axis of denoising steps; None is the pipeline's own number.
@@ -97,6 +98,7 @@ class SweepSpec:
     vae_tiling: bool
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
+    seeds_in_turn: bool
     call: Mapping[str, Any]
     sizes: tuple[Mapping[str, int], ...]
     steps: tuple[int | None, ...]
@@ -145,6 +147,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         vae_tiling=_typed(data.get("vae_tiling", False), "vae_tiling", bool),
         prompts=prompts,
         seeds=_numbers(data.get("seeds", 0), "seeds", int, 0),
+        seeds_in_turn=_typed(data.get("seeds_in_turn", False), "seeds_in_turn", bool),
         call=_call(data.get("call", {})),
         sizes=_sizes(data.get("sizes", {})),
         steps=_numbers(data["steps"], "steps", int, 1) if "steps" in data else (None,),

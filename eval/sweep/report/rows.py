@@ -62,6 +62,8 @@ class Row:
         counts: metric -> how many runs have it.
         each: the speedup and PSNR of every run, with its prompt.
         attention_error: mean relative L1 distance of attention outputs to dense, if measured.
+        error_per_branch: the same of each guidance branch.
+        error_between: how far these errors of two branches are apart, which guidance multiplies.
         kept_per_layer: layer -> mean kept fraction.
         error_per_layer: layer -> mean attention error.
         distances: of all its clips to the dense ones, as sets; empty for few clips.
@@ -103,6 +105,8 @@ class Row:
     best: bool = False
     by_prompt: Mapping[str, float] = field(default_factory=dict)
     behind: Mapping[str, float] | None = None
+    error_per_branch: Mapping[str, float] = field(default_factory=dict)
+    error_between: float | None = None
 
     @property
     def gain(self) -> float:
@@ -127,6 +131,7 @@ def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row
     timed = [result for result in group if "seconds" in result]
     reports = [result["report"] for result in group if "report" in result]
     errors = [result["attention_error"] for result in group if "attention_error" in result]
+    between = [x for error in errors if (x := error.get("difference")) is not None]
     peaks = [peak for r in timed if (peak := r["seconds"]["peak_gib"]) is not None]
     layers = _by_key(fmean, [report["kept_per_layer"] for report in reports])
     quality = [_numbers(result["quality"]) for result in group]
@@ -157,6 +162,8 @@ def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row
         kept_map=tuple(map(tuple, reports[0].get("kept_map", ()))) if reports else (),
         distances=distances,
         by_prompt=_psnr_by_prompt(group),
+        error_per_branch=_by_key(fmean, [error.get("per_branch", {}) for error in errors]),
+        error_between=fmean(between) if between else None,
     )
 
 

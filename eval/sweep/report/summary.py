@@ -28,6 +28,8 @@ QUALITY = (
     " demo model, is the share of the caption's six attributes that a classifier reads from the"
     " clip, and “log p” the mean logarithm of the probability it gives to the right ones, which"
     " tells apart what is read alike; the CLIP score is 100 times the cosine with the prompt."
+    " “By branch” is the attention error of each guidance branch, and “between branches” how far"
+    " their errors are apart, relative to their outputs, which guidance multiplies."
     " “dB to the best” is the mean difference of PSNR to the method with the highest at the same"
     " cost, in brackets its 95 % bootstrap interval over prompts, which are drawn in pairs. The"
     " dense rows marked “other” are the noise floor: the same run by other code, and from other"
