@@ -12,12 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffpatch.errors import DiffpatchError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space on the disk, or none of ours
 SCRAP = 2**16  # bytes: with less left, a writer that gave up did so for want of space
 
 
 class DiskFull(OSError):
     """There was no space for a file; `filename` says which."""
+
+
+class DamagedFile(DiffpatchError):
+    """A file of results is cut off or was overwritten; the message says which."""
 
 
 @contextlib.contextmanager
@@ -71,24 +77,39 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """JSON from a file, None if there is no such file."""
+    """JSON from a file, None if there is no such file.
+
+    Raises:
+        DamagedFile: it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError):
+        raise DamagedFile(
+            f"{path} is damaged: it is not JSON; delete it and repeat the command that wrote it"
+        ) from None
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, last: str | None = None) -> Iterator[Path]:
     """A temporary folder whose entries move into `folder` if the block ends without an exception.
 
     Entries of the same name are replaced. After an exception, Ctrl-C included, nothing remains.
+
+    Args:
+        folder: made if it is not there.
+        last: the entry that says that all others are there. An earlier one goes before anything
+            moves, and the new one comes when everything has: after a kill in between there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with naming(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         stage = Path(name)
         yield stage
-        for entry in sorted(stage.iterdir()):
+        if last is not None:
+            (folder / last).unlink(missing_ok=True)
+        for entry in sorted(stage.iterdir(), key=lambda path: (path.name == last, path)):
             target = folder / entry.name
             if target.is_dir():
                 shutil.rmtree(target)

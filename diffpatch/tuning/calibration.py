@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from diffpatch.errors import BadParameter
+from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, one_method
 from diffpatch.methods.temporal.method import PHASES, Temporal, third_of
@@ -89,6 +90,7 @@ def calibrate(
 
     Raises:
         BadParameter: the method is no ``temporal``, or what it wraps is off by more than allowed.
+        DiffpatchError: the model's attention holds NaN or infinity.
     """
     if not 0 <= spread < max_error:
         raise BadParameter(f"max_error={max_error} must be above spread={spread}, both at least 0")
@@ -127,6 +129,11 @@ def _loosest(trial: Trial, third: int, bound: float) -> int:
     """The number of the last threshold up to which all keep to a bound."""
     errors = [float(torch.stack(trial.errors[third, i]).mean()) for i in range(len(THRESHOLDS))
               if trial.errors[third, i]]  # fmt: skip
+    if not all(map(math.isfinite, errors)):
+        raise DiffpatchError(
+            f"the attention of the dense run holds NaN or infinity in the {NAMES[third]}: check the"
+            " weights, or try another dtype"
+        )
     if errors and errors[0] > bound:
         over = trial.over.over
         raise BadParameter(

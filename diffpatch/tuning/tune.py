@@ -199,9 +199,13 @@ class _Done:
     def has(self, prompt: str, pairs: int) -> bool:
         """Whether a prompt is finished, with that many pairs."""
         known = self._kept.get(prompt)
-        if known is None or len(known["found"]["rendered"]) < pairs:
+        try:
+            found, place = _Found(**known["found"]), known["place"]
+            if len(found.rendered) < pairs or not (found.curves.keys() and place["steps"]):
+                return False
+        except (AttributeError, KeyError, TypeError):  # not done, or damaged
             return False
-        self.found[prompt], self.place = _Found(**known["found"]), known["place"]
+        self.found[prompt], self.place = found, place
         return True
 
     def add(self, prompt: str, found: _Found, place: dict[str, Any]) -> None:

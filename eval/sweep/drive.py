@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpatch.eval.files import DiskFull, read_json, write_json
+from diffpatch.eval.files import DamagedFile, DiskFull, read_json, write_json
 from diffpatch.eval.processes import Process
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.session import Session
@@ -102,6 +102,9 @@ def run_sweep(
     if not rescore:
         _check_networks(store, spec)
     runs = [run for found in plan.values() for run in found]
+    for run in runs:
+        if (damaged := store.mend(run)) is not None:
+            say(f"{damaged} is damaged: {run.title} is done again")
     limit = None if minutes is None else time.monotonic() + 60 * minutes
     progress = Progress(len(runs), 0, say, limit=limit)
     for model, found in plan.items():
@@ -161,8 +164,12 @@ def _attempt(session: Session, run: Rendering, runs: list[Rendering], progress: 
 def _check_networks(store: Store, spec: SweepSpec) -> None:
     """Scores of different networks must not meet in one table."""
     path = store.root / "sweep.json"
-    before = read_json(path)["networks"] if path.is_file() else {}
-    if path.is_file() and before != dict(spec.networks):
+    try:
+        found = read_json(path)
+    except DamagedFile:  # it is written anew
+        return
+    before = (found or {}).get("networks", {})
+    if found is not None and before != dict(spec.networks):
         raise BadSweep(
             f"networks: the runs in {store.root} were judged by {before or 'those shipped'}; add"
             " --rescore to judge them anew, or choose another -o"

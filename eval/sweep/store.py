@@ -13,20 +13,23 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 import traceback
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffpatch.eval.files import naming, read_json, write_json
+from diffpatch.eval.files import DamagedFile, naming, read_json, write_json
 from diffpatch.eval.media import load_frames
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.spec import BadSweep
 
 SLOTS = 64  # processes that can be told apart; their bytes follow those of all runs
 FIRST_SLOT = 2**52
+CLOCKS_APART = 60.0  # seconds between the clocks of machines that share a folder, at most
 
 
 class Store:
@@ -77,6 +80,31 @@ class Store:
     def is_pending(self, run: Rendering) -> bool:
         """Whether the run has neither finished nor failed."""
         return not self.is_done(run) and not (self.failures / f"{run.name}.json").exists()
+
+    def mend(self, run: Rendering) -> str | None:
+        """Put away what is damaged of a run that nobody works on, so that it is done again.
+
+        Returns:
+            The file that was damaged; None if nothing was.
+        """
+        with self.claim(run) as mine:
+            damaged = self._damaged(run) if mine else None
+            if damaged is not None and damaged.parent == self.failures:
+                damaged.unlink()
+            elif damaged is not None:
+                shutil.rmtree(damaged.parent)
+        return None if damaged is None else str(damaged)
+
+    def _damaged(self, run: Rendering) -> Path | None:
+        frames = self.runs / run.name / "frames.npz"
+        for path in (self.runs / run.name / "run.json", self.failures / f"{run.name}.json"):
+            try:
+                found = read_json(path)
+            except DamagedFile:
+                return path
+            if found is not None and not isinstance(found, dict):
+                return path
+        return frames if frames.exists() and not zipfile.is_zipfile(frames) else None
 
     def frames(self, run: Rendering) -> torch.Tensor:
         """The frames of a finished run: float32 (F, 3, H, W) in [0, 1], in steps of 1/255."""
@@ -143,11 +171,14 @@ class Store:
         write_json(self.failures / f"{run.name}.json", data)
 
     def forget_failures(self, before: float) -> int:
-        """Drop the failures older than a time stamp, so that these runs are tried again."""
+        """Drop the failures older than a time stamp, so that these runs are tried again.
+
+        Those from the future are older, too: the clock was put back since.
+        """
         count = 0
         for path in self.failures.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                if path.stat().st_mtime < before:
+                if not before <= path.stat().st_mtime <= time.time() + CLOCKS_APART:
                     path.unlink()
                     count += 1
         return count

@@ -226,7 +226,7 @@ def _write(
     """All files of one prompt, at once."""
     clips = {name: media.to_images(sample.frames) for name, sample in samples.items()}
     names = {key: path.name for key, path in job.files(folder).items()}
-    with staged(folder) as stage:
+    with staged(folder, last=names["result"]) as stage:
         for name, clip in clips.items():
             media.save(clip, stage / names[name], job.fps)
         if len(clips) > 1:

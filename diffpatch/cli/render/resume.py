@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval.files import to_json
+from diffpatch.eval.files import DamagedFile, read_json, to_json
 
 
 def is_finished(
@@ -26,8 +26,11 @@ def is_finished(
     """
     if not all(path.exists() for path in files.values()):
         return False
-    result = json.loads(files["result"].read_text(encoding="utf-8"))
-    result["runs"] = {name: run.get("options", {}) for name, run in result["runs"].items()}
+    try:
+        result = read_json(files["result"])
+        result["runs"] = {name: run.get("options", {}) for name, run in result["runs"].items()}
+    except (DamagedFile, AttributeError, KeyError, TypeError):
+        return False  # cut off, or of something else: rendered again
     wanted = json.loads(to_json({**expected, "runs": runs}))
     other = next((key for key in wanted if result.get(key) != wanted[key]), None)
     if other is not None:

@@ -1,0 +1,97 @@
+"""The small wrong edits themselves, by cosmic-ray's operators."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cosmic_ray.ast import get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+# Those of cosmic-ray's that a tired hand might do; adding and shifting bits is not among them.
+_SWAPS = {
+    "BinaryOperator": "Add_Sub Sub_Add Mul_Div Mul_Add Div_Mul FloorDiv_Mul FloorDiv_Div"
+    " Mod_FloorDiv Pow_Mul BitOr_BitAnd BitAnd_BitOr",
+    "ComparisonOperator": "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Lt_GtE Gt_LtE Is_IsNot"
+    " IsNot_Is",
+    "UnaryOperator": "USub_UAdd Delete_USub Delete_Invert Delete_Not",
+}
+OPERATORS = (
+    *(f"core/Replace{kind}_{swap}" for kind, swaps in _SWAPS.items() for swap in swaps.split()),
+    *(f"core/{name}" for name in (
+        "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr",
+        "ReplaceOrWithAnd", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak",
+        "NumberReplacer", "ZeroIterationForLoop",
+    )),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, order=True)
+class Mutant:
+    """One edit.
+
+    Attributes:
+        file: below the package's folder.
+        operator: cosmic-ray's name.
+        occurrence: which of the places in the file.
+    """
+
+    file: str
+    operator: str
+    occurrence: int
+
+    def applied(self, source: str) -> str | None:
+        """The edited source; None where the edit changes nothing that runs."""
+        out = mutate_code(source, get_operator(self.operator)(), self.occurrence)
+        return None if out is None or _runs(out) in (None, _runs(source)) else out
+
+
+def mutants(file: str, source: str) -> Iterator[Mutant]:
+    """All that the operators can do to a file."""
+    tree = get_ast(source)
+    for name in OPERATORS:
+        operator = get_operator(name)()
+        places, waiting = 0, [tree]
+        while waiting:
+            node = waiting.pop()
+            places += len(list(operator.mutation_positions(node)))
+            waiting.extend(getattr(node, "children", ()))
+        yield from (Mutant(file, name, i) for i in range(places))
+
+
+def changed(before: str, after: str) -> tuple[str, str]:
+    """The lines that an edit takes away, and those that it puts there."""
+    lines = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    return tuple(
+        "\n".join(line[2:].strip() for line in lines if line.startswith(sign)) for sign in "-+"
+    )  # type: ignore[return-value]
+
+
+class _Plain(ast.NodeTransformer):
+    """What runs: without annotations, which nothing evaluates, and texts of errors."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(node.arg)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        return ast.Assign([node.target], node.value or ast.Constant(None), lineno=0)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        node.returns = None
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return None
+        return self.generic_visit(node)
+
+
+def _runs(source: str) -> str | None:
+    try:
+        return ast.dump(_Plain().visit(ast.parse(source)))
+    except SyntaxError:
+        return None
