@@ -37,6 +37,7 @@ from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.info import FamilyInfo
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.running.loading import ModelError
+from diffpatch.pipelines.running.two_stages import enlarge
 from diffpatch.planning.fit import fit_kept
 from diffpatch.planning.plan import Plan, plan
 from diffpatch.planning.profiles import load_profile
@@ -80,6 +81,7 @@ __all__ = [
     "attention_error",
     "calibrate",
     "check_prompts",
+    "enlarge",
     "entropy_scale",
     "fit_kept",
     "list_families",
