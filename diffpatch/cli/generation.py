@@ -13,9 +13,11 @@ import diffpatch
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patching.options.settle import AUTO
+from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 from diffpatch.pipelines.running.loading import Source
+from diffpatch.pipelines.running.two_stages import check_strength
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
 
@@ -133,6 +135,49 @@ def _shape_and_size(
     if frames > 1:  # pipelines round the number of frames themselves
         frames = (frames - 1) // shape.time * shape.time + 1
     return shape, frames, height, width
+
+
+def first_size(source: Source, call: Mapping[str, Any], strength: float) -> tuple[int, int]:
+    """Height and width in pixels of the first of two stages: those that the model was trained at.
+
+    Where that is not known, they are the usual of the pipeline.
+
+    Raises:
+        UsageError: the strength cannot work, no size is known, or it is no smaller than the second.
+    """
+    try:
+        check_strength(strength, steps_of(dict(call), source))
+    except BadParameter as error:
+        raise UsageError(f"--{error}") from None
+    size = _trained_pixels(source) or (
+        source.arguments.get("height"), source.arguments.get("width")
+    )  # fmt: skip
+    height, width = size
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise UsageError(f"--strength: the size that {source.name} was trained at is not known")
+    second = call.get("height") or height, call.get("width") or width
+    if second[0] * second[1] <= height * width:
+        raise UsageError(
+            f"--strength enlarges what was made at {height}×{width} and --height, --width ask for"
+            f" {second[0]}×{second[1]}: give a larger size, or leave --strength out"
+        )
+    return height, width
+
+
+def _trained_pixels(source: Source) -> tuple[int, int] | None:
+    """The largest size of training, None where it is not known without a network."""
+    if source.kind == "hub":
+        return None
+    try:
+        shape = find_shape(source.name)
+    except DiffpatchError:
+        return None
+    family = next((f for f in list_families() if f.transformer == shape.family), None)
+    trained = None if family is None else family.trained_at(shape.heads, shape.patch[0])
+    if trained is None or trained.height is None or trained.width is None:
+        return None
+    step = shape.space * shape.patch[1], shape.space * shape.patch[2]
+    return trained.height * step[0], trained.width * step[1]
 
 
 def method_for(name: str, source: Source) -> str:

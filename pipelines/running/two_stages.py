@@ -1,8 +1,9 @@
 """Two stages: a clip or picture at the trained size, then enlarged and denoised again in part.
 
-FreeSwim's recipe (arXiv 2511.14712; SDEdit, arXiv 2108.01073): what is enlarged is taken back to the
-noise of step (1 - strength) of the run and denoised from there at the new size. diffusers has
-pipelines that do the second part, over the same components; a patch of the first goes on in them.
+FreeSwim's recipe (arXiv 2511.14712; SDEdit, arXiv 2108.01073): what is enlarged is taken back to
+the noise that the last `strength` of a run begins with, and denoised from there at the new size.
+diffusers has pipelines that do the second part, over the same components; a patch of the first goes
+on in them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ REFINERS = {
     "WanPipeline": "WanVideoToVideoPipeline",
     "CogVideoXPipeline": "CogVideoXVideoToVideoPipeline",
 }
+
+SCALES = ("vae_scale_factor_spatial", "vae_scale_factor_temporal", "video_processor")
 
 
 def enlarge(
@@ -114,6 +117,9 @@ def refiner_of(pipe: Pipeline) -> Pipeline:
     if name in REFINERS and getattr(pipe, "transformer_2", None) is None:
         kind = getattr(diffusers, REFINERS[name])
         refiner = kind(**{k: v for k, v in pipe.components.items() if k in _needed(kind)})
+        # It counts layers of the autoencoder, which tell its scale only in those of Wan 2.1.
+        for known in SCALES:
+            setattr(refiner, known, getattr(pipe, known))
     else:
         try:
             refiner = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)

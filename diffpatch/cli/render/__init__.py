@@ -31,6 +31,7 @@ from diffpatch.eval.files import staged, to_json
 from diffpatch.eval.load import load_of
 from diffpatch.eval.processes import Process
 from diffpatch.pipelines.running import loading, sampling
+from diffpatch.pipelines.running import two_stages as two_stage
 from diffpatch.pipelines.running.calls import fitted_call
 
 EXAMPLES = """\
@@ -40,6 +41,8 @@ examples:
   diffpatch render -m demo-long -p "a small blue ring grows over a gray background" \\
       --method neighborhood --set window=0.5 --dense-steps 0.25 -o out/
   diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --offload model -o out/
+  diffpatch render -p "a large red circle moves left over a black background" \\
+      --height 256 --width 256 --method larger --strength 0.7 -o out/
   accelerate launch -m diffpatch render -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --prompt-file prompts.txt --resume -o out/
   diffpatch render -m ./my-wan-i2v --image start.png -p "the fox runs" --dtype bf16 -o out/
@@ -65,6 +68,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--compare", choices=("dense", "none"), default="none",
         help="also render dense, from the same noise, and measure the difference (none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength", type=float, metavar="S",
+        help="make it in two stages: dense at the size that the model was trained at, then enlarged"
+        " and the last S of the steps denoised again with the method, such as 0.7",
     )  # fmt: skip
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
@@ -117,17 +125,37 @@ def render_all(job: Job, printing: bool) -> list[dict[str, Any]]:
     progress.say(f"loading {job.source.name}", job.quiet)
     pipe = generation.load(job.source, job.load)
     call = fitted_call(job.call, pipe)
+    if job.strength is not None:  # two stages warm up in the first
+        return [
+            _shown(two_stages(job, pipe, call | {"prompt": prompt}, folder), printing)
+            for prompt, folder in zip(job.prompts, job.folders, strict=True)
+        ]
     # The method warms up first, so that settings that cannot work fail before the dense run.
     for variant in reversed(job.variants):
         progress.say(f"warming up {variant.name}", job.quiet)
         _warm_up(job, pipe, variant, call | {"prompt": job.prompts[0]})
     results = []
     for prompt, folder in zip(job.prompts, job.folders, strict=True):
-        result = render(job, pipe, call | {"prompt": prompt}, folder)
-        results.append(result)
-        if printing:
-            print(summary.describe(result), flush=True)
+        results.append(_shown(render(job, pipe, call | {"prompt": prompt}, folder), printing))
     return results
+
+
+def _shown(result: dict[str, Any], printing: bool) -> dict[str, Any]:
+    if printing:
+        print(summary.describe(result), flush=True)
+    return result
+
+
+def two_stages(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The first stage dense at the trained size, and every variant as the second; the result."""
+    assert job.strength is not None and job.first is not None
+    height, width = job.first
+    progress.say(f"first stage at {width}×{height}", job.quiet)
+    with _explained("first stage"):
+        small = sampling.sample(pipe, call | {"height": height, "width": width}, job.seed)
+    refiner, again = two_stage.second_stage(pipe, small.frames, call, job.strength)
+    result = render(job, refiner, again, folder)
+    return result
 
 
 def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str, Any]:

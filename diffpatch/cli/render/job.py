@@ -62,6 +62,8 @@ class Job:
         format: of the files.
         folders: one a prompt.
         quiet: whether nothing is told while it works.
+        strength: of the second of two stages; None for one stage.
+        first: height and width of the first of two, in pixels.
     """
 
     source: loading.Source
@@ -75,6 +77,8 @@ class Job:
     format: str
     folders: list[Path]
     quiet: bool = False
+    strength: float | None = None
+    first: tuple[int, int] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -161,6 +165,8 @@ def plan(
         format=form,
         folders=folders,
         quiet=args.quiet or process.rank > 0,  # one bar on a screen
+        strength=args.strength,
+        first=None if args.strength is None else generation.first_size(source, call, args.strength),
     ).only(process.mine(range(len(texts))))
     if args.resume:
         return job.only([i for i in range(len(job.prompts)) if not _is_finished(job, i)])
