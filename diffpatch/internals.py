@@ -24,6 +24,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
+from tqdm.std import tqdm
 
 from diffpatch.errors import DiffpatchError
 
@@ -80,6 +81,11 @@ def is_pipeline(value: Any) -> bool:
     return isinstance(value, DiffusionPipeline | ModularPipeline)
 
 
+def is_progress_bar(value: Any) -> bool:
+    """Whether a value is what pipelines put around their denoising loops, by `with`."""
+    return isinstance(value, tqdm)
+
+
 def exchange() -> Callable[..., Any]:
     """diffusers' exchange of heads for tokens, around a given attention."""
     return getattr(attention_dispatch, EXCHANGE)
@@ -109,6 +115,16 @@ def same_in_registries(made: type, original: type) -> None:
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread; torch's own checkpointing asks the same way."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether somebody records what is done with a tensor, or it stands for one without values."""
+    return (
+        type(tensor) is not torch.Tensor
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def changed(what: str) -> DiffpatchError:

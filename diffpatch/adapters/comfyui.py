@@ -36,6 +36,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -127,19 +128,26 @@ class Sampling:
 
     def __init__(self, engine: EngineAttention, text: str) -> None:
         self.engine, self.text = engine, text
-        self._run = 0
+        self._latest: object = None
+        self._here: ContextVar[object] = ContextVar("diffpatch_sampling")
 
     def around_run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """One sampling: count from its beginning, forget what was carried at its end."""
-        self._run += 1
-        run = self._run
+        run = self._latest = object()
+        before = self._here.set(run)
         self.engine.begin()
         try:
             return executor(*args, **kwargs)
         finally:
+            self._here.reset(before)
             self.engine.forget(run)
             said = logger.info if self.engine.reasons[""] else logger.warning
             said("diffpatch: %s", self.engine.summary())
+
+    @property
+    def run(self) -> object:
+        """The sampling that goes on here; the latest one in a thread that it did not begin."""
+        return self._here.get(self._latest)
 
     def around_forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """One forward of the diffusion model: our override is on top of the others, for as long."""
@@ -175,7 +183,7 @@ class _Forward:
         )
         window = tuple(getattr(options.get("context_window"), "index_list", ()))
         self.branch = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()), window)
-        self.run = sampling._run
+        self.run = sampling.run
         self.step, self.steps = _step(options)
 
     def override(self, before: Callable[..., Any] | None) -> Callable[..., Any]:

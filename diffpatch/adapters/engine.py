@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ class EngineAttention:
         self._check(told)
         self.reasons: Counter[str] = Counter()  # why calls were dense; "" counts sparse ones
         self._states: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()  # for the table of states, not for what is in them
         self._pattern = functools.lru_cache(_CACHED)(self._make_pattern)
         self._bound = functools.lru_cache(_CACHED)(self._bind)
 
@@ -211,7 +213,8 @@ class EngineAttention:
 
     def forget(self, run: Hashable) -> None:
         """Drop what the method carried through a run."""
-        self._states.pop(run, None)
+        with self._lock:
+            self._states.pop(run, None)
 
     def _choose(
         self, q: torch.Tensor, k: torch.Tensor, grid: Grid | str, place: CallPlace
@@ -246,10 +249,11 @@ class EngineAttention:
     def _state(self, place: CallPlace, grid: Grid | str) -> dict[str, Any]:
         if not self.method.needs_steps:
             return {}
-        of_run = self._states.setdefault(place.run, defaultdict(dict))
-        self._states.move_to_end(place.run)
-        if len(self._states) > _RUNS:
-            self._states.popitem(last=False)
+        with self._lock:
+            of_run = self._states.setdefault(place.run, defaultdict(dict))
+            self._states.move_to_end(place.run)
+            if len(self._states) > _RUNS:
+                self._states.popitem(last=False)
         state: dict[str, Any] = of_run[place.layer, place.branch, grid]
         return state
 
@@ -258,10 +262,13 @@ class EngineAttention:
         limit = self.method.state_limit()
         if limit == float("inf"):
             return
-        kept = (x for run in self._states.values() for one in run.values() for x in one.values())
+        with self._lock:
+            runs = list(self._states.values())
+        kept = (x for run in runs for one in list(run.values()) for x in list(one.values()))
         held = sum(x.numel() * x.element_size() for x in kept if isinstance(x, torch.Tensor))
         if held > limit:
-            self._states.clear()
+            with self._lock:
+                self._states.clear()
             raise BadParameter(
                 f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
                 f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"

@@ -21,9 +21,11 @@ from diffpatch.patching.run.runs import Place, Runs
 
 logger = logging.getLogger(__name__)
 
-# What watches sparse calls: gets (transformer, layer, step, branch), the output (B, S, H, D), and a
-# function that computes the dense one.
-Observer = Callable[[tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None]
+# What watches sparse calls: gets the run, (transformer, layer, step, branch), the output
+# (B, S, H, D), and a function that computes the dense one.
+Observer = Callable[
+    [Run, tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None
+]
 
 # What tuned settings say of a grid (num_frames, height, width, text); raises BadParameter.
 CheckGrid = Callable[[tuple[int, int, int, int]], str | None]
@@ -108,8 +110,7 @@ class Patch:
         if place.total is None and self._follows_steps:
             why = place.run.untold or "a bare transformer knows no steps"
             text = f"{self.method.name} takes every forward for the first of a run: {why}"
-            place.run.record.notes.append(text)
-            self.say_once(text)
+            self.note([place.run], text)
         return place
 
     def remark_on(self, grid: Sequence[int]) -> str | None:
@@ -122,6 +123,13 @@ class Patch:
             return None
         frames, height, width, *text = grid
         return self.check_grid((frames, height, width, sum(n for n in text if n > 0)))
+
+    def note(self, runs: Iterable[Run], text: str) -> None:
+        """Warn once, and leave a note in the reports of runs."""
+        for run in runs:
+            if text not in run.record.notes:
+                run.record.notes.append(text)
+        self.say_once(text)
 
     def say_once(self, text: str, about: str | None = None) -> None:
         """Warn, unless it was said before, or something else about the same."""

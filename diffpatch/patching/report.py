@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
+
+_Key = TypeVar("_Key")
 
 
 @dataclass
 class Record:
-    """Counts of one run, filled call by call; plain numbers, so that recording costs nothing."""
+    """Counts of one run, filled call by call; plain numbers, so that recording costs nothing.
+
+    Whoever reads them while the run goes on, from another thread, takes a `snapshot`.
+    """
 
     calls: int = 0
     pairs: float = 0.0  # query-key pairs of all calls, dense
     kept_pairs: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
-    by_step: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
-    by_layer: dict[tuple[str, int], list[float]] = field(
+    by_step: defaultdict[int, list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
-    by_place: dict[tuple[int, str, int], list[float]] = field(
+    by_layer: defaultdict[tuple[str, int], list[float]] = field(
+        default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
+    )
+    by_place: defaultdict[tuple[int, str, int], list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
     guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.guide`)
     state_bytes: int = 0  # the most that was held across steps
     notes: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(
         self,
@@ -39,14 +48,28 @@ class Record:
         pairs: float,
         kept: float | torch.Tensor,
         backend: str,
+        reason: str | None = None,
     ) -> None:
-        """One attention call of `pairs` query-key pairs, of which `kept` were computed."""
-        self.calls += 1
-        self.backends[backend] += 1
-        if isinstance(kept, torch.Tensor):  # read when somebody asks: reading waits for the device
-            self.waiting.append((where, layer, step, pairs, kept))
-        else:
-            self._count(where, layer, step, pairs, kept)
+        """One attention call of `pairs` query-key pairs, of which `kept` were computed.
+
+        Args:
+            where: the transformer.
+            layer: of it.
+            step: of the run.
+            pairs: all of the call.
+            kept: fraction of them.
+            backend: what computed them.
+            reason: why the call was dense, if it was.
+        """
+        with self.lock:
+            self.calls += 1
+            if reason is not None:
+                self.reasons[reason] += 1
+            self.backends[backend] += 1
+            if isinstance(kept, torch.Tensor):  # read if somebody asks: that waits for the device
+                self.waiting.append((where, layer, step, pairs, kept))
+            else:
+                self._count(where, layer, step, pairs, kept)
 
     def _count(self, where: str, layer: int, step: int, pairs: float, kept: float) -> None:
         self.pairs += pairs
@@ -58,16 +81,26 @@ class Record:
 
     def add_beside(self, where: str, layer: int, step: int, pairs: float) -> None:
         """A dense call of a guide forward, which the pipeline itself did not make."""
-        self.kept_pairs += pairs
-        place = self.by_place[(step, where, layer)]
-        for bucket in (self.by_step[step], self.by_layer[(where, layer)], place):
-            bucket[1] += pairs
+        with self.lock:
+            self.kept_pairs += pairs
+            place = self.by_place[(step, where, layer)]
+            for bucket in (self.by_step[step], self.by_layer[(where, layer)], place):
+                bucket[1] += pairs
 
-    def settle(self) -> None:
-        """Count what was still on a device."""
-        for where, layer, step, pairs, kept in self.waiting:
-            self._count(where, layer, step, pairs, float(kept))
-        self.waiting.clear()
+    def snapshot(self) -> Record:
+        """The counts as they are now, with those that were still on a device."""
+        with self.lock:
+            waiting, self.waiting = self.waiting, []
+        read = [(*place, float(kept)) for *place, kept in waiting]
+        with self.lock:
+            for where, layer, step, pairs, kept in read:
+                self._count(where, layer, step, pairs, kept)
+            return replace(
+                self, lock=threading.Lock(), waiting=[], notes=list(self.notes),
+                reasons=self.reasons.copy(), backends=self.backends.copy(),
+                by_step=_copied(self.by_step), by_layer=_copied(self.by_layer),
+                by_place=_copied(self.by_place),
+            )  # fmt: skip
 
     def kept_map(self) -> list[list[float | None]]:
         """Kept fraction by step and, in each, by layer."""
@@ -80,7 +113,7 @@ class Record:
         """One record of several transformers that were patched one by one, by their names."""
         out = cls()
         for name, one in records.items():
-            one.settle()
+            one = one.snapshot()
             out.calls += one.calls
             out.pairs += one.pairs
             out.kept_pairs += one.kept_pairs
@@ -95,6 +128,12 @@ class Record:
                 out.by_step[step][0] += pairs
                 out.by_step[step][1] += kept
         return out
+
+
+def _copied(counts: defaultdict[_Key, list[float]]) -> defaultdict[_Key, list[float]]:
+    out: defaultdict[_Key, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    out.update({key: list(both) for key, both in counts.items()})
+    return out
 
 
 @dataclass(frozen=True)
@@ -136,7 +175,7 @@ class Report:
     @classmethod
     def of(cls, method: str, layers: int, record: Record, notes: Sequence[str] = ()) -> Report:
         """The report of a record."""
-        record.settle()
+        record = record.snapshot()
         told = [*dict.fromkeys(record.notes), *notes]
         if record.guides:
             told.append(

@@ -23,6 +23,7 @@ from diffpatch.patching.attention.layout import NO_GRID, Numbers, call_shape, nu
 from diffpatch.patching.options import composition
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
+from diffpatch.patching.run import callers
 from diffpatch.patching.run.forwards import Forward, Forwards
 from diffpatch.patching.swap import guide, rebind, rope
 from diffpatch.patching.swap.cache import StepCache
@@ -43,7 +44,7 @@ class PatchedTransformer:
         name: str,
         family: FamilyInfo,
         patch: Patch,
-        callers: Iterable[Any] = (),
+        wrappers: Iterable[Any] = (),
         cache: float | None = None,
     ) -> None:
         self.handle = rebind.new_handle(self)
@@ -60,7 +61,7 @@ class PatchedTransformer:
         self.cache = None if cache is None else StepCache(cache, model)
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
-        self._callers = [weakref.ref(caller) for caller in callers]
+        self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
         self._arguments = argument_names(model)
         self._decider = Decider(patch.method, patch.backend, family.text, family.text_queries)
         # Of a forward whose hook was traced; in others the forward has its own.
@@ -68,10 +69,14 @@ class PatchedTransformer:
         self._traced_why = "the arguments of the forward do not tell the token grid"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        self.patch.say_once(f"a copy of {self.name} is not patched: call diffpatch.patch on it")
+        self._say_of_a_copy()
 
     def __reduce__(self) -> Any:
+        self._say_of_a_copy()
         return type(None), ()
+
+    def _say_of_a_copy(self) -> None:
+        self.patch.say_once(f"a copy of {self.name} is not patched: call diffpatch.patch on it")
 
     @property
     def grid(self) -> Numbers:
@@ -127,7 +132,7 @@ class PatchedTransformer:
             self.cache.enable(model)
 
     def _listen_around(self, model: Any) -> Iterator[Any]:
-        for caller in (reference() for reference in self._callers):
+        for caller in (reference() for reference in self._wrappers):
             if caller is not None:
                 yield caller.register_forward_pre_hook(_Before(self, model), with_kwargs=True)
                 yield caller.register_forward_hook(_After(self), always_call=True)
@@ -179,7 +184,7 @@ class PatchedTransformer:
         self._warn_beyond_training(forward)
         if remark is not None and remark not in forward.place.run.record.notes:
             forward.place.run.record.notes.append(remark)
-        self._warn_of_mixed_branches(model, forward)
+        self._warn_of_caches(model, forward)
         self._forget_moved_frames(named, forward)
         if self._guide is not None:
             self._guide.lead(model, args, kwargs, forward)
@@ -199,7 +204,16 @@ class PatchedTransformer:
                 " computed that could be left out; let one run follow the other"
             )
         bound = place.run.bound(patch.schedule, len(self.modules), place.total, place.evaluations)
-        return self.forwards.begin(Forward(place, bound, context, hooked, grid, why))
+        forward = Forward(place, bound, context, hooked, grid, why)
+        return self.forwards.begin(forward, within=hooked and self._is_within())
+
+    def _is_within(self) -> bool:
+        """Whether this thread is still in an earlier forward, and has not left it by a Ctrl-C."""
+        before = self.forwards.current
+        if before is None or not before.hooked:
+            return False
+        own = [self._model(), *(reference() for reference in self._wrappers)]
+        return callers.calls_of(own) > 1
 
     def _forget_moved_frames(self, arguments: Mapping[str, Any], forward: Forward) -> None:
         run = forward.place.run
@@ -224,13 +238,18 @@ class PatchedTransformer:
             if forward.place.first and forward.place.step == 0:
                 forward.place.run.record.notes.append(said)
 
-    def _warn_of_mixed_branches(self, model: Any, forward: Forward) -> None:
-        if composition.mixes_branches(model, forward.place.branch):
-            self.patch.say_once(
-                f"{composition.cache_of(model)} keeps one result for all guidance branches of"
-                f" {self.name}, which run in turn: diffusers hands the answer for one to the other,"
-                " patched or not"
-            )
+    def _warn_of_caches(self, model: Any, forward: Forward) -> None:
+        cache, place = composition.shared_cache(model), forward.place
+        if cache is None:
+            return
+        why = f"one gets the answer for the other from {cache}, patched or not"
+        if composition.mixes_branches(model, place.branch):
+            what = f"{self.name} has several guidance branches, which are computed in turn"
+            self.patch.note([place.run], f"{what}: {why}")
+        own = self.cache is not None and self.cache.is_on(model)  # forgets one run for the next
+        if not own and (others := self.patch.runs.others_than(place.run)):
+            what = f"{self.name} has several runs under way, which have to wait for each other"
+            self.patch.note([place.run, *others], f"{what}: {why}")
 
     def _keep_processors(self) -> None:
         """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""
@@ -284,7 +303,7 @@ class PatchedTransformer:
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample, noted)
         for observe in list(self.patch.observers):
-            observe((self.name, layer, place.step, place.branch), out, dense)
+            observe(place.run, (self.name, layer, place.step, place.branch), out, dense)
         return out
 
     @contextlib.contextmanager
@@ -394,9 +413,7 @@ class PatchedTransformer:
     def _record_dense(
         self, forward: Forward, q: torch.Tensor, k: torch.Tensor, reason: str, layer: int
     ) -> None:
-        if not internals.in_backward():
-            forward.place.run.record.reasons[reason] += 1
-        self._record(forward, q, k, layer, 1.0, "dense")
+        self._record(forward, q, k, layer, 1.0, "dense", reason)
 
     def _record(
         self,
@@ -406,6 +423,7 @@ class PatchedTransformer:
         layer: int,
         kept: float | torch.Tensor,
         backend: str,
+        reason: str | None = None,
     ) -> None:
         """Count a call; those of a backward pass were counted before."""
         if not internals.in_backward():
@@ -415,7 +433,7 @@ class PatchedTransformer:
             if backend not in run.record.backends and self.patch.backend == "auto":
                 over = passed_over(q).items()
                 run.record.notes += [f"backend {name!r} is not taken: {why}" for name, why in over]
-            run.record.add(self.name, layer, step, pairs, kept, backend)
+            run.record.add(self.name, layer, step, pairs, kept, backend, reason)
 
 
 class _Before:

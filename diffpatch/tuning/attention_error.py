@@ -15,6 +15,7 @@ from diffpatch.patching.api import named_owners
 
 if TYPE_CHECKING:
     from diffpatch.patching.patch import Observer
+    from diffpatch.patching.run.run import Run
 
 
 MOST_TOKENS = 1024  # of a layer, whose outputs are held until the other branches come
@@ -135,10 +136,14 @@ def attention_error(target: Any) -> Iterator[AttentionErrors]:
 
     Dense attention gets the same q, k and v, so that an error does not include what earlier layers
     and steps did. It is computed besides, which costs more than a dense run; outputs stay the same.
+    Of a pipeline its own runs count, and those of loops that stand in no pipeline's call, but not
+    what other pipelines do with the same transformers at that time; of a transformer all count.
 
     Raises:
         NotPatched: the target carries no patch.
     """
+    from diffpatch import internals  # imports diffusers, which takes seconds
+
     found = named_owners(target)
     if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
@@ -146,8 +151,13 @@ def attention_error(target: Any) -> Iterator[AttentionErrors]:
 
     def observer(name: str | None) -> Observer:
         def observe(
-            place: tuple[str, int, int, int], out: torch.Tensor, dense: Callable[[], torch.Tensor]
+            run: Run,
+            place: tuple[str, int, int, int],
+            out: torch.Tensor,
+            dense: Callable[[], torch.Tensor],
         ) -> None:
+            if internals.is_pipeline(target) and run.pipeline not in (None, target):
+                return
             transformer, *rest = place
             where = Where(name or transformer, *rest)
             errors.add(where, out.detach(), dense().detach())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy_kitchen
@@ -301,3 +303,26 @@ def test_comfy_kitchens_neighborhood_is_ours(window: tuple[int, int, int], causa
     ).flatten(1, 3)
     method = Neighborhood(window=window, stride=1, causal=(causal, False, False))
     assert error(diffpatch.attention(q, k, v, grid, method), oracle) < 1e-6
+
+
+def test_two_samplings_at_once_are_as_alone(wan: comfy.Patcher) -> None:
+    """As many tokens and the same names of branches, each step in turn."""
+    options = '{"window": [1, 3, 3], "stride": 1, "refresh": 9}'
+    patched = put(wan, method="neighborhood+temporal", options=options)
+    other = VIDEO.flip(2)
+    expected = [comfy.sample(patched, x, texts(), LEVELS) for x in (VIDEO, other)]
+    turn = threading.Barrier(2, timeout=30)
+
+    def wait(executor: Any, *args: Any) -> Any:
+        turn.wait()
+        return executor(*args)
+
+    patched.add_wrapper_with_key("diffusion_model", "wait", wait)
+
+    def sample(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return comfy.sample(patched, x, texts(), LEVELS)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(sample, (VIDEO, other)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

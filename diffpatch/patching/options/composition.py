@@ -35,6 +35,9 @@ patch first or enable first, it makes no difference
 any other                      refused, because it is not known what it expects of attention
 =============================  ==================================================================
 
+Every cache keeps its results on the model, so that two runs over it at once are mixed up, patched
+or not: a warning and a note in the report say so.
+
 A call that a cache skips is not made, so a method does nothing in it and the report does not count
 it. Steps go on counting: the state of ``temporal`` and the choice of ``dynamic`` age by steps,
 however many calls there were.
@@ -64,6 +67,7 @@ CACHES = (
 UNEVEN = ("FasterCache",)
 # Caches that mix guidance branches which run in turn.
 BRANCHLESS = ("PyramidAttentionBroadcast",)
+CACHE_DIT = "_is_cached"  # what cache-dit sets on a model that it caches
 STEPS = range(8)  # steps to look at: patterns that follow them change within these
 
 
@@ -128,6 +132,11 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
 def mixes_branches(model: Any, branch: int) -> bool:
     """Whether a cache hands results of one guidance branch to another in this forward."""
     return branch > 0 and cache_of(model) in BRANCHLESS
+
+
+def shared_cache(model: Any) -> str | None:
+    """The cache on a model that all runs over it share, diffusers' or cache-dit's; None without."""
+    return cache_of(model) or ("cache-dit" if getattr(model, CACHE_DIT, False) else None)
 
 
 def cache_of(model: Any) -> str | None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from diffpatch import internals
 
 TRACKER = "_diffpatch_tracker"  # where a scheduler keeps the tracker it reports to
@@ -44,7 +46,7 @@ class Caller:
     values: Mapping[str, Any]
 
 
-def find(running: Callable[[Any], bool]) -> Caller | None:
+def find(running: Callable[[Any], bool], *, deep: bool = False) -> Caller | None:
     """The innermost pipeline or loop on the stack, None if there is none.
 
     A loop that has a pipeline at hand may use its scheduler or only its transformer. So what a
@@ -53,15 +55,17 @@ def find(running: Callable[[Any], bool]) -> Caller | None:
 
     Args:
         running: whether a scheduler is in the middle of a run.
+        deep: whether an object that holds a pipeline is taken to run that, where nothing else
+            tells; the innermost one.
     """
     suggested, within = None, ""
     for frame in _frames():
-        caller = _look(frame, running)
+        caller = _look(frame, running, deep)
         if caller is None:
             continue
         only_suggested = caller.pipeline is not None and not caller.is_call
         if suggested is None:
-            if not only_suggested:
+            if not only_suggested or deep:
                 return caller
             suggested, within = caller, frame.f_code.co_qualname
         elif caller.is_call:
@@ -100,15 +104,17 @@ def _pipeline_called(frame: types.FrameType, values: Mapping[str, Any]) -> Any:
     return called if internals.is_pipeline(called) else None
 
 
-def _look(frame: types.FrameType, running: Callable[[Any], bool]) -> Caller | None:
+def _look(frame: types.FrameType, running: Callable[[Any], bool], deep: bool) -> Caller | None:
     """What a function has in hand that is in the middle of a run."""
     values = _locals(frame)
     pipeline = _pipeline_called(frame, values)
+    if pipeline is not None and (chosen := _distinct(filter(running, schedulers_of(pipeline)))):
+        return Caller(pipeline, True, chosen, values)
     direct = [value for value in values.values() if _drives(value)]
     if pipeline is not None:
-        chosen = _distinct(filter(running, schedulers_of(pipeline)))
-        return Caller(pipeline, True, chosen or _distinct(filter(running, direct)), values)
-    holders = [(value, s) for value in values.values() for s in schedulers_of(value) if running(s)]
+        return Caller(pipeline, True, _distinct(filter(running, direct)), values)
+    holds = [*values.values(), *(_pipelines_in(values.values()) if deep else ())]
+    holders = [(value, s) for value in holds for s in schedulers_of(value) if running(s)]
     by_pipelines = [(value, s) for value, s in holders if internals.is_pipeline(value)]
     others = [s for value, s in holders if not internals.is_pipeline(value)]
     if chosen := _distinct(filter(running, direct)) or _distinct(others):
@@ -116,6 +122,24 @@ def _look(frame: types.FrameType, running: Callable[[Any], bool]) -> Caller | No
     if chosen := _distinct(s for _, s in by_pipelines):
         return Caller(by_pipelines[0][0] if len(chosen) == 1 else None, False, chosen, values)
     return None
+
+
+def calls_of(modules: Iterable[Any]) -> int:
+    """How many calls of some modules this thread is in the middle of."""
+    code, frame, count = torch.nn.Module._call_impl.__code__, sys._getframe(1), 0
+    ids = {id(module) for module in modules}
+    while frame is not None:
+        if frame.f_code is code and id(_locals(frame).get("self")) in ids:
+            count += 1
+        frame = frame.f_back
+    return count
+
+
+def _pipelines_in(holders: Iterable[Any]) -> list[Any]:
+    """The pipelines among the attributes of objects."""
+    attributes = (getattr(holder, "__dict__", None) for holder in holders)
+    found = (list(one.values()) for one in attributes if type(one) is dict)
+    return [value for values in found for value in values if internals.is_pipeline(value)]
 
 
 def schedulers_of(holder: Any) -> list[Any]:

@@ -33,6 +33,7 @@ class Forward:
         last: the layer called last.
         deal: in which order the heads of the call at hand are shared out to processes.
         guide: what it does with cross-attention: "" nothing, "record" or "recall" it.
+        outer: the forward that it is made within, by a hook of somebody's.
     """
 
     place: Place
@@ -45,6 +46,7 @@ class Forward:
     last: int = -1
     deal: Deal | None = None
     guide: str = ""
+    outer: Forward | None = None
 
     def called(self, layer: int) -> int:
         """Count a call; the number of the sample, because some models call once for each."""
@@ -62,7 +64,7 @@ class _Local(threading.local):
 
 
 class Forwards:
-    """The forwards of one transformer, one at a time in each thread.
+    """The forwards of one transformer, in each thread one, or one within another.
 
     Args:
         layers: how many attention layers it has.
@@ -90,8 +92,9 @@ class Forwards:
         """The forward that this thread is in the middle of."""
         return self._here.forward
 
-    def begin(self, forward: Forward) -> Forward:
-        """This thread begins a forward."""
+    def begin(self, forward: Forward, *, within: bool = False) -> Forward:
+        """This thread begins a forward, which may be made within another of the same model."""
+        forward.outer = self.current if within else None
         self._here.forward = forward
         if self._went_back:
             self._looks.clear()
@@ -103,7 +106,8 @@ class Forwards:
 
     def end(self) -> None:
         """This thread is through with its forward."""
-        self._here.forward = None
+        forward = self.current
+        self._here.forward = None if forward is None else forward.outer
 
     def of_call(self, layer: int, begin: Callable[[], Forward]) -> Forward:
         """The forward that an attention call in this thread belongs to; `begin` makes a new one.
@@ -114,7 +118,7 @@ class Forwards:
         forward = self.current
         if forward is None:
             return begin()
-        if forward.hooked:
+        if forward.hooked and not forward.place.run.ended:  # a Ctrl-C runs no hook at the end
             return forward
         again = forward.calls[layer] and (layer != forward.last or self._layers == 1)
         past = forward.place.is_past or forward.context != self.context

@@ -33,7 +33,7 @@ class Run:
         state: what the method keeps.
         memos: the decisions about the grids of this run, held so that none is made anew within it.
         clocks: of the frames of each transformer.
-        ended: whether its last step is over.
+        ended: whether its loop was left, with the last step or before.
     """
 
     def __init__(self, pipeline: Any = None, untold: str | None = None, number: int = 0) -> None:
@@ -45,7 +45,8 @@ class Run:
         self.memos: dict[Any, Memo] = {}
         self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._bound: dict[int, BoundSchedule] = {}  # by number of layers
+        # By number of layers and of steps: a loop that skips the first ones shows it with a step.
+        self._bound: dict[tuple[int, int | None], BoundSchedule] = {}
         self._in_step: dict[str, tuple[int, Counter[str | None]]] = {}
         self._branches: defaultdict[str, dict[tuple[str | None, int], int]] = defaultdict(dict)
         self._earlier = 0  # steps of the windows before this one
@@ -95,8 +96,9 @@ class Run:
 
     def forget(self, transformer: str) -> None:
         """Forget the state of one transformer; its counts stay."""
-        for key in [key for key in self.state if key[0] == transformer]:
-            del self.state[key]
+        for key in list(self.state):  # to which a forward of another thread may add
+            if key[0] == transformer:
+                self.state.pop(key, None)
 
     def place(self, step: int) -> int:
         """The step in the record, where windows follow each other."""
@@ -124,9 +126,11 @@ class Run:
         self, schedule: Schedule, layers: int, total: int | None, evaluations: int
     ) -> BoundSchedule:
         """The schedule in whole steps and layers."""
-        if layers not in self._bound:
-            self._bound[layers] = schedule.bind(total, layers, evaluations, self.untold)
-        return self._bound[layers]
+        bound = self._bound.get((layers, total))
+        if bound is None:
+            bound = schedule.bind(total, layers, evaluations, self.untold)
+            self._bound[layers, total] = bound
+        return bound
 
     def state_bytes(self) -> int:
         """Memory that the method holds now."""

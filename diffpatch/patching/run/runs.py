@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffpatch import internals
-from diffpatch.patching.run import callers
+from diffpatch.patching.run import callers, leaving
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.tracker import (
     Tracker,
@@ -72,7 +72,8 @@ class _Loop(NamedTuple):
     tracker: Tracker | None
     pipeline: Any
     untold: str | None
-    values: Mapping[str, Any]  # local variables of a pipeline's call
+    values: Mapping[str, Any]  # its local variables
+    is_call: bool = False  # whether they are of a pipeline's call
 
 
 class Runs:
@@ -101,7 +102,8 @@ class Runs:
             transformer: its name in the patch.
             context: what diffusers' `cache_context` calls the forward, None where it does not.
         """
-        tracker, pipeline, untold, values = self._loop()
+        loop = self._loop()
+        tracker, pipeline, untold = loop.tracker, loop.pipeline, loop.untold
         if tracker is not None:
             tracker.on_forward(getattr(pipeline, internals.PIPELINE_STEPS, None))
             if tracker.total is None:
@@ -110,7 +112,7 @@ class Runs:
             run = Run(pipeline, untold)
             self._keep(run, None)
             return Place(run, 0, None, 1, *run.branch(transformer, 0, context))
-        run = self._run(tracker, pipeline, values)
+        run = self._run(tracker, loop)
         branch = run.branch(transformer, tracker.step, context)
         return Place(
             run, tracker.step, tracker.total, tracker.evaluations, *branch, tracker=tracker
@@ -119,13 +121,15 @@ class Runs:
     def _loop(self) -> _Loop:
         if not self._follows:
             return _Loop(None, None, None, {})
-        caller = callers.find(_is_running)
+        caller, deep = callers.find(_is_running), False
         if caller is None:
             begun = [tracker for tracker in loops_begun() if self in tracker.followers]
             if len(begun) == 1:
                 return _Loop(begun[0], None, None, {})
+            caller, deep = callers.find(_is_running, deep=True), True
+        if caller is None:
             return _Loop(None, None, _NO_LOOP, {})
-        pipeline, values = caller.pipeline, caller.values if caller.is_call else {}
+        pipeline = caller.pipeline
         if len(caller.schedulers) != 1:
             why = _SEVERAL if caller.schedulers else _NOT_RUNNING
             return _Loop(None, pipeline, why, {})
@@ -133,20 +137,26 @@ class Runs:
         run = self._of_tracker.get(tracker)
         same = run is not None and run.number == tracker.run
         other = same and run is not None and run.pipeline not in (None, pipeline)
-        if caller.is_call and (other or tracker.thread != threading.get_ident()):
+        elsewhere = tracker.thread != threading.get_ident()
+        if caller.is_call and (other or elsewhere):
             return _Loop(None, pipeline, _SHARED, {})
-        return _Loop(tracker, pipeline, None, values)
+        if deep and elsewhere:
+            return _Loop(None, None, _NO_LOOP, {})
+        return _Loop(tracker, pipeline, None, caller.values, caller.is_call)
 
-    def _run(self, tracker: Tracker, pipeline: Any, values: Mapping[str, Any]) -> Run:
+    def _run(self, tracker: Tracker, loop: _Loop) -> Run:
         run = self._of_tracker.get(tracker)
         if run is None or run.number != tracker.run:
-            window = run is not None and run.pipeline is pipeline is not None
-            if run is not None and window and any(map(tracker.is_output, values.values())):
+            values = loop.values.values()
+            window = run is not None and loop.is_call and run.pipeline is loop.pipeline
+            if run is not None and window and any(map(tracker.is_output, values)):
                 run.go_on(tracker.run)
             else:
                 if run is not None:
                     run.end()
-                run = Run(pipeline, number=tracker.run)
+                run = Run(loop.pipeline, number=tracker.run)
+            leaving.listen(values, run)
+        run.ended = False
         if run is not self.last:
             self._keep(run, tracker)
         return run
@@ -190,6 +200,15 @@ class Runs:
         """The last run of a pipeline; of all, if it had none over this patch."""
         run = self._of_pipeline.get(target) if internals.is_pipeline(target) else None
         return self.last if run is None else run
+
+    def others_than(self, run: Run) -> list[Run]:
+        """The runs that have begun and not ended, but for one."""
+        with self._lock:
+            known = list(self._of_tracker.items())
+        return [
+            one for tracker, one in known
+            if one is not run and not one.ended and one.number == tracker.run and tracker.running
+        ]  # fmt: skip
 
     def forget(self) -> None:
         """Forget all runs."""

@@ -79,7 +79,12 @@ class Tracker:
         self.schedulers[id(scheduler)] = scheduler
 
     def is_own(self, scheduler: Any) -> bool:
-        """Whether a scheduler is the one that this is about, and not a copy of it."""
+        """Whether a scheduler is the one that this is about, and not a copy of it.
+
+        A copy takes the place of one that is gone: somebody exchanged the two in the middle.
+        """
+        if self._scheduler is None and self.schedulers.get(id(scheduler)) is scheduler:
+            self._own = weakref.ref(scheduler)
         return self._own is not None and self._scheduler is scheduler
 
     def on_set_timesteps(self, scheduler: Any) -> None:
@@ -95,6 +100,10 @@ class Tracker:
     def take_over(self, scheduler: Any) -> None:
         """Begin in the middle of a run whose beginning nobody has told."""
         self.on_set_timesteps(scheduler)
+        self._catch_up(scheduler)
+
+    def _catch_up(self, scheduler: Any) -> None:
+        """Stand where the scheduler stands, if it has taken steps already."""
         self.step = _steps_taken(scheduler) - 1
         if self.step >= 0:
             self._first = _begin_index(scheduler)
@@ -103,8 +112,8 @@ class Tracker:
         """The scheduler consumed a model output."""
         index = None if self._copied else getattr(self._scheduler, "step_index", None)
         if index is not None:  # tells more than forwards do, some of which another model may make
-            self._first = index - 1 if self._first is None else self._first
-            self.step = index - self._first - 1
+            first = self._begin_at(index - 1) if self._first is None else self._first
+            self.step = index - first - 1
         elif self.stepped and not self._copied:
             self.step += 1  # after forwards that are not known here
         self.stepped = True
@@ -142,6 +151,8 @@ class Tracker:
             return
         if self.total is None and self._begun:
             self._count(announced)
+            if self.step < 0 and self._scheduler is not None:  # timesteps changed in the middle
+                self._catch_up(self._scheduler)
         if self._over:  # whoever calls now has a loop that nobody follows
             self._begun = False
             self._begin()
@@ -166,6 +177,14 @@ class Tracker:
         news = announced is not None and announced != getattr(scheduler, "num_inference_steps", 0)
         if announced is not None and news and (announced < self.total or self._copied):
             self.total = announced
+
+    def _begin_at(self, index: int) -> int:
+        """The first step was that one of the scheduler's; loops may skip some without a word."""
+        self._first = index
+        scheduler = self._scheduler
+        if self.total is not None and scheduler is not None:
+            self.total = min(self.total, len(scheduler.timesteps) - index)
+        return index
 
     def join(self, copied: Any) -> None:
         """A copy is stepped in place of the scheduler, or beside it."""

@@ -4,9 +4,9 @@ The name of that call, ``dispatch_attention_fn`` (``F.scaled_dot_product_attenti
 processors), is looked up by processor code as a global of its module.
 
 A rebound processor is of a subclass of the original class, whose ``__call__`` runs the original's
-as it is at that moment, with those two names ours (see `diffpatch.patching.swap.follow`). Our
-attention then goes through one opaque custom operator: to a compiler it is a black box, inside it
-plain Python runs.
+as it is at that moment, with those two names ours (see `diffpatch.patching.swap.follow`).
+Where a compiler or a dispatch mode looks on, our attention goes through one opaque custom operator:
+to them it is a black box, inside it plain Python runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from diffpatch.errors import DiffpatchError
-from diffpatch.internals import DISPATCH, PROCESSOR_BACKEND, SDPA, same_in_registries
+from diffpatch.internals import (
+    DISPATCH,
+    PROCESSOR_BACKEND,
+    SDPA,
+    is_traced,
+    same_in_registries,
+)
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.attention.autocast import as_autocast, without_autocast
 from diffpatch.patching.attention.layout import Numbers, is_own_call
@@ -152,8 +158,10 @@ def _route(
     owner, layer = _running()
     q, k, v, mask = as_autocast(q, k, v, mask)
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and needs_grad:
-        # Eager training: outside the operator autograd sees through the torch backend.
+    trains = torch.is_grad_enabled() and needs_grad
+    if not torch.compiler.is_compiling() and (trains or not is_traced(q)):
+        # Without the operator, which costs as much as all the rest of a patch; and autograd sees
+        # through the torch backend.
         with without_autocast(q):
             return owner.attend(q, k, v, mask, scale, owner.grid, int(layer), ranks)
     return _attend(q, k, v, mask, layer, scale, owner.grid, ranks, owner.handle)
