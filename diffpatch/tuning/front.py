@@ -196,7 +196,7 @@ class _Job:
         self._count = 0
         self.measured: list[Measured] = []
         self.checked: list[Checked] = []
-        self._dense: tuple[str, Sample, float, int] | None = None
+        self._dense: tuple[str, _Clip] | None = None
 
     def begin(self, prompt: str, on_progress: OnAdvance | None) -> None:
         """A prompt, whose dense clip the others are compared with; rendered when it is needed."""
@@ -241,20 +241,25 @@ class _Job:
         self._done.forget()
 
     def _run(self, prompt: str, chosen: Chosen) -> _Ran:
-        dense, dense_seconds, dense_calls = self._dense_of(prompt)
-        clip, calls, kept, seconds = self._sample(prompt, chosen)
-        return _Ran(psnr(clip.frames, dense.frames), kept, calls / dense_calls, seconds,
-                    dense_seconds)  # fmt: skip
+        dense, clip = self._dense_of(prompt), self._sample(prompt, chosen)
+        return _Ran(psnr(clip.frames, dense.frames), clip.kept, clip.calls / dense.calls,
+                    clip.seconds, dense.seconds)  # fmt: skip
 
-    def _dense_of(self, prompt: str) -> tuple[Sample, float, int]:
-        """The dense clip of a prompt, its seconds, and its attention calls."""
+    def _dense_of(self, prompt: str) -> _Clip:
+        """The dense clip of a prompt, which is rendered once."""
         if self._dense is None or self._dense[0] != prompt:
-            clip, calls, _, seconds = self._sample(prompt, None)
-            self._dense = prompt, clip, seconds, calls
-        return self._dense[1:]
+            facts = self._done.get(unit := json.dumps([prompt, "dense"]))
+            frames = None if facts is None else self._done.tensor(prompt)
+            if facts is None or frames is None:
+                clip = self._sample(prompt, None)
+                facts, frames = {"calls": clip.calls, "seconds": clip.seconds}, clip.frames
+                frames = self._done.keep_tensor(prompt, frames)
+                self._done.put(unit, facts)
+            self._dense = prompt, _Clip(frames.float(), facts["calls"], 1.0, facts["seconds"])
+        return self._dense[1]
 
-    def _sample(self, prompt: str, chosen: Chosen | None) -> tuple[Sample, int, float, float]:
-        """One clip, its attention calls, kept fraction and seconds."""
+    def _sample(self, prompt: str, chosen: Chosen | None) -> _Clip:
+        """One clip."""
         from diffpatch.internals import execution_device  # diffusers is slow to import
 
         began = time.monotonic()
@@ -272,7 +277,7 @@ class _Job:
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)
         self._spent.append(time.monotonic() - began)
-        return clip, told.calls, told.kept, _seconds(clip, on_cpu)
+        return _Clip(clip.frames, told.calls, told.kept, _seconds(clip, on_cpu))
 
     def _tell(self, what: str, on_progress: OnAdvance | None) -> None:
         if on_progress is not None:
@@ -280,6 +285,16 @@ class _Job:
             if self._spent:
                 left = sum(self._spent) / len(self._spent) * (self._units - self._count)
             on_progress(Advance(what, self._count, self._units, left))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One rendered clip: frames (F, 3, H, W), attention calls, kept fraction, seconds."""
+
+    frames: torch.Tensor
+    calls: int
+    kept: float
+    seconds: float
 
 
 @dataclass(frozen=True)

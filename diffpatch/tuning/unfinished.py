@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 
 class Unfinished:
     """The finished units of a job, each written whole or not at all.
@@ -20,6 +24,7 @@ class Unfinished:
 
     def __init__(self, path: Path | None, ending: str, ties: str) -> None:
         self._file = None if path is None else path.with_name(path.name + ending)
+        self._tensors = None if path is None else path.with_name(f"{path.name}{ending}.safetensors")
         self._ties = ties
         self._done: dict[str, Any] = {}
         if self._file is not None and self._file.is_file():
@@ -44,7 +49,34 @@ class Unfinished:
         partial.write_text(json.dumps({"ties": self._ties, "done": self._done}), encoding="utf-8")
         partial.replace(self._file)
 
+    def keep_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Keep one tensor, in half precision, in the place of an earlier one.
+
+        Returns:
+            The tensor as `tensor` reads it, so that a stopped job comes to what another does.
+        """
+        half = value.half().contiguous()
+        if self._tensors is not None:
+            self._tensors.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._tensors.with_name(f".{self._tensors.name}.writing")
+            save_file({"value": half}, partial, {"name": name, "ties": self._ties})
+            partial.replace(self._tensors)
+        return half
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """The tensor that was kept last, if it is the one of that name and of this job."""
+        if self._tensors is None or not self._tensors.is_file():
+            return None
+        try:
+            with safe_open(self._tensors, "pt") as file:
+                if file.metadata() != {"name": name, "ties": self._ties}:
+                    return None
+                return file.get_tensor("value")
+        except (OSError, ValueError, SafetensorError):
+            return None
+
     def forget(self) -> None:
         """The result is written."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        for file in (self._file, self._tensors):
+            if file is not None:
+                file.unlink(missing_ok=True)
