@@ -46,6 +46,7 @@ from diffpatch.tuning.attention_error import AttentionErrors, attention_error
 from diffpatch.tuning.calibration import Calibration, calibrate
 from diffpatch.tuning.front import check_prompts, measure_front
 from diffpatch.tuning.tune import tune
+from diffpatch.tuning.tuned import tuned
 
 __all__ = [
     "AttentionErrors",
@@ -97,5 +98,6 @@ __all__ = [
     "reset",
     "settled",
     "tune",
+    "tuned",
     "unpatch",
 ]

@@ -66,6 +66,10 @@ def add_parser(commands: Any) -> None:
         help="thresholds of diffusers' FirstBlockCache, none without any (0.05 0.1 0.2 where"
         " diffusers knows the model)",
     )  # fmt: skip
+    group.add_argument(
+        "--curve-steps", type=arguments.number(int, 3), metavar="N",
+        help="denoising steps of the runs that curves are made from (those of the others)",
+    )  # fmt: skip
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
     group = parser.add_argument_group("output")
@@ -141,8 +145,8 @@ def _measure(
     path: Path = args.output
     # Every stage has a file of its own until the last is done, named by what decides it.
     ties = [type(pipe).__name__, args.model, str(pipe.dtype), call, args.seed, own]
-    curves = _stage(path, "curves", ties)
-    front = _stage(path, "front", [*ties, rendered, args.kept, args.caches])
+    curves = _stage(path, "curves", [*ties, args.curve_steps])
+    front = _stage(path, "front", [*ties, args.curve_steps, rendered, args.kept, args.caches])
 
     def prompt_done(prompt: str, done: int, of: int) -> None:
         progress.say(f"curves {done} of {of}: {prompt}", args.quiet)
@@ -154,9 +158,11 @@ def _measure(
     if curves.is_file():
         settings = Settings.load(curves)
     else:
+        fewer = {} if args.curve_steps is None else {"num_inference_steps": args.curve_steps}
         settings = diffpatch.tune(
-            pipe, own, call=call, seed=args.seed, pairs=0, path=curves, on_progress=prompt_done
-        )
+            pipe, own, call=call | fewer, seed=args.seed, pairs=0, path=curves,
+            on_progress=prompt_done,
+        )  # fmt: skip
     if front.is_file():
         settings = Settings.load(front)
     elif args.kept or args.caches != []:

@@ -104,19 +104,22 @@ def patch(
 
     internals.check()
     found = transformers(pipe, _custom_family(grid, modules))
-    if cache is not None:
-        check_cache(cache, bare=not hasattr(pipe, "components"))
-    check_grid = None
+    check_grid = promise = None
     if settings is not None or target is not None:
         loaded, choice = _for_target(found, settings, target, method, params, cache)
         method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
+        promise = f"chosen for {target!r}: {choice.promise}"
+    if cache is not None:
+        check_cache(cache, bare=not hasattr(pipe, "components"))
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
     check_backend(backend)
     bare = not hasattr(pipe, "components")
-    shared = Patch(chosen, schedule, backend, pipe, bare=bare, check_grid=check_grid)
+    shared = Patch(
+        chosen, schedule, backend, pipe, bare=bare, check_grid=check_grid, promise=promise
+    )
     parts = components(pipe)
     fresh = [
         PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache)
@@ -145,7 +148,8 @@ def _for_target(
     """
     if settings is None:
         raise BadParameter(
-            f"target={target!r} needs settings=, a file that diffpatch.tune wrote for this model"
+            f"target={target!r} needs settings=: a file that `diffpatch tune` wrote for this model,"
+            " or diffpatch.tuned(pipe, prompts)"
         )
     if target is None:
         raise BadParameter("settings= needs target=, such as '30 dB', 'kept 0.25' or '2x'")
@@ -269,7 +273,7 @@ def report(target: Any) -> Report:
     """
     found = named_owners(target)
     patches = list(dict.fromkeys(owner.patch for owner in found.values()))
-    notes = []
+    notes: list[str] = []
     if not found and (left := _left_over(target)) is not None:
         patches = [left]
         notes = ["the transformer was exchanged after patching: call diffpatch.patch again"]
@@ -277,6 +281,7 @@ def report(target: Any) -> Report:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
     for one in patches:
         one.runs.of(target).note_state()
+        notes += [] if one.promise is None else [one.promise]
     if len(patches) == 1:
         record = patches[0].runs.of(target).record
     else:  # transformers patched one by one, each with counts of its own

@@ -51,6 +51,7 @@ class Patch:
         schedule: which calls are dense.
         backend: of the kernels.
         check_grid: refuses grids that the settings say nothing about, or remarks on them.
+        promise: what settings for a target are predicted to give, for the report.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
         installed: the transformers that carry it.
@@ -65,11 +66,13 @@ class Patch:
         *,
         bare: bool = False,
         check_grid: CheckGrid | None = None,
+        promise: str | None = None,
     ) -> None:
         self.method = method
         self.schedule = schedule
         self.backend = backend
         self.check_grid = check_grid
+        self.promise = promise
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)
         self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()

@@ -57,6 +57,17 @@ class Chosen:
             return Dense()
         return Dynamic(rest=self.rest, budgets=dict(self.budgets[transformer]))
 
+    @property
+    def promise(self) -> str:
+        """What it is predicted to give, in a line."""
+        parts = [f"cache {self.cache:g}"] if self.cache is not None else []
+        parts += [f"kept {self.kept:.0%}"] if self.budgets else ["attention dense"]
+        if self.psnr is not None and self.spread is not None:
+            parts.append(f"{self.psnr:.1f} ± {self.spread:.1f} dB")
+        if self.speedup is not None:
+            parts.append(f"{self.speedup:.2f}×")
+        return ", ".join(parts) + " predicted" * (self.speedup is not None)
+
     def __str__(self) -> str:
         lines = ["attention dense"]
         if self.budgets:

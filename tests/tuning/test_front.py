@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ import diffpatch
 from diffpatch import BadParameter
 from diffpatch.targets.choice import choose_for
 from diffpatch.targets.front import measured_points
-from diffpatch.targets.settings import Settings
+from diffpatch.targets.settings import Measured, Settings
 from diffpatch.targets.target import Target
 from diffpatch.tuning import front as fronts
 from diffpatch.tuning import tune as tuning
@@ -96,7 +97,9 @@ def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: 
     config = tiny.pipe.transformer._cache_config
     assert type(config).__name__ == "FirstBlockCacheConfig" and config.threshold == ALWAYS
     assert not torch.equal(tiny.run(**CALL), plain)
-    assert diffpatch.report(tiny.pipe).calls < 2 * 6 * 2
+    report = diffpatch.report(tiny.pipe)
+    assert report.calls < 2 * 6 * 2
+    assert any("chosen for '30 dB': cache 1e+09" in note for note in report.notes)
     diffpatch.unpatch(tiny.pipe)
     assert tiny.pipe.transformer._cache_config is None
     assert torch.equal(tiny.run(**CALL), plain)
@@ -127,6 +130,35 @@ def test_what_was_chosen_is_checked_on_fresh_prompts(
     assert Settings.load(path) == found
     with pytest.raises(BadParameter, match=r"prompts=\['a cat'\]: give some that were not"):
         check_prompts(tiny.pipe, settings, "kept 0.8", ["a cat", "a fox"], **options)
+
+
+def test_a_bare_transformer_cannot_take_a_choice_with_a_cache(
+    tiny: Tiny, settings: Settings
+) -> None:
+    run = {"sparse": 1.0, "dense_steps": 0.0, "cache": 0.1, "kept": 1.0, "calls": 0.5}
+    run |= {"prompt": "a cat", "psnr": 31.0, "seconds": 1.0, "dense_seconds": 2.0}
+    made = settings.model_copy(update={"front": [Measured(**run)]})
+    with pytest.raises(BadParameter, match="patch the pipeline"):
+        diffpatch.patch(tiny.pipe.transformer, settings=made, target="30 dB")
+
+
+def test_a_model_is_tuned_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SIZES", (0.3, 0.6))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
+    options: dict[str, Any] = {"call": call_of(tiny), "sparse": (0.5,), "caches": ()}
+    first = diffpatch.tuned(tiny.pipe, ["a cat"], **options)
+    (file,) = (tmp_path / "settings").iterdir()
+    monkeypatch.setattr(fronts, "sample", None)  # nothing is rendered again
+    assert diffpatch.tuned(tiny.pipe, ["a cat"], **options) == first
+    with pytest.raises(TypeError):  # other prompts are something else, and would be rendered
+        diffpatch.tuned(tiny.pipe, ["a dog"], **options)
+    monkeypatch.undo()
+    file.write_text("{", encoding="utf-8")
+    monkeypatch.setattr(tuning, "SIZES", (0.3, 0.6))
+    again = diffpatch.tuned(tiny.pipe, ["a cat"], folder=file.parent, **options)
+    assert again.curves == first.curves and Settings.load(file) == again
+    with pytest.raises(BadParameter, match="unknown argument 'kept'"):
+        diffpatch.tuned(tiny.pipe, ["a cat"], kept=0.5)
 
 
 def test_bad_requests_are_refused(tiny: Tiny, settings: Settings) -> None:
