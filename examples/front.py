@@ -3,8 +3,8 @@
     python examples/front.py --models demo --steps 30 --reduced    # minutes on two idle cores
     python examples/front.py                                       # all of it: some hours
 
-Stopped at any moment, the same command goes on. Writes ``front.json`` and ``front.md`` with versions,
-device and commit, and the settings, page and picture of every model and number of steps.
+Stopped at any moment, the same command goes on. Writes ``front.json`` and ``front.md`` with
+versions, device and commit, and the settings, page and picture of every model and number of steps.
 """
 
 from __future__ import annotations
