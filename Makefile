@@ -1,6 +1,7 @@
 # make demo    render a clip dense and accelerated, with the built-in model, into out/
 # make test    lint, types and tests
 # make mutants do the tests notice small wrong edits? MINUTES=10 SEED=1, goes on where it stopped
+# make fuzz    random grids, methods, sweeps, settings and weights, for MINUTES=10
 # make drift   the family matrix with the oldest supported diffusers, and with the newest
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test mutants drift drift-oldest drift-newest lint format clean
+.PHONY: demo test mutants fuzz drift drift-oldest drift-newest lint format clean
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \
@@ -31,6 +32,9 @@ SEED ?= 1
 
 mutants: $(VENV)/.ready-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --minutes $(MINUTES) --seed $(SEED)
+
+fuzz: $(VENV)/.ready-test
+	@$(BIN)/python -m tests.proof --minutes $(MINUTES)
 
 # Only the parts that lean on diffusers: what is said of its insides, and every family's tiny model.
 DRIFT := tests/patching/swap/test_internals.py tests/pipelines/test_families.py tests/pipelines/test_family_limits.py

@@ -1,8 +1,18 @@
-"""One thread a test process: small tensors gain nothing from more, and tests run side by side."""
+"""One thread a test process: small tensors gain nothing from more, and tests run side by side.
+
+Random examples are the same in every run, so that a failure can be repeated and a run that passed
+passes again; `make fuzz` draws others (see `tests/proof/__main__.py`).
+"""
 
 import os
 
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("DIFFPATCH_CHOOSER", "off")  # tests that measure backends say so
 torch.set_num_threads(1)
+
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=slow)
+settings.load_profile(os.environ.get("DIFFPATCH_EXAMPLES", "same"))

@@ -146,7 +146,16 @@ def _read(
             f"weights={str(path)!r} has version {header.get('version')!r} and this diffpatch reads"
             f" {VERSION!r}: update it, or distil again"
         )
-    return header["family"], json.loads(header["method"]), values
+    try:
+        family, method = header["family"], json.loads(header["method"])
+    except (KeyError, ValueError, RecursionError):
+        family, method = "", None
+    if not isinstance(method, dict):
+        raise BadParameter(
+            f"weights={str(path)!r} are damaged: the header must name the family and the parameters"
+            " of the method; distil again"
+        )
+    return family, method, values
 
 
 def _same_layers(path: str | Path, component: str, found: set[str], wanted: set[str]) -> None:
@@ -166,9 +175,33 @@ def _some(names: Iterable[str]) -> str:
     return first + (", …" if rest else "")
 
 
+def _is_shaped(name: str, shape: torch.Size) -> bool:
+    """Whether it is the shape of something that `methods.linear.distilled.initial` makes."""
+    if name == "gate":
+        return len(shape) == 2 and shape[1] == 3
+    if name in ("phi_q", "phi_k"):
+        return len(shape) == 3 and shape[1] == shape[2]
+    stem, _, side = name.rpartition("_")
+    return len(shape) == 2 and stem in ("q", "k", "v", "out") and side in ("down", "up")
+
+
+def _have_partners(learned: Learned) -> bool:
+    """Whether each half of a low-rank map has the other half."""
+    other = {name: name[:-4] + "up" for name in learned if name.endswith("down")}
+    ups = sorted(name for name in learned if name.endswith("_up"))
+    return ups == sorted(other.values()) and all(
+        learned[down].shape == learned[up].shape[::-1] for down, up in other.items()
+    )
+
+
 def _fits(path: str | Path, layer: Layer, learned: Learned) -> None:
     """Compare the sizes that tensors imply with those of the module."""
     for name, value in learned.items():
+        if not _is_shaped(name, value.shape):
+            raise BadParameter(
+                f"weights={str(path)!r}: {layer.path}.{name} of shape {tuple(value.shape)} is"
+                " nothing that a layer learns; distil again"
+            )
         inner = value.shape[-1] if name.endswith("_down") else None
         heads = value.shape[0] if name in ("gate", "phi_q") else None
         if name == "phi_q":
@@ -182,3 +215,7 @@ def _fits(path: str | Path, layer: Layer, learned: Learned) -> None:
                     f"weights={str(path)!r}: {layer.path}.{name} is for {own} {what} and the model"
                     f" has {other}; they were made for another model"
                 )
+    if not _have_partners(learned):
+        raise BadParameter(
+            f"weights={str(path)!r}: {layer.path} has half of a low-rank map; distil again"
+        )

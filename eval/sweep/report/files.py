@@ -58,7 +58,7 @@ def markdown(summary: Summary) -> str:
         for row in rows:
             lines.append("| " + " | ".join(map(_escape, cells(row, headings))) + " |")
         lines.append("")
-    lines += [MEASURED, "", QUALITY, "", circumstances(summary), ""]
+    lines += [MEASURED, "", QUALITY, "", _escape(circumstances(summary)), ""]
     if summary.failures or summary.missing:
         lines += [f"{len(summary.failures)} runs failed, {summary.missing} are missing.", ""]
     return "\n".join(lines)
