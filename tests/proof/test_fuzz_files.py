@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -40,7 +38,6 @@ SWEEP: dict[str, Any] = {
     "kept": [0.5], "noise_floor": ["seed"], "attention_error": 1, "bar": {"psnr": 20},
 }  # fmt: skip
 SENTENCE = re.compile(r"\S.{5,900}", re.DOTALL)
-same_folder = hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_said(error: Exception) -> None:
@@ -208,7 +205,6 @@ def test_no_text_of_a_result_becomes_a_tag(tmp_path: Path, failing: bool) -> Non
 
 
 def test_slugs_of_the_same_prompt_are_told_apart() -> None:
-    names: Callable[[str], str] = lambda text: (
-        Rendering(Case("demo", "bf16", Prompt(text), 0, 0, {}, 2), Variant("dense")).name
-    )
-    assert len({names(text) for text in TEXTS}) == len(TEXTS)
+    dense = Variant("dense")
+    runs = [Rendering(Case("demo", "bf16", Prompt(text), 0, 0, {}, 2), dense) for text in TEXTS]
+    assert len({run.name for run in runs}) == len(TEXTS)
