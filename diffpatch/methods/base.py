@@ -11,8 +11,8 @@ import torch
 
 from diffpatch import checking
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
-from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
+from diffpatch.kernels.block_sparse import api as block_sparse
+from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned import Layer, Learned, load
 from diffpatch.patterns.grid import TokenGrid
@@ -59,10 +59,11 @@ class AttentionCall:
             The output (B, S, H, D), its log-sum-exp fp32 (B, S, H), and the backend used.
         """
         blocks = (pattern or self.pattern).on(q.device)
-        used = choose_backend(BLOCK_SPARSE, self.backend, blocks, q, k, v)
-        out, lse = block_sparse_attention(
-            q, k, v, blocks, scale=self.scale, key_mask=self.key_mask, return_lse=True, backend=used
-        )
+        out, lse, used = block_sparse.attend(
+            q, k, v, blocks, scale=self.scale, key_mask=self.key_mask, return_lse=True,
+            backend=self.backend,
+        )  # fmt: skip
+        assert lse is not None
         return out, lse, used
 
 
@@ -198,12 +199,11 @@ class Method:
     ) -> Attended:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
-        used = choose_backend(BLOCK_SPARSE, call.backend, blocks, q, k, v)
         scale, factor = call.scale, self.softmax_factor()
         if factor != 1:
             scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
-        out = block_sparse_attention(
-            q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=used
+        out, _, used = block_sparse.attend(
+            q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=call.backend
         )
         return Attended(out, call.pattern.kept, used)
 

@@ -430,9 +430,9 @@ class PatchedTransformer:
             run = forward.place.run
             pairs = float(q.shape[0] * q.shape[2]) * q.shape[1] * k.shape[1]
             step = run.place(forward.place.step)
-            if backend not in run.record.backends and self.patch.backend == "auto":
-                over = passed_over(q).items()
-                run.record.notes += [f"backend {name!r} is not taken: {why}" for name, why in over]
+            if self.patch.backend == "auto":
+                over = (f"backend {name!r} is not taken: {x}" for name, x in passed_over(q).items())
+                run.record.notes += [note for note in over if note not in run.record.notes]
             run.record.add(self.name, layer, step, pairs, kept, backend, reason)
 
 

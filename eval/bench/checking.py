@@ -29,18 +29,33 @@ def exact_rows(qkv: Tensors, pattern: diffpatch.BlockPattern) -> tuple[torch.Ten
     Returns:
         int64 (R,) and fp64 (R, H, D), on the device of q if that knows fp64.
     """
-    q, k, v = (x[0] for x in qkv)
+    q = qkv[0][0]
     chosen = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:CHECKED_ROWS]
-    device = q.device if q.device.type == "cuda" else torch.device("cpu")
     mask = visible(pattern, chosen, heads=q.shape[1])
+    return chosen.to(q.device), attention_of_rows(qkv, chosen, mask)
+
+
+def attention_of_rows(qkv: Tensors, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The fp64 attention of some queries of the first batch entry.
+
+    Args:
+        qkv: (B, S, H, D) each, or with fewer heads of keys.
+        rows: int64 (R,), the queries.
+        mask: bool (H, R, S), what they see.
+
+    Returns:
+        fp64 (R, H, D), on the device of q if that knows fp64.
+    """
+    q, k, v = (x[0] for x in qkv)
+    device = q.device if q.device.type == "cuda" else torch.device("cpu")
     groups = q.shape[1] // k.shape[1]
     heads = []
     for h in range(q.shape[1]):  # one at a time: fp64 copies of everything would fill the memory
-        query = q[chosen.to(q.device), h].to(device, torch.float64)
+        query = q[rows.to(q.device), h].to(device, torch.float64)
         key, value = (x[:, h // groups].to(device, torch.float64) for x in (k, v))
         seen = mask[h].to(device)
         heads.append(F.scaled_dot_product_attention(query, key, value, attn_mask=seen))
-    return chosen.to(q.device), torch.stack(heads, 1)
+    return torch.stack(heads, 1)
 
 
 def visible(pattern: diffpatch.BlockPattern, rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import diffpatch
 from diffpatch.eval.bench.case import Tensors
 from diffpatch.eval.bench.checking import TOLERANCE, exact_rows
+from diffpatch.eval.bench.measurements import failure
 from diffpatch.eval.bench.rivals import flex_call, natten_call
 from diffpatch.eval.bench.shapes import Shape
 from diffpatch.eval.bench.timing import DENSE, Call, dense_call, interleaved
@@ -29,10 +30,6 @@ from diffpatch.kernels.blocks import BlockIndex
 
 INT8_TOLERANCE = 4e-2  # of 8-bit scores on normal noise
 PERMUTING = "permuting"
-
-
-class DeviceLost(RuntimeError):
-    """The GPU answers no more: nothing can be measured after this in the same process."""
 
 
 def measure(
@@ -114,22 +111,6 @@ def _checked(
     if not error <= (INT8_TOLERANCE if "int8" in name else TOLERANCE[out.dtype]):  # or NaN
         return {"error": error, "failed": f"wrong: relative error {error:.2g}"}
     return {"error": error}
-
-
-def failure(error: Exception, device: torch.device) -> str:
-    """What to write about an error that is over; the memory it leaves is given back.
-
-    Raises:
-        DeviceLost: it is not over, as every use of the GPU fails from now on.
-    """
-    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if device.type != "cpu":
-        try:
-            torch.accelerator.synchronize(device)
-            torch.accelerator.empty_cache()
-        except RuntimeError:
-            raise DeviceLost(words) from error
-    return words
 
 
 def host_seconds(call: Call, device: torch.device, repeats: int = 5) -> float | None:

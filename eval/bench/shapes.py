@@ -50,6 +50,9 @@ SHAPES = {
     "wan-480p": _shape((21, 30, 52), 12, 128, (11, 16, 24)),
     "flux-1k": _shape((1, 64, 64), 24, 128, (1, 32, 32), text=512),
     "flux-4k": _shape((1, 256, 256), 24, 128, (1, 80, 80), text=512),
+    # What h3-sparse-attn was measured at: 64 of the blocks of 128 keys.
+    "h3-38k": _shape((29, 26, 50), 24, 128, (0.6, 0.6, 0.6)),
+    "h3-104k": _shape((80, 26, 50), 24, 128, (0.43, 0.43, 0.43)),
     # What NATTEN is known to do: windows of its papers, and ones that slide token by token.
     "hunyuan-sliding": _shape((30, 48, 80), 24, 128, (18, 24, 24), (1, 1, 1), last=True),
     "wan-720p-natten": _shape((21, 45, 80), 40, 128, (21, 24, 24), (1, 8, 8), last=True),

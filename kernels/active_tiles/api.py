@@ -8,17 +8,22 @@ different things share one call. Flags never leave the device and are kept as bi
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 from diffpatch.kernels.active_tiles.table import Result, TileTable, tile_table
-from diffpatch.kernels.block_sparse import backends
+from diffpatch.kernels.block_sparse.backends import run
+from diffpatch.kernels.block_sparse.operators import ACTIVE_TILES
 from diffpatch.kernels.blocks import BlockIndex
+
+MODULES = {"triton": "triton_impl", "torch": "torch_impl", "reference": "reference"}
 
 __all__ = [
     "Result",
     "TileTable",
     "attend",
-    "choose_backend",
+    "attend_on",
     "kept",
     "pack",
     "tile_table",
@@ -95,26 +100,37 @@ def attend(
     Returns:
         The output, its log-sum-exp, and the hits if there is a threshold.
     """
+    return attend_on(
+        q, k, v, blocks, active, scale=scale, key_mask=key_mask, threshold=threshold,
+        reverse=reverse, strip=strip, backend=backend,
+    )[0]  # fmt: skip
+
+
+def attend_on(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    active: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    threshold: float | None = None,
+    reverse: bool = False,
+    strip: int = 0,
+    backend: str = "auto",
+) -> tuple[Result, str]:
+    """`attend`, and the backend that computed it."""
     table = tile_table(blocks, strip)
     valid = table.valid().expand(q.shape[0], q.shape[2], -1)
-    active = valid if active is None else active & valid
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    used = choose_backend(q, k, v, blocks, backend)
-    if used == "triton":
-        from diffpatch.kernels.active_tiles.triton_impl import attend as run
-    elif used == "torch":
-        from diffpatch.kernels.active_tiles.torch_impl import attend as run
-    else:
-        from diffpatch.kernels.active_tiles.reference import attend as run
-    return run(q, k, v, blocks, active, scale, key_mask, threshold, reverse, strip)
+    visited = valid if active is None else active & valid
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
 
+    def compute(name: str) -> Result:
+        implementation = import_module(f"diffpatch.kernels.active_tiles.{MODULES[name]}")
+        result: Result = implementation.attend(
+            q, k, v, blocks, visited, factor, key_mask, threshold, reverse, strip
+        )
+        return result
 
-def choose_backend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockIndex, backend: str
-) -> str:
-    """The backend that a call runs on, one of `BACKENDS` but "auto".
-
-    Raises:
-        BackendUnavailable: the backend asked for cannot run here; the message says why.
-    """
-    return backends.choose_backend(backends.ACTIVE_TILES, backend, blocks, q, k, v)
+    return run(ACTIVE_TILES, backend, blocks, (q, k, v), compute)

@@ -6,7 +6,8 @@ from typing import Literal, overload
 
 import torch
 
-from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, ROWS, choose_backend
+from diffpatch.kernels.block_sparse.backends import ROWS, run
+from diffpatch.kernels.block_sparse.operators import BLOCK_SPARSE
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -72,7 +73,7 @@ def block_sparse_attention(
             has no gradients; "torch-int8" rounds the same way on any device, to see what it does to
             quality, and gains no time. "auto" never takes the last two. On GPUs it compares the
             others once and takes the fastest that is right (see `chooser`); where it does not,
-            triton where that can, else torch.
+            triton where that can, else torch. Where what it took fails, the next takes over.
 
     Returns:
         The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,
@@ -82,14 +83,39 @@ def block_sparse_attention(
         ValueError: an argument does not fit; the message names it.
         BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
+    out, lse, _ = attend(
+        q, k, v, blocks, scale=scale, key_mask=key_mask, return_lse=return_lse, backend=backend
+    )
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """`block_sparse_attention`, which also says what computed it.
+
+    Returns:
+        The output, its log-sum-exp if asked for, and the backend.
+    """
     _check_tensors(q, k, v)
     _check_blocks(q, blocks, key_mask)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
-    attend = ROWS[choose_backend(BLOCK_SPARSE, backend, blocks, q, k, v)].attend
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = attend(q, k, v, blocks, scale, key_mask, return_lse)
-    return (out, lse) if return_lse and lse is not None else out
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def compute(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return ROWS[name].attend(q, k, v, blocks, factor, key_mask, return_lse)
+
+    (out, lse), used = run(BLOCK_SPARSE, backend, blocks, (q, k, v), compute)
+    return out, lse, used
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

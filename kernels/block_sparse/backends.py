@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,37 +17,26 @@ from diffpatch.kernels.block_sparse.chooser import (
     comparable,
     ranking_of,
     setting_of,
+    words_of,
+)
+from diffpatch.kernels.block_sparse.operators import (
+    ACTIVE_TILES,
+    BLOCK_SPARSE,
+    LINEAR,
+    SELECTION,
+    VIRTUAL_TOKENS,
+    Operator,
 )
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
 from diffpatch.kernels.gpu import support
 
+Result = TypeVar("Result")
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Reason = Callable[[torch.Tensor, BlockIndex], str | None]  # why not with these queries
 GradientReason = Callable[[torch.Tensor], str | None]  # why without gradients
 
 _FOLDER = "diffpatch.kernels.block_sparse"
-
-
-class Operator(NamedTuple):
-    """What asks for a backend.
-
-    Attributes:
-        name: what the rows call it.
-        words: what it computes.
-        fp32_by_torch: whether "auto" leaves fp32 to torch: without tensor cores cuBLAS, which torch
-            uses, is as fast as a kernel of ours.
-    """
-
-    name: str
-    words: str
-    fp32_by_torch: bool = False
-
-
-BLOCK_SPARSE = Operator("block_sparse", "block-sparse attention")
-ACTIVE_TILES = Operator("active_tiles", "attention to tiles that change from head to head")
-VIRTUAL_TOKENS = Operator("virtual_tokens", "virtual tokens", fp32_by_torch=True)
-LINEAR = Operator("linear", "linear attention", fp32_by_torch=True)
 
 
 class Backend(NamedTuple):
@@ -157,7 +146,7 @@ def _flex_gradients(q: torch.Tensor) -> str | None:
     return attend.gradient_reason(q)
 
 
-_EVERY = (BLOCK_SPARSE.name, ACTIVE_TILES.name, VIRTUAL_TOKENS.name, LINEAR.name)
+_EVERY = (BLOCK_SPARSE.name, ACTIVE_TILES.name, VIRTUAL_TOKENS.name, SELECTION.name, LINEAR.name)
 
 # Of those that "auto" may take, the first one that can.
 ROWS = {
@@ -230,6 +219,7 @@ ROWS = {
     )
 }
 BACKENDS = ("auto", *ROWS)
+LAST = "torch"  # runs everywhere: after it "auto" has nothing left
 
 
 def check_backend(backend: str) -> None:
@@ -286,17 +276,72 @@ def choose_backend(
         return backend
     if operator.fp32_by_torch and any(x.dtype.itemsize > 2 for x in inputs):
         return "torch"
-    rows = [row for row in ROWS.values() if row.unasked or row.measured]
+    rows = _candidates(operator)
     able = [row for row in rows if not _reason(row, operator, blocks, inputs, gradients)]
-    found = ranking_of(inputs[0], rows) if operator is BLOCK_SPARSE and len(able) > 1 else None
+    found = ranking_of(inputs[0], rows, operator) if len(able) > 1 else None
+    if chooser().refused:
+        failing = chooser().refused.get(setting_of(inputs[0], operator), {})
+        able = [row for row in able if row.name not in failing]
     order = [] if found is None else found.order(able)
     return (order or [row for row in able if row.unasked])[0].name  # torch can always
 
 
+def _candidates(operator: Operator) -> list[Backend]:
+    """What "auto" takes one of."""
+    rows = (row for row in ROWS.values() if row.unasked or row.measured)
+    return [row for row in rows if operator.name in row.operators]
+
+
+def run(
+    operator: Operator,
+    backend: str,
+    blocks: BlockIndex,
+    inputs: tuple[torch.Tensor, ...],
+    compute: Callable[[str], Result],
+) -> tuple[Result, str]:
+    """Compute a call, and where "auto" took a kernel that fails, go on with the next.
+
+    What has failed is not taken again in this process with the device, dtype and head size of the
+    call; one warning says so, and the report why. Memory that runs out is not a kernel's fault: the
+    others take more of it.
+
+    Args:
+        operator: what is computed.
+        backend: what was asked for, one of `BACKENDS`.
+        blocks: the tiles of the call.
+        inputs: the tensors of the call, (B, S, heads, D) each.
+        compute: the name of a backend -> what it computes.
+
+    Returns:
+        The result, and the backend that computed it.
+
+    Raises:
+        BadParameter, BackendUnavailable: as `choose_backend`.
+        Exception: what the backend raises that was asked for by name, or the last one of "auto".
+    """
+    while True:
+        used = choose_backend(operator, backend, blocks, *inputs)
+        try:
+            return compute(used), used
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind: of a compiler, of the driver, of a launch
+            if backend != "auto" or used == LAST:
+                raise
+            chooser().take_out(setting_of(inputs[0], operator), used, words_of(error))
+
+
 def passed_over(q: torch.Tensor) -> Mapping[str, str]:
     """The backends that "auto" does not take here because they are wrong or fail, each with why."""
-    found = chooser().known(setting_of(q)) if comparable(q) else None
-    return {} if found is None else found.refused
+    found: dict[str, str] = {}
+    for setting, refused in list(chooser().refused.items()):
+        if (setting.device, setting.dtype, setting.size) != (q.device, q.dtype, q.shape[-1]):
+            continue
+        for name, reason in refused.items():
+            if setting.operator is not BLOCK_SPARSE:
+                reason = f"for {setting.operator.words}: {reason}"
+            found[name] = f"{found[name]}; {reason}" if name in found else reason
+    return found
 
 
 def compare_again(device: torch.device, dtype: torch.dtype, size: int) -> Ranking | None:
@@ -308,8 +353,7 @@ def compare_again(device: torch.device, dtype: torch.dtype, size: int) -> Rankin
     q = torch.empty(1, 1, 1, size, dtype=dtype, device=device)
     if not comparable(q):
         return None
-    rows = [row for row in ROWS.values() if row.unasked or row.measured]
-    return chooser().ranking(setting_of(q), rows, redo=True)
+    return chooser().ranking(setting_of(q), _candidates(BLOCK_SPARSE), redo=True)
 
 
 def beside(backend: str) -> str:
@@ -317,7 +361,7 @@ def beside(backend: str) -> str:
 
     Kernels on GPUs leave it to "auto", as not all of them exist for every operator.
     """
-    return ROWS[backend].beside
+    return backend if backend == "auto" else ROWS[backend].beside
 
 
 def _reason(

@@ -1,10 +1,11 @@
 """Which backend "auto" takes on a GPU: of those that compute right there, the one that is fastest.
 
-Asked for the first time with a device, a dtype and a head size, it runs every backend on a small
-problem, compares the result with the definition, and times those that passed on a larger one. That
-takes some seconds, once: what it finds is kept in the user's cache folder, and belongs to the
-device, its driver and the versions of torch, Triton and diffpatch. ``DIFFPATCH_CHOOSER=off`` does
-without, and takes what is usual.
+Asked for the first time with an operator, a device, a dtype and a head size, it runs every backend
+on a small problem, compares the result with the definition, and times those that passed on a larger
+one. That takes some seconds, once: what it finds is kept in the user's cache folder, and belongs to
+the device, its driver and the versions of torch, Triton and diffpatch. ``DIFFPATCH_CHOOSER=off``
+does without, and takes what is usual. A kernel that fails in a later call is taken out, too, until
+the process ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import platformdirs
 import torch
 
-from diffpatch.kernels.block_sparse.reference import attend_reference
+from diffpatch.kernels.block_sparse.operators import BLOCK_SPARSE, Inputs, Operator, Results
 from diffpatch.kernels.block_sparse.trial_blocks import small_blocks, timed_blocks
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu.device import on_device_of
@@ -55,17 +56,24 @@ class Setting(NamedTuple):
         dtype: of q, k and v.
         size: channels of a head.
         around: everything else: names and versions of device, driver and software.
+        operator: what is computed.
     """
 
     device: torch.device
     dtype: torch.dtype
     size: int
     around: tuple[tuple[str, str], ...]
+    operator: Operator = BLOCK_SPARSE
 
     @property
     def key(self) -> dict[str, str]:
         """What the cache tells rankings apart by; two cards of one kind share theirs."""
-        return dict(self.around) | {"dtype": str(self.dtype), "head size": str(self.size)}
+        own = {
+            "dtype": str(self.dtype),
+            "head size": str(self.size),
+            "operator": self.operator.name,
+        }
+        return dict(self.around) | own
 
 
 class Ranking(NamedTuple):
@@ -99,6 +107,9 @@ class Chooser:
         folder: where rankings are kept; one that cannot be written is done without.
         check: why a backend is wrong in a setting, or None.
         clock: the seconds of a call.
+
+    Attributes:
+        refused: what is not taken in a setting, because it is wrong or has failed, and why.
     """
 
     def __init__(
@@ -108,6 +119,7 @@ class Chooser:
         self.check, self.clock = check or wrong, clock or seconds
         self._lock = threading.Lock()
         self._known: dict[Setting, Ranking] = {}
+        self.refused: dict[Setting, dict[str, str]] = {}
 
     def ranking(self, setting: Setting, rows: Sequence[Backend], *, redo: bool = False) -> Ranking:
         """The ranking of some backends; measured if nobody has yet, or to `redo` it."""
@@ -116,11 +128,26 @@ class Chooser:
                 able = _able(rows, setting)
                 found = None if redo else self._read(setting, able)
                 self._known[setting] = found or self._measure(setting, able)
+                self.refused.pop(setting, None)
+                if self._known[setting].refused:
+                    self.refused[setting] = dict(self._known[setting].refused)
             return self._known[setting]
 
     def known(self, setting: Setting) -> Ranking | None:
         """What has been found or read in this process; None if nothing has."""
         return self._known.get(setting)
+
+    def take_out(self, setting: Setting, name: str, reason: str) -> None:
+        """Never take a backend again in a setting, unless it is measured anew."""
+        with self._lock:
+            refused = dict(self.refused.get(setting, {}))
+            if name not in refused:
+                where = dict(setting.around)["device"]
+                log.warning(
+                    "backend %r of %s is not taken any more on %s: %s",
+                    name, setting.operator.words, where, reason,
+                )  # fmt: skip
+                self.refused[setting] = refused | {name: reason}
 
     def _measure(self, setting: Setting, rows: Sequence[Backend]) -> Ranking:
         name = dict(setting.around)["device"]
@@ -128,7 +155,8 @@ class Chooser:
         refused: dict[str, str] = {}
         lasting = True
         if len(rows) > 1:
-            log.info("comparing backends on %s, %s, heads of %d", name, setting.dtype, setting.size)
+            words = setting.operator.words
+            log.info("comparing backends of %s on %s, %s, heads of %d", words, name, *setting[1:3])
         for row in rows:
             if len(rows) == 1:  # nothing to compare with
                 times[row.name] = 0.0
@@ -139,12 +167,14 @@ class Chooser:
                     if reason is None:
                         times[row.name] = self.clock(row, setting)
             except Exception as error:  # of any kind: of a compiler, of the driver, of memory
-                words = " ".join(f"{type(error).__name__}: {error}".split())
-                reason = f"it fails here: {words[:200]}"
+                reason = words_of(error)
                 lasting &= not isinstance(error, torch.OutOfMemoryError)
             if reason is not None:
                 refused[row.name] = reason
-                log.warning("backend %r is not taken on %s: %s", row.name, name, reason)
+                words = setting.operator.words
+                log.warning(
+                    "backend %r of %s is not taken on %s: %s", row.name, words, name, reason
+                )
         ranking = Ranking(dict(sorted(times.items(), key=lambda item: item[1])), refused)
         if lasting:
             self._write(setting, rows, ranking)
@@ -190,7 +220,15 @@ def is_on() -> bool:
     return os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false", "no")
 
 
-def ranking_of(q: torch.Tensor, rows: Sequence[Backend]) -> Ranking | None:
+def words_of(error: Exception) -> str:
+    """What is said of a backend that fails, on one line."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"it fails here: {words[:200]}"
+
+
+def ranking_of(
+    q: torch.Tensor, rows: Sequence[Backend], operator: Operator = BLOCK_SPARSE
+) -> Ranking | None:
     """The ranking of backends for queries (B, S, H, D), measured if it has to be.
 
     Returns:
@@ -199,7 +237,7 @@ def ranking_of(q: torch.Tensor, rows: Sequence[Backend]) -> Ranking | None:
     """
     if not comparable(q):
         return None
-    setting = setting_of(q)
+    setting = setting_of(q, operator)
     found = chooser().known(setting)
     if found is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return chooser().ranking(setting, rows)
@@ -212,9 +250,9 @@ def comparable(q: torch.Tensor) -> bool:
     return is_on() and real and q.device.type in DEVICES and q.dtype in TOLERANCE
 
 
-def setting_of(q: torch.Tensor) -> Setting:
+def setting_of(q: torch.Tensor, operator: Operator = BLOCK_SPARSE) -> Setting:
     """The setting that a call with these queries (B, S, H, D) belongs to."""
-    return Setting(q.device, q.dtype, q.shape[-1], _around(q.device))
+    return Setting(q.device, q.dtype, q.shape[-1], _around(q.device), operator)
 
 
 @functools.cache
@@ -252,34 +290,47 @@ def wrong(row: Backend, setting: Setting) -> str | None:
     With edge tiles, masked tiles, queries that see nothing, hidden keys and grouped queries.
     """
     blocks = small_blocks()
-    inputs = _inputs(setting, blocks, BATCH)
+    q, k, v = _inputs(setting, blocks, BATCH)
     hidden = torch.ones(BATCH, blocks.num_tokens, dtype=torch.bool)
     hidden[1, ::3] = False
-    scale = setting.size**-0.5
+    trial, there = setting.operator.tried, blocks.to(setting.device)
     for key_mask in (None, hidden):
-        out, lse = _call(row, inputs, blocks.to(setting.device), scale, key_mask)
-        q, k, v = (x.cpu().double() for x in inputs)
-        expected, expected_lse = attend_reference(q, k, v, blocks, scale, key_mask, True)
-        assert expected_lse is not None
-        blind = expected_lse.isneginf()
-        if lse is None or not torch.equal(lse.cpu().isneginf(), blind) or out.cpu()[blind].any():
-            return "wrong for queries that see nothing"
-        error = float((out.cpu().double() - expected).norm() / expected.norm())
-        off = float((lse.cpu().double() - expected_lse)[~blind].abs().max())
-        if not (error <= TOLERANCE[setting.dtype] and off <= 10 * TOLERANCE[setting.dtype]):
-            return f"wrong by {error:.2g} of the output and {off:.2g} of the log-sum-exp"
+        mask = None if key_mask is None else key_mask.to(setting.device)
+        with on_device_of(q):
+            found = trial(row, Inputs(q, k, v, there, mask))
+        x, y, z = (each.cpu().double() for each in (q, k, v))
+        expected = trial(None, Inputs(x, y, z, blocks, key_mask))
+        reason = _difference(found, expected, setting.dtype)
+        if reason:
+            return reason
+    return None
+
+
+def _difference(found: Results, expected: Results, dtype: torch.dtype) -> str | None:
+    """How results differ by more than rounding; a log-sum-exp follows the output it belongs to."""
+    found = tuple(x.cpu().double() for x in found)
+    blind = expected[1].isneginf()
+    if not torch.equal(found[1].isneginf(), blind) or found[0][blind].any():
+        return "wrong for queries that see nothing"
+    outs = ((found[n], expected[n]) for n in range(len(found)) if n != 1)
+    error = float(torch.stack([(x - y).norm() / y.norm() for x, y in outs]).max())  # or NaN
+    off = float((found[1] - expected[1])[~blind].abs().max())
+    if not (error <= TOLERANCE[dtype] and off <= 10 * TOLERANCE[dtype]):
+        return f"wrong by {error:.2g} of the output and {off:.2g} of the log-sum-exp"
     return None
 
 
 def seconds(row: Backend, setting: Setting) -> float:
     """The time of a call over some thousand tokens of which a query sees a quarter."""
     blocks = timed_blocks().to(setting.device)
-    inputs = _inputs(setting, blocks, 1)
+    q, k, v = _inputs(setting, blocks, 1)
+    inputs = Inputs(q, k, v, blocks, None)
     times = []
     for _ in range(REPEATS + 2):
         _wait_for(setting.device)
         begun = time.perf_counter()
-        _call(row, inputs, blocks, setting.size**-0.5, None)
+        with on_device_of(q):
+            setting.operator.tried(row, inputs)
         _wait_for(setting.device)
         times.append(time.perf_counter() - begun)
     return median(times[2:])
@@ -290,17 +341,11 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _inputs(setting: Setting, blocks: BlockIndex, batch: int) -> list[torch.Tensor]:
+def _inputs(
+    setting: Setting, blocks: BlockIndex, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = ((batch, blocks.num_tokens, n, setting.size) for n in (HEADS, KEY_HEADS, KEY_HEADS))
     made = [torch.randn(shape, generator=random, dtype=torch.float32) for shape in shapes]
-    return [x.to(setting.device, setting.dtype) for x in made]
-
-
-def _call(
-    row: Backend, inputs: list[torch.Tensor], blocks: BlockIndex, scale: float,
-    key_mask: torch.Tensor | None,
-) -> Any:  # fmt: skip
-    mask = None if key_mask is None else key_mask.to(blocks.device)
-    with on_device_of(inputs[0]):
-        return row.attend(*inputs, blocks, scale, mask, True)
+    q, k, v = (x.to(setting.device, setting.dtype) for x in made)
+    return q, k, v

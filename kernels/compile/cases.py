@@ -28,10 +28,14 @@ from diffpatch.kernels.gpu.support import GPUS
 from diffpatch.kernels.linear import triton_impl as linear
 from diffpatch.kernels.linear.triton_impl import LinearConfig
 from diffpatch.kernels.linear.triton_kernel import apply_kernel, state_kernel
+from diffpatch.kernels.selection import triton_impl as selection
+from diffpatch.kernels.selection.triton_impl import SelectionConfig
+from diffpatch.kernels.selection.triton_kernel import choose_kernel, drop_kernel, score_kernel
 from diffpatch.kernels.virtual_tokens import triton_impl as virtual
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Config = ForwardConfig | virtual.Config | LinearConfig | HopperConfig
+Config = ForwardConfig | virtual.Config | LinearConfig | HopperConfig | SelectionConfig
+SELECTION = ("score", "drop", "choose")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class CompileCase:
             scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
-            tokens, "moments" of the tiles that are chosen from, "state" and "apply" of linear
-            attention.
+            tokens, "moments" of the tiles that are chosen from, "score" and "drop" (scores of these
+            where the rest stays as virtual tokens, and where it is dropped), "choose" (the best of
+            a row of `tile` strips), "state" and "apply" of linear attention.
         dtype: of the tensors.
         size: the head size.
         tile: the largest tile, in tokens.
@@ -96,6 +101,11 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
                 yield CompileCase(arch, kernel, dtype, 128, 128, False)
             for tile in (64, 128):
                 yield CompileCase(arch, "virtual", dtype, 64, tile, False)
+        if dtype == "fp32":  # of moments, whatever the tensors are
+            for kernel, size in product(("score", "drop"), (64, 128, 256)):
+                yield CompileCase(arch, kernel, dtype, size, 128, False)
+            for strips in (2048, 4096):
+                yield CompileCase(arch, "choose", dtype, 128, strips, False)
 
 
 def _loads_asked_for(arch: int) -> Iterator[CompileCase]:
@@ -139,6 +149,10 @@ def configuration(case: CompileCase) -> Config:
         return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
     if case.kernel in ("pool", "moments"):
         return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
+    if case.kernel == "choose":
+        return selection.row_config(case.tile)
+    if case.kernel in SELECTION:
+        return selection.DROP if case.kernel == "drop" else selection.SCORES
     if case.kernel == "virtual":
         return virtual.configuration(dtype, case.size, case.tile)
     if case.kernel == "state":
@@ -180,6 +194,8 @@ def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], 
     tensor = f"*{case.dtype}"
     if case.kernel in ("pool", "moments", "virtual"):
         return _virtual(case)
+    if isinstance(config, SelectionConfig):
+        return _selection(case, config)
     if isinstance(config, LinearConfig):
         return _linear(case, config)
     if isinstance(config, HopperConfig):
@@ -245,6 +261,15 @@ def _virtual(case: CompileCase) -> tuple[Any, dict[str, Any], dict[str, str]]:
         types |= dict.fromkeys(("KEYS", "VARIANCE"), "*fp32")
         return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS} | alone, types
     return virtual.virtual_kernel, {"group": 1}, types
+
+
+def _selection(
+    case: CompileCase, config: SelectionConfig
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    names = ("QUERIES", "QUERY_VAR", "KEYS", "KEY_VAR", "COUNT", "SPREAD", "VALUES", "SCORES")
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("SEEN", "FIXED", "CHOSEN"), "*u8")
+    kernel = {"score": score_kernel, "drop": drop_kernel, "choose": choose_kernel}[case.kernel]
+    return kernel, {"PLAIN": False, "BLOCK_C": config.block_c}, types | {"COUNTS": "*i64"}
 
 
 def _linear(case: CompileCase, config: LinearConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:

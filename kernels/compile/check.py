@@ -29,6 +29,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
 from diffpatch.kernels.compile.cases import (
     DTYPES,
+    SELECTION,
     CompileCase,
     Config,
     cases,
@@ -86,7 +87,7 @@ def compiled(case: CompileCase) -> tuple[CompileResult, Any]:
     instruction = TENSOR_CORE.get(case.arch, OLDER_TENSOR_CORE)
     if config.block_m < 64:
         instruction = OLDER_TENSOR_CORE
-    if case.kernel in ("virtual", "state", "apply"):
+    if case.kernel in ("virtual", "state", "apply", *SELECTION):
         instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, padded(case.size))
@@ -109,7 +110,9 @@ def _problems(result: CompileResult, instruction: str) -> Iterator[str]:
         yield f"{result.stack} bytes of stack"
     if result.shared > GPUS[case.arch].shared:
         yield f"{result.shared} bytes of shared memory, {GPUS[case.arch].shared} allowed"
-    if case.dtype == "fp32" or case.kernel in ("quantize", "pool", "moments"):
+    if case.kernel in ("quantize", "pool", "moments", "choose"):
+        return
+    if case.dtype == "fp32" and case.kernel not in SELECTION:  # which splits it for tensor cores
         return
     if not result.tensor_cores:
         yield f"no {instruction}"

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from diffpatch.kernels.block_sparse.backends import LINEAR, choose_backend
+from diffpatch.kernels.block_sparse.backends import run
+from diffpatch.kernels.block_sparse.operators import LINEAR
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.linear import reference as linear_attention_reference
 from diffpatch.kernels.linear.features import feature_map
@@ -53,16 +54,19 @@ def attend_cumulants(
         The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H) (fp64
         for fp64); 0 and -inf for queries that visit every key.
     """
-    used = choose_backend(LINEAR, backend, blocks, q, k, v)
-    if used == "triton":
-        from diffpatch.kernels.linear import triton_impl as linear_attention_triton
 
-        return linear_attention_triton.attend_cumulants(q, k, v, blocks, scale, key_mask)
-    if used == "reference":
-        x, y, z = _wide(q, k, v)
-        out, lse = linear_attention_reference.attend_cumulants(x, y, z, blocks, scale, key_mask)
-        return out.to(q.dtype), lse
-    return _cumulants(q, k, v, blocks, scale, key_mask)
+    def compute(name: str) -> Result:
+        if name == "triton":
+            from diffpatch.kernels.linear import triton_impl as linear_attention_triton
+
+            return linear_attention_triton.attend_cumulants(q, k, v, blocks, scale, key_mask)
+        if name == "reference":
+            x, y, z = _wide(q, k, v)
+            out, lse = linear_attention_reference.attend_cumulants(x, y, z, blocks, scale, key_mask)
+            return out.to(q.dtype), lse
+        return _cumulants(q, k, v, blocks, scale, key_mask)
+
+    return run(LINEAR, backend, blocks, (q, k, v), compute)[0]
 
 
 def _cumulants(
@@ -126,18 +130,21 @@ def attend_features(
     Returns:
         (B, S, H, E) in the dtype of q; 0 for queries that visit every key.
     """
-    used = choose_backend(LINEAR, backend, blocks, q, k, v)
-    if used == "reference":
-        x, y, z = _wide(q, k, v)
-        whole = linear_attention_reference.attend_features(x, y, z, blocks, feature, key_mask)
-        return whole.to(q.dtype)
-    if used == "triton":
-        from diffpatch.kernels.linear import triton_impl as linear_attention_triton
 
-        x, y = (feature_map(t.float(), feature).to(t.dtype) for t in (q, k))
-        if x.shape[-1] <= linear_attention_triton.MAX_SIZE:
-            return linear_attention_triton.attend_features(x, y, v, blocks, key_mask)
-    return _features(q, k, v, blocks, feature, key_mask)
+    def compute(name: str) -> torch.Tensor:
+        if name == "reference":
+            x, y, z = _wide(q, k, v)
+            whole = linear_attention_reference.attend_features(x, y, z, blocks, feature, key_mask)
+            return whole.to(q.dtype)
+        if name == "triton":
+            from diffpatch.kernels.linear import triton_impl as linear_attention_triton
+
+            x, y = (feature_map(t.float(), feature).to(t.dtype) for t in (q, k))
+            if x.shape[-1] <= linear_attention_triton.MAX_SIZE:
+                return linear_attention_triton.attend_features(x, y, v, blocks, key_mask)
+        return _features(q, k, v, blocks, feature, key_mask)
+
+    return run(LINEAR, backend, blocks, (q, k, v), compute)[0]
 
 
 def _features(

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from diffpatch.kernels.block_sparse.backends import run
+from diffpatch.kernels.block_sparse.operators import SELECTION
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.selection.choose import Counts, above, choose
 from diffpatch.kernels.selection.rules import RULES, Rule
@@ -80,23 +82,47 @@ def select(
     Returns:
         bool (B, H, N, n) each.
     """
-    chosen = RULES[rule]
+    scope = RULES[rule].scope
     pairs = tiles.q.shape[0] * tiles.table.num_tiles * len(tiles.table.strips)
     groups = tiles.heads // tiles.k.shape[2]
     step = max(1, MAX_PAIRS // (pairs * groups)) * groups
-    if step >= tiles.heads or chosen.scope == "layer" or tiles.blocks.head_pattern is not None:
-        return _select(tiles, chosen, fixed, counts, threshold)
+    if step >= tiles.heads or scope == "layer" or tiles.blocks.head_pattern is not None:
+        return _select(tiles, rule, fixed, counts, threshold)
     parts = []
     for first in range(0, tiles.heads, step):
         heads = slice(first, first + step)
         own = slice(first // groups, (first + step) // groups)
         some = replace(tiles, q=tiles.q[:, :, heads], k=tiles.k[:, :, own], v=tiles.v[:, :, own])
         limits = [Counts(count.rows[heads], count.most) for count in counts]
-        parts.append(_select(some, chosen, fixed, limits, threshold))
+        parts.append(_select(some, rule, fixed, limits, threshold))
     return [torch.cat(maps, 1) for maps in zip(*parts, strict=True)]
 
 
 def _select(
+    tiles: Tiles,
+    name: str,
+    fixed: torch.Tensor,
+    counts: Sequence[Counts],
+    threshold: float | None,
+) -> list[torch.Tensor]:
+    rule = RULES[name]
+    by_count = threshold is None or rule.cut is None
+
+    def compute(backend: str) -> list[torch.Tensor]:
+        if backend == "triton" and by_count and rule.scope == "row":
+            from diffpatch.kernels.selection import triton_impl as kernels
+
+            if kernels.supports(tiles):
+                scores = kernels.scores(tiles, name)
+                scores = rule.score(tiles) if scores is None else scores
+                return kernels.choose(scores, tiles.seen, fixed, counts)
+        return _select_torch(tiles, rule, fixed, counts, threshold)
+
+    inputs = (tiles.q, tiles.k, tiles.v)
+    return run(SELECTION, tiles.backend, tiles.blocks, inputs, compute)[0]
+
+
+def _select_torch(
     tiles: Tiles,
     rule: Rule,
     fixed: torch.Tensor,

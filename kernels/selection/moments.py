@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
+from diffpatch.kernels.block_sparse.backends import run
+from diffpatch.kernels.block_sparse.operators import VIRTUAL_TOKENS
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.pieces import Pieces
 
@@ -55,11 +56,21 @@ def moments(
         key_mask: bool (B, S), True where a token counts; None counts all.
         backend: "triton", "torch", "reference" (which is torch), or "auto".
     """
-    if choose_backend(VIRTUAL_TOKENS, backend, blocks, x) == "triton":
+
+    def compute(name: str) -> Moments:
+        if name != "triton":
+            return _moments_torch(x, blocks, pieces, key_mask)
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
         mean, variance, log_count = kernels.moments(x, blocks, pieces.first, key_mask)
         return Moments(mean.transpose(1, 2), variance.transpose(1, 2), log_count.exp().round())
+
+    return run(VIRTUAL_TOKENS, backend, blocks, (x,), compute)[0]
+
+
+def _moments_torch(
+    x: torch.Tensor, blocks: BlockIndex, pieces: Pieces, key_mask: torch.Tensor | None
+) -> Moments:
     wide = torch.promote_types(x.dtype, torch.float32)
     if pieces.even and key_mask is None:
         x = x.index_select(1, blocks.order).to(wide).unflatten(1, (len(pieces), -1))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from diffpatch.kernels.pieces import Pieces, cut
+from diffpatch.kernels.selection.limits import MOST_MASS, MOST_SPREAD
 from diffpatch.kernels.selection.mass import (
     Points,
     mass,
@@ -34,8 +35,6 @@ from diffpatch.kernels.selection.mass import (
 from diffpatch.kernels.selection.moments import Moments, moments
 from diffpatch.kernels.selection.tiles import Tiles
 
-MOST_MASS = 0.5  # of a strip that may be dropped
-MOST_SPREAD = 3.0  # standard deviations of scores in a tile that the error is linear in
 PARTS = 4  # of a tile, in SubBlock
 SAMPLED = 4  # tokens of which PSA takes one
 

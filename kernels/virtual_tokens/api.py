@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from diffpatch.kernels.block_sparse.backends import VIRTUAL_TOKENS, choose_backend
+from diffpatch.kernels.block_sparse.backends import run
+from diffpatch.kernels.block_sparse.operators import VIRTUAL_TOKENS
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.pieces import cut
@@ -44,15 +45,18 @@ def pool(
         backend: "triton", "torch", "reference", or "auto".
     """
     runs = cut(blocks, size, strip)
-    used = choose_backend(VIRTUAL_TOKENS, backend, blocks, k, v)
-    if used == "reference":
-        return reference.pool(k, v, runs, second_order, key_mask)
-    if used == "triton":
-        from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-        pooled = kernels.pool(k, v, blocks, runs.first, second_order, key_mask)
-        return VirtualTokens(*pooled, runs)
-    return torch_impl.pool(k, v, runs, second_order, key_mask)
+    def compute(name: str) -> VirtualTokens:
+        if name == "reference":
+            return reference.pool(k, v, runs, second_order, key_mask)
+        if name == "triton":
+            from diffpatch.kernels.virtual_tokens import triton_impl as kernels
+
+            pooled = kernels.pool(k, v, blocks, runs.first, second_order, key_mask)
+            return VirtualTokens(*pooled, runs)
+        return torch_impl.pool(k, v, runs, second_order, key_mask)
+
+    return run(VIRTUAL_TOKENS, backend, blocks, (k, v), compute)[0]
 
 
 def attend_virtual(
@@ -82,15 +86,19 @@ def attend_virtual(
     Returns:
         The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
-    used = choose_backend(VIRTUAL_TOKENS, backend, blocks, q, tokens.keys, tokens.values)
-    if used == "reference":
-        return reference.attend(q, tokens, blocks, scale, near, shown)
-    if used == "triton":
-        from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-        return kernels.attend(q, tokens, blocks, scale, near, _shown_runs(tokens, blocks, shown))
-    far = torch_impl.attend(q, tokens, blocks, scale, _shown_runs(tokens, blocks, shown))
-    return far if near is None else merge(*near, *far)
+    def compute(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "reference":
+            return reference.attend(q, tokens, blocks, scale, near, shown)
+        if name == "triton":
+            from diffpatch.kernels.virtual_tokens import triton_impl as kernels
+
+            seen = _shown_runs(tokens, blocks, shown)
+            return kernels.attend(q, tokens, blocks, scale, near, seen)
+        far = torch_impl.attend(q, tokens, blocks, scale, _shown_runs(tokens, blocks, shown))
+        return far if near is None else merge(*near, *far)
+
+    return run(VIRTUAL_TOKENS, backend, blocks, (q, tokens.keys, tokens.values), compute)[0]
 
 
 def _shown_runs(

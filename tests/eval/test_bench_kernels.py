@@ -21,6 +21,7 @@ from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
 from diffpatch.eval import environment
 from diffpatch.eval.bench import kernels as bench_kernels
+from diffpatch.eval.bench import measurements as bench_measurements
 from diffpatch.eval.bench import rivals as bench_rivals
 from diffpatch.eval.bench import row as bench_row
 from diffpatch.eval.bench import timing as bench_timing
@@ -130,7 +131,7 @@ def test_windows_come_first_and_those_of_others_last() -> None:
 def test_what_there_is_no_time_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: sum(seconds))
-    monkeypatch.setattr(bench_kernels, "time", clock)
+    monkeypatch.setattr(bench_measurements, "time", clock)
 
     def slow(*_: object) -> dict[str, Any]:
         seconds.append(40.0)
@@ -215,11 +216,11 @@ def test_a_gpu_that_answers_no_more_fails_all_that_follows(
     gpu: PretendAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda", 0)
-    assert bench_row.failure(ValueError("once"), device) == "ValueError: once"
+    assert bench_measurements.failure(ValueError("once"), device) == "ValueError: once"
 
     def ends(*_: object) -> dict[str, Any]:
         gpu.answers = False
-        bench_row.failure(RuntimeError("in the kernel"), device)
+        bench_measurements.failure(RuntimeError("in the kernel"), device)
         return {}
 
     monkeypatch.setattr(bench_kernels, "measure", ends)

@@ -1,4 +1,4 @@
-"""`diffpatch bench kernels`: the block-sparse kernels alone, at the shapes of known models."""
+"""`diffpatch bench kernels`: kernels at the shapes of known models, and all of a day on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from diffpatch.cli import output, progress
 from diffpatch.cli.arguments import fraction, number
-from diffpatch.eval.bench.kernels import bench_kernels, reason_of
+from diffpatch.eval.bench.kernels import PARTS, bench_kernels
+from diffpatch.eval.bench.measurements import reason_of
 from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL
 from diffpatch.eval.bench.variants import LAYOUTS, LOADS
 from diffpatch.eval.files import to_json
@@ -18,9 +19,15 @@ from diffpatch.pipelines.running.loading import DTYPES, choose_device
 
 EXAMPLES = """\
 examples:
-  diffpatch bench kernels --device cuda --limit-seconds 480 --json kernels.json
+  diffpatch bench kernels --device cuda --json kernels.json
+  diffpatch bench kernels --device cuda --parts checks choices --json choices.json
   diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8 --gluon
 """
+Row = dict[str, Any]
+
+SLOT = 460.0  # seconds of a run on a GPU, where nothing else is asked for
+KINDS = ("checks", "rows", "choices", "steps")
+TIMED = ("choosing", "attending", "dense")
 COLUMNS = (
     "shape", "dtype", "backend", "tokens", "kept", "ms", "speedup", "TFLOP/s", "of bound",
     "host ms",
@@ -32,11 +39,14 @@ def add_parser(kinds: Any) -> None:
     parser = kinds.add_parser(
         "kernels",
         help="the kernels alone",
-        description="Time the block-sparse kernels at the shapes of known models, in turns with\n"
-        "dense attention and what others ship, after checking the results.",
+        description="Check every kernel against its definition; time the block-sparse kernels at\n"
+        "the shapes of known models, in turns with dense attention and what others ship; tiles\n"
+        "that are chosen by content; and whole steps of models with random weights. On a GPU all\n"
+        "of it, within 8 minutes; on a CPU the kernels at small shapes.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to do at all; all on a GPU")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
     parser.add_argument(
         "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="(bf16)"
@@ -46,14 +56,16 @@ def add_parser(kinds: Any) -> None:
     )
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
-    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too")
-    parser.add_argument("--gluon", action="store_true", help="and the kernel made for Hopper")
+    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too (a GPU does)")
+    parser.add_argument(
+        "--gluon", action="store_true", help="and other settings of the kernel made for Hopper"
+    )
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="rounds (5)")
     parser.add_argument(
         "--limit-seconds",
         type=number(float, 1),
         metavar="S",
-        help="begin no row that may end later",
+        help="begin no row that may end later (460 on a GPU)",
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
@@ -74,17 +86,19 @@ def run(args: argparse.Namespace) -> int:
         kept=(() if small else KEPT) if args.kept is None else args.kept,
         layouts=args.layout,
         loads=args.loads,
-        int8=args.int8,
-        gluon=args.gluon,
+        int8=args.int8 or not small,
+        gluon=args.gluon or not small,
+        parts=args.parts or (("kernels",) if small else PARTS),
         repeats=args.repeats,
-        limit_seconds=args.limit_seconds,
+        limit_seconds=args.limit_seconds or (None if small else SLOT),
         say=lambda text: progress.say(text, args.quiet),
         save=partial(_write, file) if file else lambda result: None,
     )
     print(to_json(result) if args.json == "-" else describe(result))
     if file:
         print(f"wrote {file}")
-    every = [each for row in result["rows"] for each in (row, *row.get("sparse", {}).values())]
+    rows = [row for kind in KINDS for row in result.get(kind, ())]
+    every = [each for row in rows for each in (row, *row.get("sparse", {}).values())]
     return int(any("failed" in each for each in every))
 
 
@@ -93,9 +107,60 @@ def _write(file: Path, result: dict[str, Any]) -> None:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Everything measured as a table, and below it why something has no speed."""
+    """Everything measured as tables, and below each why something has no speed."""
+    shown = [
+        _checks(result.get("checks", [])),
+        _kernels(result["rows"]),
+        _choices(result.get("choices", [])),
+        _steps(result.get("steps", [])),
+    ]
+    return "\n\n".join(text for text in shown if text)
+
+
+def _checks(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    words = ("operator", "backend", "dtype", "head_dim")
+    lines = [[*words, ""]]
+    for row in rows:
+        said = f"cannot run: {row['unsupported']}" if "unsupported" in row else "right"
+        said = reason_of(row) or said
+        lines.append([*(str(row[word]) for word in words), said])
+    return table(lines, left=5)
+
+
+def _choices(rows: list[Row]) -> str:
+    lines = [["choice", "dtype", "kept", "choosing", "attending", "dense", "share", "speedup"]]
+    reasons = []
+    for row in rows:
+        if reason := reason_of(row):
+            reasons.append(f"{row['shape']}, {row['dtype']}: {reason}")
+            continue
+        took = (f"{1e3 * row['seconds'][name]['median']:.2f} ms" for name in TIMED)
+        gain = f"{row['speedup']['median']:.2f}×"
+        start = [row["shape"], row["dtype"], f"{row['kept']:.1%}"]
+        lines.append([*start, *took, f"{row['share']:.1%}", gain])
+    return "\n".join([table(lines, left=2), *reasons]) if rows else ""
+
+
+def _steps(rows: list[Row]) -> str:
+    lines = [["step", "dtype", "method", "kept", "seconds", "speedup"]]
+    reasons = []
+    for row in rows:
+        start = [row["step"], row["dtype"]]
+        if reason := reason_of(row):
+            reasons.append(f"{', '.join(start)}: {reason}")
+            continue
+        lines.append([*start, "dense", "", f"{row['dense']['seconds']['median']:.2f}", "1.00×"])
+        for name, entry in row["methods"].items():
+            took, gain = entry["seconds"]["median"], entry["speedup"]["median"]
+            lines.append([*start, name, f"{entry['kept']:.1%}", f"{took:.2f}", f"{gain:.2f}×"])
+    return "\n".join([table(lines, left=3), *reasons]) if rows else ""
+
+
+def _kernels(measured: list[Row]) -> str:
     rows, reasons = [list(COLUMNS)], []
-    for row in result["rows"]:
+    for row in measured:
         name = f"{row['shape']}, {row['dtype']}"
         if reason := reason_of(row):
             wanted = "" if row["wanted"] is None else f", {row['wanted']:.1%} kept"
@@ -112,7 +177,7 @@ def describe(result: dict[str, Any]) -> str:
                 rows.append([*start, backend, *sizes, *_numbers(entry)])
         permuting = f"{1e3 * row['permuting']['median']:.2f}"
         rows.append([*start, "(permuting)", *sizes, permuting, "", "", "", ""])
-    return "\n".join([table(rows, left=3), *reasons])
+    return "\n".join([table(rows, left=3), *reasons]) if measured else ""
 
 
 def _numbers(entry: dict[str, Any]) -> list[str]:

@@ -258,8 +258,7 @@ class Dynamic(Method):
             return trained.attend(self._trained, q, k, v, call, self.kept)
         blocks, strip = call.pattern.on(q.device), self.keys_of(call.pattern.grid)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-        backend, table = beside(used), tile_table(blocks, strip)
+        backend, table = beside(call.backend), tile_table(blocks, strip)
         state = memory(call, not self.shares_state)
         bits = remembered(call, state, q)
         if bits is None or call.step - state["step"] >= self.every(call.total):
@@ -270,9 +269,9 @@ class Dynamic(Method):
         shape = (table.num_tiles, len(table.strips))
         flags = active_tiles.unpack(bits, shape[0] * shape[1])
         maps = list(flags.unflatten(3, shape).unbind(2))
-        near = active_tiles.attend(
+        near, used = active_tiles.attend_on(
             q, k, v, blocks, table.flags(maps[0]), scale=scale, key_mask=call.key_mask,
-            strip=strip, backend=used,
+            strip=strip, backend=call.backend,
         )  # fmt: skip
         out, lse = near.out, near.lse
         for size, shown in self._virtual(maps, table):

@@ -153,6 +153,5 @@ def _chosen(
     best = scores.topk(number, -1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     flags = tile_table(blocks).flags(chosen)
-    used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-    out = active_tiles.attend(q, k, v, blocks, flags, scale=scale, backend=used).out
-    return Attended(out, active_tiles.kept(blocks, flags), used)
+    found, used = active_tiles.attend_on(q, k, v, blocks, flags, scale=scale, backend=call.backend)
+    return Attended(found.out, active_tiles.kept(blocks, flags), used)

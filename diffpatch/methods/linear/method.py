@@ -154,7 +154,7 @@ class Linear(Method):
         blocks = call.pattern.on(q.device)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         near, near_lse, used = call.sparse(q, k, v)
-        backend = beside(used)
+        backend = beside(call.backend)
         if self.far == "pool":
             tokens = virtual_tokens.pool(
                 k, v, blocks, self.pool, second_order=self.second_order, key_mask=call.key_mask,

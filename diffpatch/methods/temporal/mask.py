@@ -36,12 +36,11 @@ def attend(
 ) -> Attended:
     """The chosen tiles; every `refresh` steps they are chosen anew, from this step's tensors."""
     state, blocks = memory(call, per_branch=False), call.pattern.on(q.device)
-    used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
     bits, table = remembered(call, state, q), tile_table(blocks)
     if bits is None or call.step - state["step"] >= refresh:
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         options = Options("drop", RUN)
-        tiles = Tiles(q, k, v, blocks, 0, scale, call.key_mask, beside(used), options)
+        tiles = Tiles(q, k, v, blocks, 0, scale, call.key_mask, beside(call.backend), options)
         fixed = always(blocks, call.pattern.grid, keep_frames)
         counts = call.pattern.once(
             ("counts", kept, keep_frames, q.shape[2], q.device),
@@ -51,10 +50,10 @@ def attend(
         bits = active_tiles.pack(table.flags(chosen) & table.valid())
         state.update(bits=bits, step=call.step, pattern=call.pattern)
     active = active_tiles.unpack(bits, table.length)
-    out, _, _ = active_tiles.attend(
-        q, k, v, blocks, active, scale=call.scale, key_mask=call.key_mask, backend=used
+    found, used = active_tiles.attend_on(
+        q, k, v, blocks, active, scale=call.scale, key_mask=call.key_mask, backend=call.backend
     )
-    return Attended(out, active_tiles.kept(blocks, active), used)
+    return Attended(found.out, active_tiles.kept(blocks, active), used)
 
 
 def choose(

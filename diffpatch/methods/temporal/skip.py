@@ -35,10 +35,9 @@ def attend(
     if bits is not None:
         active = active_tiles.unpack(bits, active_tiles.tile_table(blocks).length)
         kept = active_tiles.kept(blocks, active)
-    used = active_tiles.choose_backend(q, k, v, blocks, call.backend)
-    out, _, hits = active_tiles.attend(
+    (out, _, hits), used = active_tiles.attend_on(
         q, k, v, blocks, active, scale=call.scale, key_mask=call.key_mask,
-        threshold=threshold, reverse=reverse, backend=used,
+        threshold=threshold, reverse=reverse, backend=call.backend,
     )  # fmt: skip
     assert hits is not None
     going_on = hits | always(blocks, call.pattern.grid, keep_frames)

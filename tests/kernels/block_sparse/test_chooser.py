@@ -17,8 +17,9 @@ import diffpatch
 from diffpatch.eval.bench import profile as device_costs
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse import backends, chooser
-from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend, passed_over
+from diffpatch.kernels.block_sparse.backends import choose_backend, passed_over
 from diffpatch.kernels.block_sparse.chooser import Chooser, Ranking, Setting
+from diffpatch.kernels.block_sparse.operators import BLOCK_SPARSE, LINEAR
 from diffpatch.kernels.block_sparse.reference import attend_reference
 from diffpatch.kernels.block_sparse.torch_plan.attend import attend_torch
 from diffpatch.kernels.block_sparse.trial_blocks import small_blocks, timed_blocks
@@ -203,7 +204,7 @@ def test_auto_takes_what_was_found_and_says_what_it_passed_over(
     assert choose_backend(BLOCK_SPARSE, "usual", blocks, q, k, v) == "usual"  # asked for by name
     monkeypatch.setattr(made, "_measure", pytest.fail)  # never again
     assert choose_backend(BLOCK_SPARSE, "auto", blocks, q, k, v) == "other"
-    assert choose_backend(backends.LINEAR, "auto", blocks, q, k, v) == "torch"
+    assert choose_backend(LINEAR, "auto", blocks, q, k, v) == "torch"
 
 
 def test_a_cpu_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

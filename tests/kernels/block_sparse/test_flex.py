@@ -10,10 +10,11 @@ import torch
 
 import diffpatch
 from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
-from diffpatch.kernels.block_sparse.backends import BLOCK_SPARSE, choose_backend
+from diffpatch.kernels.block_sparse.backends import choose_backend
 from diffpatch.kernels.block_sparse.flex import attend
 from diffpatch.kernels.block_sparse.flex.attend import attend_flex, unsupported_reason
 from diffpatch.kernels.block_sparse.flex.layout import BLOCK, flex_layout
+from diffpatch.kernels.block_sparse.operators import BLOCK_SPARSE
 from diffpatch.kernels.blocks import BlockIndex
 from tests.exactness import TOLERANCE, assert_exact, exact
 from tests.kernels.random_blocks import random_blocks, random_qkv

@@ -14,12 +14,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffpatch.kernels.block_sparse.backends import (
-    ACTIVE_TILES,
-    BLOCK_SPARSE,
-    LINEAR,
-    choose_backend,
-)
+from diffpatch.kernels.block_sparse.backends import choose_backend
+from diffpatch.kernels.block_sparse.operators import ACTIVE_TILES, BLOCK_SPARSE, LINEAR
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu import support as triton_support
 from tests.kernels.random_blocks import random_blocks
