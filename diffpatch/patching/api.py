@@ -13,6 +13,7 @@ from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
+from diffpatch.patching.options.from_settings import from_settings
 from diffpatch.patching.options.schedule import Amount, Schedule
 from diffpatch.patching.options.settle import settle
 from diffpatch.patching.report import Record, Report
@@ -21,9 +22,7 @@ from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.pipelines.families.presets import two_experts
 from diffpatch.pipelines.families.table import FamilyInfo
 from diffpatch.pipelines.families.unwrap import bypassing
-from diffpatch.targets.choice import Chosen, choose_for
 from diffpatch.targets.settings import Settings
-from diffpatch.targets.target import Target as Wanted
 
 if TYPE_CHECKING:
     from diffpatch.patching.patch import Patch
@@ -85,7 +84,8 @@ def patch(
             enables none; caches that you enable yourself stay yours.
         settings: what `diffpatch.tune` found out about this model: a file of it, or the object. The
             method is then ``dynamic`` with a budget for every head.
-        target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x".
+        target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x"; in
+            its place `quality` keeps that much of sparse calls, dealt out over the heads.
         **params: parameters of the method.
 
     Returns:
@@ -106,10 +106,14 @@ def patch(
     found = transformers(pipe, _custom_family(grid, modules))
     check_grid = promise = None
     if settings is not None or target is not None:
-        loaded, choice = _for_target(found, settings, target, method, params, cache)
+        given = [*params, *(["cache"] if cache is not None else [])]
+        given += [f"method={method!r}"] if method not in ("radial", "dynamic") else []
+        here = {name: model for name, model, _ in found}
+        loaded, choice = from_settings(here, settings, target, quality, given)
         method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
-        promise = f"chosen for {target!r}: {choice.promise}"
+        promise = f"chosen for {target or quality!r}: {choice.promise}"
+        quality = None
     if cache is not None:
         check_cache(cache, bare=not hasattr(pipe, "components"))
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
@@ -130,38 +134,6 @@ def patch(
     unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
     _install(pipe, shared, fresh)
     return pipe
-
-
-def _for_target(
-    found: list[tuple[str, Any, FamilyInfo]],
-    settings: str | Path | Settings | None,
-    target: str | None,
-    method: MethodLike,
-    params: dict[str, Any],
-    cache: float | None,
-) -> tuple[Settings, Chosen]:
-    """Tuned settings, and what they come to for a target.
-
-    Raises:
-        BadParameter: one of the two is missing, the settings are not of this model, or the target
-            cannot be reached.
-    """
-    if settings is None:
-        raise BadParameter(
-            f"target={target!r} needs settings=: a file that `diffpatch tune` wrote for this model,"
-            " or diffpatch.tuned(pipe, prompts)"
-        )
-    if target is None:
-        raise BadParameter("settings= needs target=, such as '30 dB', 'kept 0.25' or '2x'")
-    if params or cache is not None or method not in ("radial", "dynamic"):
-        given = [*params, *(["cache"] if cache is not None else [])]
-        raise BadParameter(
-            f"target={target!r} chooses the method and its parameters: leave out"
-            f" {', '.join(given) or f'method={method!r}'}"
-        )
-    loaded = settings if isinstance(settings, Settings) else Settings.load(settings)
-    loaded.check_model({name: model for name, model, _ in found})
-    return loaded, choose_for(loaded, Wanted.parse(target))
 
 
 def settled(

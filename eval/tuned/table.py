@@ -74,9 +74,22 @@ def describe(settings: Settings, found: Answer | None = None) -> str:
         lines += ["", gains]
     if found is not None:
         lines += ["", f"target {found.target}", str(found.chosen or found.refused)]
+        lines += [next_step(settings, found.point)] if found.point is not None else []
     if settings.checked:
         lines += ["", checked_table(settings.checked)]
     return "\n".join(lines)
+
+
+def next_step(settings: Settings, point: FrontPoint) -> str:
+    """What the next faster point of the front would gain, and lose."""
+    faster = [p for p in pareto(measured_points(settings.front)) if p.time < 0.99 * point.time]
+    if not faster:
+        return "next      nothing that was measured is faster"
+    other = faster[-1]
+    return (
+        f"next      {1 / other.time:.2f}× at {other.psnr:.1f} dB ({other.applied.label}):"
+        f" {point.psnr - other.psnr:.1f} dB less"
+    )
 
 
 def front_table(settings: Settings, found: Answer | None = None) -> str:

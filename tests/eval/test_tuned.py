@@ -38,6 +38,7 @@ def test_the_table_marks_the_front_and_the_choice() -> None:
     cache = next(line for line in told.splitlines() if line.lstrip().startswith("cache 0.2"))
     assert "front" not in cache, "attention with a cache is faster and better"
     assert "2 prompts" in told and "target 28 dB" in told
+    assert "next      2.50× at 30.5 dB (attention 25% + cache 0.1)" in told
 
 
 def test_gains_compare_at_equal_quality() -> None:

@@ -16,6 +16,12 @@ MODEL = "0123456789abcdef"
 TRANSFORMERS = {"transformer": ("WanTransformer3DModel", 2, 3)}
 
 
+RUN: dict[str, Any] = {
+    "prompt": "a cat", "sparse": 0.5, "dense_steps": 0.1, "cache": 0.1, "kept": 0.5, "calls": 0.5,
+    "psnr": 30.0, "seconds": 1.0, "dense_seconds": 2.0,
+}  # fmt: skip
+
+
 def made(**changes: Any) -> dict[str, Any]:
     units = {f"transformer.{layer}.{head}": {"drop": [(0.1, 0.5), (0.3, 0.2)],
              "virtual": [(0.1, 0.4)]} for layer in range(2) for head in range(3)}  # fmt: skip
@@ -31,7 +37,7 @@ def made(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_file_survives_storage(tmp_path: Path) -> None:
-    settings = Settings.model_validate(made(floor=60.0))
+    settings = Settings.model_validate(made(floor=60.0, front=[RUN]))
     settings.save(tmp_path / "wan.json")
     assert Settings.load(tmp_path / "wan.json") == settings
     assert [p.name for p in tmp_path.iterdir()] == ["wan.json"]
@@ -73,6 +79,12 @@ def broken(path: str, value: Any) -> str:
         (broken("measured_on/model", "<script>"), "measured_on.model: "),
         (broken("measured_on/dense_steps", 1.5), "measured_on.dense_steps: "),
         (broken("measured_on/prompts", []), "measured_on.prompts: "),
+        (text(front=[{**RUN, "sparse": 0.0}]), "front.0.sparse: "),
+        (text(front=[{**RUN, "cache": -1.0}]), "front.0.cache: "),
+        (text(front=[{**RUN, "seconds": 0}]), "front.0.seconds: "),
+        (text(front=[{**RUN, "surprise": 1}]), "front.0.surprise: extra inputs"),
+        (text(checked=[{"prompt": "x" * 5000}]), "checked.0.prompt: "),
+        (text(checked=3), "checked: "),
         (broken("curves/transformer.0.0", {"drop": [[2.0, 0.1]]}), "curves.transformer.0.0.drop"),
         (broken("curves/transformer.0.0", {"drop": [[0.2, -0.1]]}), "curves.transformer.0.0.drop"),
         (text().replace("0.5", "NaN", 1), "finite number"),

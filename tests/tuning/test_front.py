@@ -132,6 +132,23 @@ def test_what_was_chosen_is_checked_on_fresh_prompts(
         check_prompts(tiny.pipe, settings, "kept 0.8", ["a cat", "a fox"], **options)
 
 
+def test_a_level_of_quality_is_dealt_out_over_the_heads(tiny: Tiny, settings: Settings) -> None:
+    with diffpatch.patched(tiny.pipe, settings=settings, quality="high"):
+        tiny.run(**CALL)
+        report = diffpatch.report(tiny.pipe)
+    first = 1 / CALL["num_inference_steps"]  # 15 % of six steps
+    assert report.kept <= first + (1 - first) * 0.5 + 0.02
+    assert any("chosen for 'high': kept" in note for note in report.notes)
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"quality": "low"}, "unknown quality 'low'"),
+        ({"quality": "high", "target": "30 dB"}, "not beside quality='high'"),
+        ({"target": "kept 0.8", "cache": 0.1}, "leave out cache"),
+    )
+    for options, message in wrong:
+        with pytest.raises(BadParameter, match=message):
+            diffpatch.patch(tiny.pipe, settings=settings, **options)
+
+
 def test_a_bare_transformer_cannot_take_a_choice_with_a_cache(
     tiny: Tiny, settings: Settings
 ) -> None:

@@ -1,0 +1,59 @@
+"""From tuned settings, and what a caller wants of them, to what is done to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from diffpatch.errors import BadParameter, choices
+from diffpatch.patching.options.settle import QUALITIES
+from diffpatch.targets.choice import Chosen, choose_for, chosen_for
+from diffpatch.targets.front import Applied
+from diffpatch.targets.settings import Settings
+from diffpatch.targets.target import Target
+
+
+def from_settings(
+    models: Mapping[str, torch.nn.Module],
+    settings: str | Path | Settings | None,
+    target: str | None,
+    quality: str | None,
+    given: Sequence[str],
+) -> tuple[Settings, Chosen]:
+    """The settings, and what they come to for a target or a level of quality.
+
+    Args:
+        models: the transformers that are patched, by name.
+        settings: a file that was tuned, or what it holds.
+        target: such as "30 dB".
+        quality: a level of `QUALITIES`, which sparse calls keep; no cache is chosen then.
+        given: what the caller said about the method, which settings choose.
+
+    Raises:
+        BadParameter: settings or target are missing, something is said twice, the settings are not
+            of these models, or the target cannot be reached.
+    """
+    if settings is None:
+        raise BadParameter(
+            f"target={target!r} needs settings=: a file that `diffpatch tune` wrote for this model,"
+            " or diffpatch.tuned(pipe, prompts)"
+        )
+    if (target is None) == (quality is None):
+        both = f", not beside quality={quality!r}" if quality is not None else ""
+        raise BadParameter(f"settings= needs target=, such as '30 dB', 'kept 0.25' or '2x'{both}")
+    if given:
+        raise BadParameter(
+            f"target={target or quality!r} chooses the method and its parameters: leave out"
+            f" {', '.join(given)}"
+        )
+    loaded = settings if isinstance(settings, Settings) else Settings.load(settings)
+    loaded.check_model(models)
+    if target is not None:
+        return loaded, choose_for(loaded, Target.parse(target))
+    if quality not in QUALITIES:
+        raise BadParameter(f"unknown quality {quality!r}: {choices(str(quality), QUALITIES)}")
+    return loaded, chosen_for(
+        loaded, Applied(QUALITIES[quality], loaded.measured_on.dense_steps, None)
+    )
