@@ -244,6 +244,10 @@ class Method:
         model, batch 1."""
         return 0
 
+    def scratch_size(self, pattern: BlockPattern, heads: int) -> int:
+        """Bytes that a call holds for a moment while it decides, batch 1."""
+        return 0
+
     @property
     def shares_state(self) -> bool:
         """Whether all guidance branches of a layer share what is kept."""

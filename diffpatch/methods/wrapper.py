@@ -115,6 +115,9 @@ class Wrapper(Method):
     def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
         return self.over.state_size(pattern, heads, head_dim)
 
+    def scratch_size(self, pattern: BlockPattern, heads: int) -> int:
+        return self.over.scratch_size(pattern, heads)
+
     @property
     def shares_state(self) -> bool:
         return self.over.shares_state

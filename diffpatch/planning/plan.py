@@ -61,13 +61,14 @@ class Plan:
         backend: the backend that `computed` is about.
         partial_share: visited tiles that need an element mask, as a fraction.
         state_bytes: memory held across steps, over all layers and guidance branches.
-        predicted: seconds and speedups on a device; None without a profile, or where the data
-            decide or no model tells what the method costs.
+        predicted: seconds and speedups on a device; None without a profile, or where no model tells
+            what the method costs.
         patterns: the patterns of the sparse calls.
         at_most: whether the run may keep less than this says, because the data decide.
         fits: whether the state is within what the method may hold; if not, the run is refused.
         trained: frames, rows and columns of tokens that the model was trained at, the largest; the
             latter two may not be known, and None where nothing is.
+        scratch_bytes: memory that a call holds for a moment while it decides, batch 1.
         warning: what goes beyond that, and which method is made for it; None if nothing does.
     """
 
@@ -99,6 +100,7 @@ class Plan:
     fits: bool = True
     trained: tuple[int, int | None, int | None] | None = None
     warning: str | None = None
+    scratch_bytes: int = 0
 
     @property
     def computed_speedup(self) -> float:
@@ -155,6 +157,8 @@ class Plan:
         if self.state_bytes:
             refused = "" if self.fits else ", more than the method may hold: the run is refused"
             lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB{refused}")
+        if self.scratch_bytes:
+            lines.append(f"  scores     {self.scratch_bytes / 2**20:,.0f} MiB while a call chooses")
         return "\n".join(lines)
 
     def _training(self) -> list[str]:
@@ -303,7 +307,7 @@ def plan(
             guided=1 / branches if calls else 1.0,
         )  # fmt: skip
         predicted = None
-        if device is not None and run.modelled and not run.at_most():
+        if device is not None and run.modelled:
             predicted = predict(
                 device, shape, grid.num_tokens, run.work,
                 steps=num_inference_steps, branches=branches, dtype=dtype,
@@ -363,4 +367,5 @@ def _plan_of(
         fits=state <= run.method.state_limit(),
         trained=None if trained is None else (trained.num_frames, trained.height, trained.width),
         warning=beyond(trained, run.grid, run.method.name),
+        scratch_bytes=run.scratch_size(shape),
     )

@@ -117,6 +117,11 @@ class PlannedRun:
             held += round(2 * tokens * self.layers * self.guided)
         return held
 
+    def scratch_size(self, shape: ModelShape) -> int:
+        """Bytes that one call holds while it decides, the most of all layers."""
+        sizes = (self.method.scratch_size(p, shape.heads) for p in self.made.values())
+        return max(sizes, default=0)
+
 
 def _visited(blocks: BlockIndex) -> float:
     """Pairs in the tiles that are visited, as a fraction of all pairs; the mean over heads."""

@@ -18,7 +18,8 @@ from diffpatch.kernels.selection.choose import Counts, above, choose
 from diffpatch.kernels.selection.rules import RULES, Rule
 from diffpatch.kernels.selection.tiles import Options, Tiles
 
-MAX_PAIRS = 1 << 26  # entries of a map at a time; some five maps are held
+MAX_PAIRS = 1 << 26  # entries of a map at a time
+MAPS = 5  # that a rule holds at a time, about
 
 
 def tile_scores(

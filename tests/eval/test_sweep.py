@@ -115,7 +115,10 @@ def test_every_run_is_there_with_what_reproduces_it(swept: Path) -> None:
         assert not result["shared"]
     errors = [result for result in found.values() if "attention_error" in result]
     assert {result["prompt"] for result in errors} == {"a cat"} and len(errors) == 2
-    assert all(0 < result["attention_error"]["mean"] < 1 for result in errors)
+    for error in (result["attention_error"] for result in errors):
+        assert 0 < error["mean"] < 1 and len(error["per_branch"]) == 2
+        assert error["mean"] == pytest.approx(sum(error["per_branch"].values()) / 2)
+        assert 0 < error["difference"] < 2
 
 
 def test_frames_are_kept_so_that_scores_can_be_computed_again(swept: Path) -> None:
@@ -296,6 +299,11 @@ def test_a_dry_run_lists_and_writes_nothing(
     assert lines[-1].startswith("10 runs, 2 of them dense") and len(lines) == 11
     assert any("neighborhood stride=1 dense_layers=1 at 75% | “a cat” seed 0" in x for x in lines)
     assert not out.exists()
+    turns = {**sweep, "seeds": [3, 5], "seeds_in_turn": True, "noise_floor": []}
+    assert main(["sweep", write(turns, tmp_path), "-o", str(out), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1].startswith("6 runs, 2 of them dense")
+    assert "“a cat” seed 3" in shown and "“a cat” seed 5" not in shown and "seed 5" in shown
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,25 @@ def test_temporal_state_is_planned() -> None:
     assert not large.fits and "the run is refused" in str(large)
 
 
+def test_a_choice_by_content_is_planned_with_its_state_and_scores() -> None:
+    size: dict[str, Any] = {"height": 480, "width": 832, "num_frames": 81, "profile": "h100"}
+    plan = diffpatch.plan("wan-1.3b", "dynamic", **size)
+    method = diffpatch.Dynamic()
+    pattern = method.pattern(TokenGrid(21, 30, 52))
+    least, most = method.bounds(pattern, 0.25)
+    assert plan.at_most and plan.kept_sparse == pytest.approx(most) and least < most < 0.27
+    assert plan.predicted is not None and 1 < plan.predicted.call_speedup < 1 / least
+    # A bit for each query tile and strip of 12 heads in 29 layers, for both branches at once.
+    assert plan.state_bytes == 29 * method.state_size(pattern, 12, 128)
+    alone = diffpatch.plan("wan-1.3b", "dynamic", per_branch=True, **size)
+    assert alone.state_bytes == 2 * plan.state_bytes
+    assert plan.scratch_bytes > 2**20 and "while a call chooses" in str(plan)
+    cut = diffpatch.plan("wan-1.3b", "dynamic", rule="sol", threshold=1.0, **size)
+    assert cut.predicted is None and cut.kept_sparse == 1.0 and cut.at_most
+    small = diffpatch.plan("wan-1.3b", "dynamic", budget_gib=0.001, **size)
+    assert not small.fits and "the run is refused" in str(small)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "error", "message"),
     [

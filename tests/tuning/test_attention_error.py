@@ -43,6 +43,25 @@ def test_errors_are_relative_l1_of_the_attention_output(monkeypatch: pytest.Monk
     assert set(errors.per_layer) == set(diffpatch.report(tiny.pipe).kept_per_layer)
 
 
+def test_errors_of_branches_and_what_guidance_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors, dense = AttentionErrors(), torch.ones(1, 5, 2, 3)
+    for step, (first, second) in enumerate([(0.1, 0.1), (0.2, -0.2)]):
+        for branch, wrong in enumerate((first, second)):
+            errors.add(Where("transformer", 0, step, branch), dense + wrong, dense)
+    assert errors.per_branch == pytest.approx({0: 0.15, 1: 0.15})
+    assert errors.difference == pytest.approx(
+        (0.0 + 0.4) / 2
+    )  # alike in one step, not in the other
+    few = AttentionErrors()
+    monkeypatch.setattr("diffpatch.tuning.attention_error.MOST_TOKENS", 2)
+    few.add(Where("transformer", 0, 0, 1), dense, dense)  # no first branch to compare with
+    assert few.difference is None
+    for branch, wrong in enumerate((0.3, -0.1)):
+        few.add(Where("transformer", 0, 1, branch), dense + wrong, dense)
+    assert few.difference == pytest.approx(0.4)
+    assert few.to_dict()["per_branch"] == pytest.approx({"0": 0.3, "1": 0.05})
+
+
 def test_measuring_changes_nothing_and_ends_with_the_block() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "window", dense_steps=0, **LOCAL)

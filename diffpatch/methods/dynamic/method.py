@@ -13,6 +13,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import TileTable, tile_table
 from diffpatch.kernels.block_sparse.backends import beside
+from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.rules import RULES
 from diffpatch.kernels.selection.tiles import Options, Tiles
@@ -20,7 +21,7 @@ from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods import checkpoint, selection
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import LARGE, Dense
-from diffpatch.methods.dynamic import trained
+from diffpatch.methods.dynamic import costs, trained
 from diffpatch.methods.learned import Layer, Learned
 from diffpatch.methods.registry import register
 from diffpatch.methods.selection import Levels, always, memory, remembered
@@ -236,6 +237,19 @@ class Dynamic(Method):
 
     def _all_kept(self) -> list[float]:
         return [x for _, heads in self.budgets for x in heads] if self.budgets else [self.kept]
+
+    def work(self, pattern: BlockPattern, age: int, backend: str) -> Work | None:
+        """Of the mean head where budgets differ; None where a threshold or weights decide."""
+        if self.threshold is not None or self._trained is not None:
+            return None
+        levels = self.levels(pattern, tuple(self._all_kept()))
+        chosen = age % self.every(None) == 0
+        return costs.work(pattern, self.keys_of(pattern.grid), levels, backend, chosen)
+
+    def scratch_size(self, pattern: BlockPattern, heads: int) -> int:
+        if self._trained is not None:
+            return 0
+        return costs.scratch(pattern, self.keys_of(pattern.grid), heads)
 
     def state_size(self, pattern: BlockPattern, heads: int, head_dim: int) -> int:
         if self._trained is not None:
