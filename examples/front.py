@@ -1,7 +1,8 @@
 """Caches, sparse attention and both on one front, for the demo models: the table of the README.
 
-    python examples/front.py --models demo --steps 30 --reduced    # minutes on two idle cores
-    python examples/front.py                                       # all of it: some hours
+    python examples/front.py --models demo --steps 30 --reduced         # 5 minutes, two idle cores
+    python examples/front.py --models demo-long --steps 30 --reduced    # 11 minutes
+    python examples/front.py                                            # all of it: some hours
 
 Stopped at any moment, the same command goes on. Writes ``front.json`` and ``front.md`` with
 versions, device and commit, and the settings, page and picture of every model and number of steps.
@@ -42,6 +43,7 @@ FRESH = [
     "a small cyan cross moves down over a brown background",
 ]
 MANY = {"demo": 12, "demo-long": 4}  # fresh prompts
+FEW = {"demo": 2, "demo-long": 0}  # with --reduced
 
 
 def run() -> None:
@@ -71,7 +73,7 @@ def tuned(model: str, steps: int, reduced: bool, folder: Path) -> Settings:
     path = folder / f"{model}-{steps}.json"
     if not path.is_file():
         own = TUNED_WITH[:1] if reduced else TUNED_WITH
-        fresh = FRESH[: (1 if reduced else MANY[model])]
+        fresh = FRESH[: (FEW if reduced else MANY)[model]]
         words = ["tune", "-m", model, "--steps", str(steps), "--curve-steps", str(min(steps, 10))]
         words += [word for prompt in own + fresh for word in ("-p", prompt)]
         words += ["--hold-out", str(len(fresh)), "--target", TARGET, "-o", str(path)]
