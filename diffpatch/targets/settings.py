@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffpatch.errors import BadParameter
 from diffpatch.targets.curves import Point
@@ -27,6 +27,9 @@ Text = Annotated[str, Field(max_length=4000)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=1e-6, le=1e9)]  # so that no quotient of two is nothing
+Decibels = Annotated[float, Field(ge=-200, le=200)]
+Unit = Annotated[str, Field(pattern=r"^\w{1,200}\.\d{1,6}\.\d{1,6}$")]
 
 
 class _Part(BaseModel):
@@ -84,9 +87,9 @@ class Rendered(_Part):
     prompt: Text
     kept: Fraction
     error: Annotated[float, Field(ge=0)]
-    psnr: float
-    seconds: Positive
-    dense_seconds: Positive
+    psnr: Decibels
+    seconds: Seconds
+    dense_seconds: Seconds
 
 
 class Measured(_Part):
@@ -111,9 +114,9 @@ class Measured(_Part):
     cache: Positive | None
     kept: Fraction
     calls: Fraction
-    psnr: float
-    seconds: Positive
-    dense_seconds: Positive
+    psnr: Decibels
+    seconds: Seconds
+    dense_seconds: Seconds
 
 
 class Checked(_Part):
@@ -131,11 +134,11 @@ class Checked(_Part):
 
     prompt: Text
     target: Text
-    predicted: float | None
-    psnr: float
+    predicted: Decibels | None
+    psnr: Decibels
     predicted_speedup: float | None
-    seconds: Positive
-    dense_seconds: Positive
+    seconds: Seconds
+    dense_seconds: Seconds
 
 
 class Settings(_Part):
@@ -161,13 +164,24 @@ class Settings(_Part):
         "relative L1 error of a head's output"
     )
     curves: Annotated[
-        dict[Text, dict[Text, list[tuple[Fraction, Annotated[float, Field(ge=0)]]]]],
+        dict[Unit, dict[Text, list[tuple[Fraction, Annotated[float, Field(ge=0)]]]]],
         Field(min_length=1, max_length=MOST_UNITS),
     ]
     rendered: Annotated[list[Rendered], Field(max_length=100_000)] = []
     front: Annotated[list[Measured], Field(max_length=100_000)] = []
     checked: Annotated[list[Checked], Field(max_length=100_000)] = []
-    floor: float | None = None
+    floor: Decibels | None = None
+
+    @model_validator(mode="after")
+    def _has_every_head(self) -> Settings:
+        heads: dict[str, set[int]] = {}
+        for unit in self.curves:
+            layer, _, head = unit.rpartition(".")
+            heads.setdefault(layer, set()).add(int(head))
+        for layer, found in heads.items():
+            if found != set(range(len(found))):
+                raise ValueError(f"{layer} lacks curves of some heads")
+        return self
 
     def points(self) -> dict[str, list[Point]]:
         """Unit -> all of its points, with the dense one."""

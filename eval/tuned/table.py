@@ -77,7 +77,8 @@ def describe(settings: Settings, found: Answer | None = None) -> str:
         lines += [next_step(settings, found.point)] if found.point is not None else []
     if settings.checked:
         lines += ["", checked_table(settings.checked)]
-    return "\n".join(lines)
+    # A shared file may hold anything, and a terminal obeys some of it.
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
 
 
 def next_step(settings: Settings, point: FrontPoint) -> str:

@@ -84,6 +84,12 @@ def test_the_page_escapes_what_a_file_says() -> None:
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
+def test_the_table_says_nothing_to_the_terminal() -> None:
+    settings = made(checked=[fresh("\x1b[2J\x07evil", 31.4)])
+    told = describe(settings, answer(settings, "28 dB"))
+    assert "?[2J?evil" in told and "\x1b" not in told
+
+
 def test_heat_maps_show_every_head_of_the_choice() -> None:
     settings = made()
     kept, error = heat_maps(settings, answer(settings, "kept 0.4"))
