@@ -328,6 +328,19 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], words: str) -> No
         Dynamic(**settings)
 
 
+def test_a_profile_shows_what_choosing_costs() -> None:
+    method = Dynamic(kept=0.3, tile=32, strip=16, pool=16)
+    pattern, state = method.pattern(GRID), dict[str, Any]()
+    seen = []
+    for step in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            method.attend(*inputs(GRID), AttentionCall(pattern, step=step, state=state))
+        names = {event.key for event in profile.key_averages()}
+        seen.append({name for name in names if name.startswith("dynamic: ")})
+    assert seen[0] - seen[1] == {"dynamic: choose"}
+    assert seen[1] == {"dynamic: exact", "dynamic: virtual tokens"}
+
+
 def test_it_is_not_combined_with_temporal() -> None:
     with pytest.raises(BadParameter, match="dynamic remembers that itself; so combine"):
         Temporal(over=Dynamic())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.profiler import record_function
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.active_tiles import api as active_tiles
@@ -54,6 +55,9 @@ class Dynamic(Method):
     `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key.
     Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
     the four that have one cut there as in print, and the data decide how much is kept.
+
+    A torch profile names the parts of a call: "dynamic: choose", "dynamic: exact" and
+    "dynamic: virtual tokens".
 
     With `weights` a model is run as it was trained: `kept` is then a fraction of the tiles (0.1
     where it is not given), and no other parameter means anything.
@@ -276,25 +280,28 @@ class Dynamic(Method):
         state = memory(call, not self.shares_state)
         bits = remembered(call, state, q)
         if bits is None or call.step - state["step"] >= self.every(call.total):
-            maps = self._chosen(q, k, v, call, scale, backend)
-            bits = active_tiles.pack(torch.stack([x.flatten(2) for x in maps], 2))
-            kept = self._kept(maps, call.pattern, q)
+            with record_function("dynamic: choose"):
+                maps = self._chosen(q, k, v, call, scale, backend)
+                bits = active_tiles.pack(torch.stack([x.flatten(2) for x in maps], 2))
+                kept = self._kept(maps, call.pattern, q)
             state.update(bits=bits, step=call.step, pattern=call.pattern, kept=kept)
         shape = (table.num_tiles, len(table.strips))
         flags = active_tiles.unpack(bits, shape[0] * shape[1])
         maps = list(flags.unflatten(3, shape).unbind(2))
-        near, used = active_tiles.attend_on(
-            q, k, v, blocks, table.flags(maps[0]), scale=scale, key_mask=call.key_mask,
-            strip=strip, backend=call.backend,
-        )  # fmt: skip
+        with record_function("dynamic: exact"):
+            near, used = active_tiles.attend_on(
+                q, k, v, blocks, table.flags(maps[0]), scale=scale, key_mask=call.key_mask,
+                strip=strip, backend=call.backend,
+            )  # fmt: skip
         out, lse = near.out, near.lse
-        for size, shown in self._virtual(maps, table):
-            tokens = virtual_tokens.pool(
-                k, v, blocks, size, key_mask=call.key_mask, strip=strip, backend=backend
-            )
-            out, lse = virtual_tokens.attend_virtual(
-                q, tokens, blocks, scale, (out, lse), backend, shown=shown
-            )
+        with record_function("dynamic: virtual tokens"):
+            for size, shown in self._virtual(maps, table):
+                tokens = virtual_tokens.pool(
+                    k, v, blocks, size, key_mask=call.key_mask, strip=strip, backend=backend
+                )
+                out, lse = virtual_tokens.attend_virtual(
+                    q, tokens, blocks, scale, (out, lse), backend, shown=shown
+                )
         return Attended(out, state["kept"], used)
 
     def _chosen(
