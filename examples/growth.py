@@ -2,8 +2,8 @@
 
     python examples/growth.py -o growth.json
 
-Dense, `radial`, `longer` and `linear` on the heads and frames of the demo model, whose training
-length is 13 frames, from 1 to 8 times that long. Prints a table and writes the figures and a
+Dense, `radial`, `longer` and `linear` on the heads and frames of the demo model, whose clips
+have 13 frames, from 1 to 8 times that long. Prints a table and writes the figures and a
 picture of them beside the JSON. About a minute on one idle core. Times are of the processor, not of
 the wall, so that what else runs on the machine matters little; memory is the peak above what was
 there before, as Linux counts it.
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 import diffpatch
 from diffpatch import Linear, Longer, Method, Radial, TokenGrid
 
-TRAINED = 13  # frames
+TRAINED = 13  # frames of a clip
 METHODS: dict[str, Method | None] = {
     "dense": None,
     "radial": Radial(decay=1.0),

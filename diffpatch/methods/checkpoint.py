@@ -51,6 +51,17 @@ def kind_of(weights: str) -> str:
     return str(kinds.pop())
 
 
+def is_trained(folder: str) -> bool:
+    """Whether a folder on this disk holds weights of the kind; files that cannot be read do not."""
+    place = Path(folder)
+    parts = [part for part in place.glob("transformer*") if part.is_dir()] or [place]
+    files = (file for part in parts for file in part.glob("*.safetensors"))
+    try:
+        return any(True for file in files for _ in _names(file))
+    except BadParameter:  # diffusers says it as it loads them
+        return False
+
+
 def load(weights: str, component: str, layers: Sequence[Layer]) -> list[Learned]:
     """What every layer of one transformer learned, in the dtype that it is stored in.
 

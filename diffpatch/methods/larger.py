@@ -39,6 +39,9 @@ class Larger(Method):
     of all tokens for every layer. Forwards that diffusers calls "uncond" are not guided. Models
     that read their text in self-attention have no such branch.
 
+    (HiDiffusion's RAU-Net, made for the same, resizes the feature maps of a U-Net, which diffusion
+    transformers do not have; its windows are those of the method `window` with ``shift="random"``.)
+
     With ``shape="count"`` the windows do not slide: frames are cut into K × K of them in every
     other layer and (K + 1) × (K + 1) in the others, K being the fewest that are no larger than in
     training. UltraGen trains its models for that; here nothing is trained.

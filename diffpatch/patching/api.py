@@ -13,6 +13,7 @@ from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
+from diffpatch.patching.options.found import with_found_weights
 from diffpatch.patching.options.from_settings import from_settings
 from diffpatch.patching.options.schedule import Amount, Schedule
 from diffpatch.patching.options.settle import settle
@@ -170,6 +171,7 @@ def _settled(
     **wanted: Any,
 ) -> tuple[Method, Schedule]:
     _, model, family = found
+    params = with_found_weights(target, model, method, params)
     return settle(
         method,
         params,

@@ -12,7 +12,7 @@ WAN = (
     Trained(21, 30, 52, heads=12),  # 2.1 1.3B: 81 frames of 480×832
     Trained(21, 45, 80, heads=40),  # 2.1 14B and 2.2 A14B: 81 of 720×1280
     Trained(31, 22, 40, heads=24),  # 2.2 5B: 121 of 704×1280, tokens of 32×32
-    Trained(13, 16, 16, heads=3),  # the built-in demo: 13 of 128×128, tokens of 1×8×8
+    Trained(33, 16, 16, heads=3),  # the built-in demo: 13 and 33 of 128×128, tokens of 1×8×8
     Trained(21),
 )
 HUNYUAN = (Trained(33, 45, 80),)  # 129 frames of 720×1280

@@ -51,7 +51,7 @@ def test_rows_tell_checkpoints_of_a_family_apart() -> None:
     row = known["WanTransformer3DModel"]
     sizes = {heads: row.trained_at(heads) for heads in (12, 40, 24, 3, 7)}
     assert [(t.num_frames, t.size) for t in sizes.values() if t is not None] == [
-        (21, (30, 52)), (21, (45, 80)), (31, (22, 40)), (13, (16, 16)), (21, None),
+        (21, (30, 52)), (21, (45, 80)), (31, (22, 40)), (33, (16, 16)), (21, None),
     ]  # fmt: skip
     small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
     for time_patch, frames in ((None, 13), (2, 11)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter
-from tests.tiny import flux, videos, wan
+from tests.tiny import Tiny, flux, videos, wan
 
 
 def tables(model: Any, frames: int) -> torch.Tensor:
@@ -65,3 +66,50 @@ def test_the_family_says_what_it_was_trained_at() -> None:
     diffpatch.patch(videos.mochi().pipe, "longer", trained=2, riflex=False)
     with pytest.raises(BadParameter, match="works on video models only"):
         diffpatch.patch(flux().pipe, "longer")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
+def test_compiled_models_turn_as_slowly(whole: bool) -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "longer", trained=1, window=0, first=0)
+    lengths = (9, 17)
+    expected = [tiny.run(num_frames=n) for n in lengths]
+    model = tiny.pipe.transformer
+    parts = [model] if whole else list(model.blocks)
+    for part in parts:
+        part.compile(backend="eager")
+    for length, wanted in zip(lengths, expected, strict=True):
+        assert torch.allclose(tiny.run(num_frames=length), wanted, atol=1e-5)
+    assert diffpatch.report(tiny.pipe).kept < 1
+
+
+def test_two_lengths_at_once() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "longer", trained=2, window=0, first=0)
+    lengths = (5, 9, 17)  # 2, 3 and 5 latent frames: one as in training, two beyond
+    pipes = [
+        type(tiny.pipe)(**{**tiny.pipe.components, "scheduler": copy.deepcopy(tiny.pipe.scheduler)})
+        for _ in lengths
+    ]
+
+    def run(i: int) -> torch.Tensor:
+        pipes[i].set_progress_bar_config(disable=True)
+        # The autoencoder of Wan holds state while it decodes.
+        return Tiny(pipes[i], tiny.call).run(num_frames=lengths[i], output_type="latent")
+
+    alone = [run(i) for i in range(len(lengths))]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        together = list(pool.map(run, range(len(lengths))))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bad_input_is_one_sentence() -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "longer", trained=1, first=4)  # more than the 3 frames of the clip
+    with pytest.raises(BadParameter, match=r"first=4 frames, but the clip has 3: lower first"):
+        tiny.run()
+    diffpatch.patch(tiny.pipe, "longer", trained=3)
+    tiny.run()
+    reasons = diffpatch.report(tiny.pipe).reasons
+    assert list(reasons) == ["3 frames are no longer than the 3 of training"]

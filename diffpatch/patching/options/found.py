@@ -1,0 +1,50 @@
+"""Weights of sparse attention that lie in the folder a model was loaded from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffpatch.methods import checkpoint
+from diffpatch.methods.registry import MethodLike
+
+logger = logging.getLogger(__name__)
+
+
+def with_found_weights(
+    target: Any, model: Any, method: MethodLike, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters of "dynamic" with the weights that the model was trained with, if found.
+
+    diffusers passes over them as it loads the folder, so that nothing else tells of them. Where a
+    caller asks for something else than the weights allow, they are left alone, with a warning.
+
+    Args:
+        target: the pipeline or the transformer.
+        model: its transformer.
+        method: what is asked for; all but the name "dynamic" have their parameters already.
+        params: parameters given by the caller.
+    """
+    given = dict(params)
+    if method != "dynamic" or "weights" in given:
+        return given
+    folder = next(filter(None, map(_trained_folder, (target, model))), None)
+    if folder is None:
+        return given
+    if others := sorted(given.keys() - {"kept"}):
+        logger.warning(
+            "%s holds weights of the sparse attention it was trained with; %s=%r goes without them",
+            folder, others[0], given[others[0]],
+        )  # fmt: skip
+        return given
+    return given | {"weights": folder}
+
+
+def _trained_folder(loaded: Any) -> str | None:
+    """The folder that something was loaded from, if it is on this disk and holds such weights."""
+    name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
+    if not isinstance(name, str | Path) or not str(name) or not Path(name).is_dir():
+        return None
+    return str(name) if checkpoint.is_trained(str(name)) else None

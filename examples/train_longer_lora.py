@@ -1,0 +1,261 @@
+"""Trains a LoRA for clips longer than the model knows, with the sparse attention that it will run.
+
+Radial Attention's recipe (arXiv 2506.19852): the patch is on while low-rank corrections of the
+self-attention learn from longer clips, so that gradients go through the sparse attention and the
+model gets used to it; what is learned is a file of a few megabytes. PEFT makes the corrections and
+accelerate places the model; every block is computed again in the backward pass instead of kept.
+
+    python examples/train_longer_lora.py --frames 66 --out runs/longer
+    python examples/train_longer_lora.py --frames 66 --out runs/longer --steps 400   # goes on
+
+Writes pytorch_lora_weights.safetensors, which diffusers loads with ``pipe.load_lora_weights``, and
+loss.json: the loss of every step, and what the judge reads from clips of two and four times the
+length before and after. Stopped at any moment, the same command goes on.
+
+For a model of your own, `--model` names its folder or hub id and `--data` a folder of safetensors,
+each with ``latents`` (C, F, H, W), normalised as its pipeline does, and ``text`` (L, channels), as
+its text encoder gives it. Without them the demo model learns from clips that are drawn on the fly.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import diffpatch
+from diffpatch.cli.arguments import number
+from diffpatch.eval.files import read_json, write_json
+from diffpatch.eval.quality.scores import Tools, alone, load_tools
+from diffpatch.pipelines.demo import PRESETS, clips, load_demo
+from diffpatch.pipelines.running.calls import fitted_call
+from diffpatch.pipelines.running.loading import load_pipeline
+from diffpatch.pipelines.running.sampling import sample
+
+FILE = "pytorch_lora_weights.safetensors"
+STATE, LOSS = "optimizer.safetensors", "loss.json"
+TARGETS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+KEEP_EVERY = 20  # steps between two writings of the state
+
+
+class Batch(NamedTuple):
+    """Clips to learn from: latents (B, C, F, H, W), and text (B, L, channels)."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+
+
+def demo_batches(pipe: Any, frames: int, side: int, batch: int) -> Callable[[int], Batch]:
+    """Clips of the demo's world by number of the step, the same whenever a run goes on."""
+
+    @torch.no_grad()
+    def draw(step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        specs = clips.sample_specs(batch, generator)
+        scenes = clips.draw_scenes(specs, generator)
+        video = clips.render(scenes, clips.frame_times(frames).expand(batch, -1), side)
+        video = video.to(pipe.vae.device, pipe.vae.dtype)
+        latents = pipe.vae.encode(video).latent_dist.mode()
+        mean, std = (
+            torch.tensor(x, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for x in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        text, _ = pipe.encode_prompt(
+            [spec.caption() for spec in specs], do_classifier_free_guidance=False,
+            max_sequence_length=PRESETS["demo"].max_sequence_length,
+        )  # fmt: skip
+        return Batch((latents - mean) / std, text)
+
+    return draw
+
+
+def file_batches(folder: Path, batch: int) -> Callable[[int], Batch]:
+    """Clips from files, in an order that a seed shuffles, by number of the step."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"{folder} holds no safetensors with latents and text")
+
+    def draw(step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(files), (batch,), generator=generator).tolist()
+        loaded = [load_file(files[i]) for i in chosen]
+        return Batch(*(torch.stack([one[name] for one in loaded]) for name in Batch._fields))
+
+    return draw
+
+
+def loss_of(model: Any, batch: Batch, step: int, shift: float) -> torch.Tensor:
+    """The velocity loss of flow matching, at a noise level of its own for every clip."""
+    generator = torch.Generator().manual_seed(step)
+    clean = batch.latents.float()
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    level = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(clean.device)
+    level = shift * level / (1 + (shift - 1) * level)
+    mixed = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
+    velocity = model(
+        hidden_states=mixed, timestep=level * 1000, encoder_hidden_states=batch.text.float(),
+        return_dict=False,
+    )[0]  # fmt: skip
+    return (velocity.float() - (noise - clean)).square().mean()
+
+
+def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, record: Any) -> None:
+    """Write what was learned, and all that it takes to go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learned = {f"transformer.{n}": x for n, x in get_peft_model_state_dict(model).items()}
+    save_file({n: x.detach().contiguous() for n, x in learned.items()}, folder / FILE)
+    save_file(dict(_tensors(optimizer)), folder / STATE)
+    write_json(folder / LOSS, record)  # last: it says how far the others are
+
+
+def resume(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read them back; the record of a run, new where there is none."""
+    if not (folder / LOSS).is_file():
+        return {"losses": [], "judge": {}}
+    learned = load_file(folder / FILE)
+    set_peft_model_state_dict(
+        model, {n.removeprefix("transformer."): x for n, x in learned.items()}
+    )
+    stored = load_file(folder / STATE)
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        names = [name for name in stored if name.startswith(f"{i}.")]
+        optimizer.state[parameter] = {name.partition(".")[2]: stored[name] for name in names}
+    found: dict[str, Any] = read_json(folder / LOSS)
+    return found
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an optimizer, by the number of their parameter."""
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for name, value in optimizer.state[parameter].items():
+            yield f"{i}.{name}", value
+
+
+def judged(pipe: Any, frames: int, options: argparse.Namespace, tools: Tools) -> dict[str, float]:
+    """What the judge reads from clips of a length, with the patch on; means over the prompts."""
+    preset = PRESETS["demo"]
+    generator = torch.Generator().manual_seed(1)
+    texts = [s.caption() for s in clips.sample_specs(options.judge, generator, held_out=True)]
+    call = fitted_call(
+        {
+            "height": options.side, "width": options.side, "num_frames": frames,
+            "num_inference_steps": options.sampling_steps, "guidance_scale": preset.guidance_scale,
+            "max_sequence_length": preset.max_sequence_length,
+        },
+        pipe,
+    )  # fmt: skip
+    found: dict[str, list[float]] = {}
+    for seed, text in enumerate(texts):
+        made = sample(pipe, call | {"prompt": text}, seed).frames
+        for name, value in alone(made, text, tools).items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, count = parser.add_argument, number(int, 1)
+    add("--out", type=Path, default=Path("runs/longer"), help="folder of what is written")
+    add("--model", default="demo", help="a folder or hub id (demo)")
+    add("--data", type=Path, help="folder of latents and text, for models other than the demo")
+    add("--frames", type=count, default=66, help="frames of the clips, for the demo (66)")
+    add("--side", type=count, default=128, help="height and width in pixels, for the demo (128)")
+    add("--steps", type=count, default=200, help="updates in all, earlier ones included (200)")
+    add("--batch", type=count, default=1, help="clips per update (1)")
+    add("--rank", type=count, default=8, help="of the corrections (8)")
+    add("--rate", type=float, default=1e-4, help="learning rate (1e-4)")
+    add("--decay", type=float, default=1.0, help="of radial attention (1.0)")
+    add("--judge", type=number(int, 0), default=2, help="captions judged before and after (2)")
+    add("--trained", type=count, default=33, help="frames of the model's training (33)")
+    add("--sampling-steps", type=count, default=10, help="denoising steps of judged clips (10)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, and judges before and after."""
+    options = parse_arguments(argv)
+    demo = options.model == "demo"
+    if not demo and options.data is None:
+        raise SystemExit("--model needs --data, a folder of latents and text")
+    accelerator = Accelerator()
+    pipe = load_demo(dtype=torch.float32) if demo else load_pipeline(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(accelerator.device)
+    model = pipe.transformer
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that runs can be repeated
+        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS)
+        model.add_adapter(lora)
+    model.enable_gradient_checkpointing()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.rate)
+    record = resume(options.out, model, optimizer)
+    batches = (
+        demo_batches(pipe, options.frames, options.side, options.batch)
+        if demo
+        else file_batches(options.data, options.batch)
+    )
+    # The pipeline's own judgement needs steps; training takes the transformer as it is.
+    tools = load_tools() if demo and options.judge else None
+    lengths = [times * options.trained for times in (2, 4)]
+    if tools is not None and "before" not in record["judge"]:
+        record["judge"]["before"] = _judge_all(pipe, lengths, options, tools)
+        save(options.out, model, optimizer, record)
+    with diffpatch.patched(model, "radial", decay=options.decay, dense_layers=0):
+        train(model, optimizer, batches, record, options, accelerator)
+    if tools is not None:
+        record["judge"]["after"] = _judge_all(pipe, lengths, options, tools)
+        save(options.out, model, optimizer, record)
+
+
+def _judge_all(
+    pipe: Any, lengths: list[int], options: argparse.Namespace, tools: Tools
+) -> dict[str, dict[str, float]]:
+    longest = pipe.transformer.config.rope_max_seq_len
+    with diffpatch.patched(pipe, "radial", decay=options.decay, dense_layers=0, dense_steps=0):
+        return {
+            str(frames): judged(pipe, frames, options, tools)
+            for frames in dict.fromkeys(min(n, longest) for n in lengths)
+        }
+
+
+def train(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], Batch],
+    record: dict[str, Any],
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+) -> None:
+    """The updates that are still to be made."""
+    model.train()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for step in range(len(record["losses"]), options.steps):
+        batch = Batch(*(x.to(accelerator.device) for x in batches(step)))
+        loss = loss_of(wrapped, batch, step, shift=3.0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(inner.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        record["losses"].append(float(loss.detach()))
+        if (step + 1) % KEEP_EVERY == 0 or step + 1 == options.steps:
+            latest = record["losses"][-KEEP_EVERY:]
+            print(f"step {step + 1}: loss {sum(latest) / len(latest):.4f}", flush=True)
+            save(options.out, model, inner, record)
+    model.eval()
+
+
+if __name__ == "__main__":
+    main()

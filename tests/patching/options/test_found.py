@@ -1,0 +1,55 @@
+"""Weights that lie in the folder a pipeline was loaded from are found, or it is said."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import diffpatch
+from diffpatch.methods import checkpoint
+from tests.methods.test_trained import released
+from tests.tiny import wan
+
+
+def test_dynamic_finds_what_the_model_was_trained_with(tmp_path: Path) -> None:
+    folder = released(tmp_path, wan(), checkpoint.VSA)
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    diffpatch.patch(pipe, "dynamic")
+    assert pipe.transformer._diffpatch.patch.method.weights == str(folder)
+    diffpatch.patch(pipe, "dynamic", kept=0.5)
+    method = pipe.transformer._diffpatch.patch.method
+    assert method.weights == str(folder) and method.kept == 0.5
+    assert diffpatch.settled(pipe, "dynamic")[0].weights == str(folder)
+    diffpatch.unpatch(pipe)
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    diffpatch.patch(model, "dynamic")
+    assert model._diffpatch.patch.method.weights == str(folder / "transformer")
+
+
+def test_other_parameters_go_without_them_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = released(tmp_path, wan(), checkpoint.SLA)
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    with caplog.at_level(logging.WARNING, logger="diffpatch"):
+        diffpatch.patch(pipe, "dynamic", rule="pooled")
+    assert pipe.transformer._diffpatch.patch.method.weights is None
+    assert "rule='pooled' goes without them" in caplog.text and str(folder) in caplog.text
+
+
+def test_plain_folders_and_models_from_memory_have_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "dynamic")
+    assert tiny.pipe.transformer._diffpatch.patch.method.weights is None
+    diffpatch.unpatch(tiny.pipe)
+    tiny.pipe.save_pretrained(tmp_path / "plain")
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "plain")
+    with caplog.at_level(logging.WARNING, logger="diffpatch"):
+        diffpatch.patch(pipe, "dynamic")
+    assert pipe.transformer._diffpatch.patch.method.weights is None
+    assert not [record for record in caplog.records if record.name.startswith("diffpatch")]
