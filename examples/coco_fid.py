@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import generation, output, progress
-from diffpatch.cli.arguments import add_generation_options, add_model_options
-from diffpatch.cli.errors import UsageError
-from diffpatch.cli.eval.table import describe
-from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.parser import Parser
+from diffpatch.cli import scripts
 from diffpatch.eval import files, media
 from diffpatch.eval.environment import environment
 from diffpatch.eval.processes import Process
@@ -42,7 +37,7 @@ def read_captions(path: Path, count: int) -> dict[str, str]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no readable JSON ({error})") from None
+            raise scripts.UsageError(f"{path} is not readable JSON ({error})") from None
     if isinstance(found, dict) and "annotations" in found:
         names = {image["id"]: Path(image["file_name"]).stem for image in found["images"]}
         texts: dict[str, str] = {}
@@ -60,22 +55,22 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
     """Renders the pictures that are not there yet, dense and with the method, from equal noise."""
-    parameters = method_parameters(args.method, args.set)
+    parameters = scripts.method_parameters(args.method, args.set)
     source = loading.find(args.model)
-    call = generation.call_arguments(args, source)
+    call = scripts.call_arguments(args, source)
     made = settings(args) | {"call": call}
-    output.keep_settings(args.output / f"{args.method}.json", made)
-    output.keep_settings(args.output / "dense.json", made | {"method": "dense", "set": []})
+    scripts.keep_settings(args.output / f"{args.method}.json", made)
+    scripts.keep_settings(args.output / "dense.json", made | {"method": "dense", "set": []})
     process = Process.current()
     mine = [list(captions)[number] for number in process.mine(range(len(captions)))]
     rows = ["dense", args.method]
     missing = {row: [n for n in mine if not (args.output / row / f"{n}.png").exists()]
                for row in rows}  # fmt: skip
-    progress.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
+    scripts.say(f"{sum(map(len, missing.values()))} pictures are left for this process")
     if not any(missing.values()):
         return
-    options = generation.load_options(args)
-    pipe = generation.load(source, options | {"device": process.device(args.device)})
+    options = scripts.load_options(args)
+    pipe = scripts.load(source, options | {"device": process.device(args.device)})
     numbers = {name: number for number, name in enumerate(captions)}
     for row in rows:
         applied: Any = contextlib.nullcontext()
@@ -95,7 +90,9 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
     tools = quality.load_tools(args.clip, args.features, args.lpips, device)
     real = {Path(name).name: path for name, path in items.find_items(args.images).items()}
     if absent := next((name for name in captions if name not in real), None):
-        raise UsageError(f"{args.images} has no picture {absent}; captions and pictures must fit")
+        raise scripts.UsageError(
+            f"{args.images} has no picture {absent}; captions and pictures must fit"
+        )
     features = {
         extract.name: FeatureSet(
             {name: extract(items.read_frames(real[name])) for name in captions}, extract.name
@@ -127,7 +124,7 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, renders and measures."""
-    parser = Parser(description=__doc__)
+    parser = scripts.Parser(description=__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder of the real pictures")
     add("--captions", type=Path, required=True, help="COCO's JSON, or names and captions")
@@ -139,18 +136,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--features", action="append", required=True, help="FID's Inception as safetensors, or as "
         "diffpatch eval; repeatable")  # fmt: skip
     add("--lpips", type=Path, help="AlexNet and linear heads as safetensors")
-    add_model_options(parser)
-    add_generation_options(parser)
+    scripts.add_model_options(parser)
+    scripts.add_generation_options(parser)
     try:
         args = parser.parse_args(argv)
-        progress.hush_libraries()
+        scripts.hush_libraries()
         captions = read_captions(args.captions, args.count)
         render(args, captions)
         if Process.current().count == 1:
             result = evaluate(args, captions)
-            output.write_text(args.output / "scores.json", files.to_json(result))
-            print(describe(result))
-    except (UsageError, diffpatch.DiffpatchError) as error:
+            scripts.write_text(args.output / "scores.json", files.to_json(result))
+            print(scripts.scores_table(result))
+    except (scripts.UsageError, diffpatch.DiffpatchError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

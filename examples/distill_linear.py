@@ -26,7 +26,7 @@ from diffusers.utils import logging
 
 import diffpatch
 from diffpatch import Linear
-from diffpatch.cli.arguments import number
+from diffpatch.cli import scripts
 from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo, pipeline_num_frames
@@ -110,7 +110,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("linear.safetensors"), help="the file to write")
-    count = number(int, 1)
+    count = scripts.number(int, 1)
     add("--far", default="hedgehog", help="the far part: a feature map, 'pool' or 'state'")
     add("--near", type=count, default=416, help="tokens that a query sees exactly")
     add("--rank", type=count, default=8, help="of the corrections of q, k, v and the output")

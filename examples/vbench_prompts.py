@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import generation, output, progress
-from diffpatch.cli.arguments import add_generation_options, add_model_options
-from diffpatch.cli.errors import UsageError
-from diffpatch.cli.eval import vbench as eval_vbench
-from diffpatch.cli.parameters import method_parameters
-from diffpatch.cli.parser import Parser
-from diffpatch.cli.render.sheets import check_format
+from diffpatch.cli import scripts
 from diffpatch.eval import files, media
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import vbench
@@ -36,23 +30,23 @@ from diffpatch.pipelines.running.calls import fitted_call, frames_per_second
 
 def render(args: argparse.Namespace) -> None:
     """Renders what is missing, every video from a seed of its own."""
-    parameters = {} if args.method == "dense" else method_parameters(args.method, args.set)
+    parameters = {} if args.method == "dense" else scripts.method_parameters(args.method, args.set)
     source = loading.find(args.model)
-    check_format("mp4", source.is_video)
-    call = generation.call_arguments(args, source)
+    scripts.check_format("mp4", source.is_video)
+    call = scripts.call_arguments(args, source)
     made = {key: getattr(args, key) for key in ("model", "dtype", "method", "set", "seed")}
-    output.keep_settings(args.output / ".settings.json", made | {"call": call})
+    scripts.keep_settings(args.output / ".settings.json", made | {"call": call})
     process, wanted = Process.current(), vbench.videos(args.prompts, args.samples)
     missing = [
         (number, *wanted[number])
         for number in process.mine(range(len(wanted)))
         if not (args.output / vbench.file_name(*wanted[number])).exists()
     ]
-    progress.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
+    scripts.say(f"{len(missing)} of {len(wanted)} videos are left for this process")
     if not missing:
         return
-    options = generation.load_options(args)
-    pipe = generation.load(source, options | {"device": process.device(args.device)})
+    options = scripts.load_options(args)
+    pipe = scripts.load(source, options | {"device": process.device(args.device)})
     applied: Any = contextlib.nullcontext()
     if args.method != "dense":
         applied = diffpatch.patched(pipe, args.method, **parameters)
@@ -63,7 +57,7 @@ def render(args: argparse.Namespace) -> None:
             with files.staged(args.output) as stage:
                 path = stage / vbench.file_name(prompt, index)
                 media.save(media.to_images(frames), path, args.fps or frames_per_second(source))
-            progress.say(path.name)
+            scripts.say(path.name)
 
 
 def read(args: argparse.Namespace) -> None:
@@ -73,12 +67,12 @@ def read(args: argparse.Namespace) -> None:
     if args.json:
         print(files.to_json(dict(zip(names, results, strict=True))), end="")
         return
-    print(eval_vbench.describe(dict(zip(names, results, strict=True))))
+    print(scripts.vbench_table(dict(zip(names, results, strict=True))))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs one of the two commands."""
-    parser = Parser(description=__doc__)
+    parser = scripts.Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("render", help="make the videos")
     first.add_argument("prompts", type=Path, help="all_dimension.txt or VBench_full_info.json")
@@ -87,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     first.add_argument("--set", action="append", default=[], help="its parameters, key=value")
     first.add_argument("--samples", type=int, default=vbench.SAMPLES, help="videos a prompt (5)")
     first.add_argument("--fps", type=float, help="frames per second")
-    add_model_options(first)
-    add_generation_options(first)
+    scripts.add_model_options(first)
+    scripts.add_generation_options(first)
     first.set_defaults(run=render)
     second = commands.add_parser("read", help="show the scores")
     second.add_argument("results", nargs="+", type=Path, help="*_eval_results.json of VBench")
@@ -96,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     second.set_defaults(run=read)
     try:
         args = parser.parse_args(argv)
-        progress.hush_libraries()
+        scripts.hush_libraries()
         args.run(args)
-    except (UsageError, diffpatch.DiffpatchError) as error:
+    except (scripts.UsageError, diffpatch.DiffpatchError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

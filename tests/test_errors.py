@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 import diffpatch
 from diffpatch import internals
+from diffpatch.adapters.engine import EngineAttention, Told
 from diffpatch.cli import main
+from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.pipelines.running.loading import ModelError, UnusableModel
 from tests import tiny
 
@@ -41,7 +44,9 @@ def test_a_backend_that_cannot_run_is_one_error_of_ours(method: str) -> None:
         diffpatch.attention(q, q, q, GRID, method, backend="triton")
 
 
-def test_an_unknown_backend_is_the_same_error_through_every_door() -> None:
+def test_an_unknown_backend_is_the_same_error_through_every_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     q, model = torch.randn(1, GRID.num_tokens, 2, 16), tiny.wan()
     said = []
     for door in (
@@ -49,11 +54,18 @@ def test_an_unknown_backend_is_the_same_error_through_every_door() -> None:
         lambda: diffpatch.attention(q, q, q, GRID, "linear", backend="trito"),
         lambda: diffpatch.attention(q, q, q, GRID, "window+temporal", backend="trito"),
         lambda: diffpatch.patch(model.pipe, "window", backend="trito"),
+        lambda: diffpatch.plan("wan-1.3b", "window", height=64, width=64, backend="trito"),
+        lambda: EngineAttention("window", Told(), backend="trito"),
     ):
         with pytest.raises(diffpatch.BadParameter) as caught:
             door()
         said.append(str(caught.value))
     assert len(set(said)) == 1 and "'trito': did you mean 'triton'" in said[0]
+    assert main(["plan", "--backend", "trito"]) == 2
+    assert said[0] in capsys.readouterr().err
+    sweep = {"prompts": "a", "methods": {"method": "window", "backend": "trito"}}
+    with pytest.raises(diffpatch.BadParameter, match=re.escape(said[0])):
+        check_spec(sweep, tmp_path)
 
 
 def _failing(error: Exception) -> Any:

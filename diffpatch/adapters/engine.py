@@ -20,6 +20,7 @@ import torch
 
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import backends
+from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import AttentionCall, Method
@@ -121,6 +122,7 @@ class EngineAttention:
     ) -> None:
         self.method: Method = make_method(method, **params)
         self.schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
+        check_backend(backend)
         self.backend = backend
         composition.check_method(self.method)
         self.needs = Told.needed(self.method, self.schedule)

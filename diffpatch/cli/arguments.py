@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.cli.errors import UsageError
-from diffpatch.kernels.block_sparse.backends import BACKENDS
+from diffpatch.errors import BadParameter
+from diffpatch.kernels.block_sparse.backends import BACKENDS, check_backend
 from diffpatch.patching.options.settle import QUALITIES
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 from diffpatch.targets.target import Target
@@ -74,6 +75,15 @@ def existing_file(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return path
+
+
+def backend(text: str) -> str:
+    """The name of a backend; an unknown one is the same error here as in Python."""
+    try:
+        check_backend(text)
+    except BadParameter as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +162,11 @@ def check_target(args: argparse.Namespace, method: str | None) -> None:
 def add_backend_option(group: Any) -> None:
     """--backend."""
     group.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="what computes attention (auto)"
+        "--backend",
+        type=backend,
+        default="auto",
+        metavar=f"{{{','.join(BACKENDS)}}}",
+        help="what computes attention (auto)",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,24 +18,29 @@ from diffpatch.methods.base import AttentionCall
 from diffpatch.patching.attention import model_masks as masks
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.attention.decision import Decider, Decision, Question
-from diffpatch.patching.attention.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
+from diffpatch.patching.attention.layout import (
+    NO_GRID,
+    Numbers,
+    call_shape,
+    numbers,
+    with_silent,
+)
+from diffpatch.patching.forwards import UNTOLD, Forward, Forwards
 from diffpatch.patching.options import composition
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run import callers
-from diffpatch.patching.run.forwards import Forward, Forwards
-from diffpatch.patching.swap import guide, rebind, rope
+from diffpatch.patching.run.run import Run
+from diffpatch.patching.swap import guide, hooks, operator, rebind, rope
 from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patching.swap.gates import Gates
 from diffpatch.patching.target import argument_names, layers, unreadable
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import FamilyInfo
 
-logger = logging.getLogger(__name__)
-
 
 class PatchedTransformer:
-    """One transformer whose self-attention goes through a patch (see `rebind.Owner`)."""
+    """One transformer whose self-attention goes through a patch (see `operator.Owner`)."""
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class PatchedTransformer:
         wrappers: Iterable[Any] = (),
         cache: float | None = None,
     ) -> None:
-        self.handle = rebind.new_handle(self)
+        self.handle = operator.new_handle(self)
         self.name = name
         self.family = family
         self.patch = patch
@@ -55,18 +59,18 @@ class PatchedTransformer:
         self._trained = family.trained_of(model)
         self.learned = self._learned(type(model).__name__)
         self._gates = Gates(self.learned)
-        self.forwards = Forwards(len(self.modules))
+        self.cache = None if cache is None else StepCache(cache, model)
+        begun = None
+        if self.cache is not None:
+            begun = functools.partial(_take_turns, self.cache, weakref.ref(model), patch, name)
+        self.forwards = Forwards(name, len(self.modules), patch, begun)
         self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
         self.active = False
-        self.cache = None if cache is None else StepCache(cache, model)
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
         self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
         self._arguments = argument_names(model)
         self._decider = Decider(patch.method, patch.backend, family.text, family.text_queries)
-        # Of a forward whose hook was traced; in others the forward has its own.
-        self._traced: Numbers = NO_GRID
-        self._traced_why = "the arguments of the forward do not tell the token grid"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         self._say_of_a_copy()
@@ -80,15 +84,12 @@ class PatchedTransformer:
 
     @property
     def grid(self) -> Numbers:
-        """Of the forward that this thread, or the graph that is traced, is in the middle of."""
-        if torch.compiler.is_compiling():
-            return self._traced
-        forward = self.forwards.current
-        return self._traced if forward is None or not forward.hooked else forward.grid
+        """See `operator.Owner`."""
+        return self.forwards.grid
 
     @property
     def call_shape(self) -> tuple[int, int] | None:
-        """See `rebind.Owner`."""
+        """See `operator.Owner`."""
         return None if self.family.text_queries else call_shape(self.grid, self.family.text)
 
     def _learned(self, family: str) -> list[adapter.Learned]:
@@ -115,27 +116,18 @@ class PatchedTransformer:
         rope_hooks = rope.install(model, self.patch.method)
         for (_, module), processor in zip(self.modules, fresh, strict=True):
             module.processor = processor
+        wrappers = [w for w in (reference() for reference in self._wrappers) if w is not None]
         self._hooks = [
             *self._gates.listen([module for _, module in self.modules]),
-            model.register_forward_pre_hook(_Before(self), with_kwargs=True),
-            model.register_forward_hook(_After(self), always_call=True),
+            *hooks.listen(self, self.forwards, model, wrappers),
             *rope_hooks,
             *(self._guide.listen() if self._guide is not None else ()),
-            *self._listen_around(model),
         ]
-        if hasattr(type(model), internals.CACHE_CONTEXT):
-            setattr(model, internals.CACHE_CONTEXT, _NamedForward(self, model))
         model._diffpatch = self
         self.patch.installed.add(self)
         self.active = True
         if self.cache is not None:  # last: if it fails, all that went before is undone
             self.cache.enable(model)
-
-    def _listen_around(self, model: Any) -> Iterator[Any]:
-        for caller in (reference() for reference in self._wrappers):
-            if caller is not None:
-                yield caller.register_forward_pre_hook(_Before(self, model), with_kwargs=True)
-                yield caller.register_forward_hook(_After(self), always_call=True)
 
     def remove(self) -> None:
         """Put the original processors back; ones that somebody else has set since stay."""
@@ -153,8 +145,6 @@ class PatchedTransformer:
             self.cache.disable(model)
         if model is not None and vars(model).get("_diffpatch") is self:
             del model._diffpatch
-            if isinstance(vars(model).get(internals.CACHE_CONTEXT), _NamedForward):
-                delattr(model, internals.CACHE_CONTEXT)
 
     def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid off the arguments and begin a forward. Traced under torch.compile."""
@@ -173,14 +163,12 @@ class PatchedTransformer:
             if self.family.name == "custom":
                 raise
             raise unreadable(model, error) from error
-        grid, why = (
-            (NO_GRID, found) if isinstance(found, str) else (numbers(found), self._traced_why)
-        )
+        grid, why = (NO_GRID, found) if isinstance(found, str) else (numbers(found), UNTOLD)
         remark = self.patch.remark_on(grid)
         if torch.compiler.is_compiling():
-            self._traced, self._traced_why = grid, why
+            self.forwards.trace(grid, why)
             return
-        forward = self._begin(grid, why, hooked=True)
+        forward = self.forwards.begin(grid, why, within=self._is_within())
         self._warn_beyond_training(forward)
         if remark is not None and remark not in forward.place.run.record.notes:
             forward.place.run.record.notes.append(remark)
@@ -193,19 +181,6 @@ class PatchedTransformer:
         """The forward is through, or has failed. Traced under torch.compile."""
         if not torch.compiler.is_compiling():
             self.forwards.end()
-
-    def _begin(self, grid: Numbers = NO_GRID, why: str = "", *, hooked: bool = False) -> Forward:
-        """A forward begins in this thread."""
-        patch, context = self.patch, self.forwards.context
-        place = patch.begin_forward(self.name, context)
-        if self.cache is not None and self.cache.begin_forward(self._model(), place.run):
-            patch.say_once(
-                f"several runs take turns on {self.name}, and its cache remembers one: steps are"
-                " computed that could be left out; let one run follow the other"
-            )
-        bound = place.run.bound(patch.schedule, len(self.modules), place.total, place.evaluations)
-        forward = Forward(place, bound, context, hooked, grid, why)
-        return self.forwards.begin(forward, within=hooked and self._is_within())
 
     def _is_within(self) -> bool:
         """Whether this thread is still in an earlier forward, and has not left it by a Ctrl-C."""
@@ -263,12 +238,6 @@ class PatchedTransformer:
             )
             module.processor = rebind.rebind(module.processor, self, i)
 
-    def _forward(self, layer: int) -> Forward:
-        """The forward that an attention call belongs to."""
-        if internals.in_backward():
-            return self.forwards.computed_again(self.patch.method)
-        return self.forwards.of_call(layer, self._begin)
-
     def attend(
         self,
         q: torch.Tensor,
@@ -280,8 +249,8 @@ class PatchedTransformer:
         layer: int,
         ranks: int = 1,
     ) -> torch.Tensor:
-        """One attention call of one layer, dense or not; (B, S, H, D). See `rebind.Owner`."""
-        forward = self._forward(layer)
+        """One attention call of one layer, dense or not; (B, S, H, D). See `operator.Owner`."""
+        forward = self.forwards.of_call(layer)
         if forward.guide == guide.RECORD:
             self._record_beside(forward, q, k, layer)
             return self._dense(layer, q, k, v, mask, scale)
@@ -310,7 +279,7 @@ class PatchedTransformer:
     def dealing(
         self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, layer: int
     ) -> Iterator[parallel.Deal | None]:
-        """The order in which heads are shared out to processes. See `rebind.Owner`."""
+        """The order in which heads are shared out to processes. See `operator.Owner`."""
         forward, (_, ranks) = self.forwards.current, parallel.share(self._model())
         grouped = q.shape[2] != k.shape[2] or (mask is not None and mask.ndim > 3 < mask.shape[1])
         told = forward is not None and forward.hooked and forward.grid != NO_GRID
@@ -343,7 +312,7 @@ class PatchedTransformer:
         """Whether and over which pattern a call is sparse, from memory where possible."""
         grid = forward.grid if forward.hooked else grid
         if grid == NO_GRID:
-            return Decision(forward.why or self._traced_why)
+            return Decision(forward.why)
         variant = self.patch.method.variant(layer, forward.place.step)
         question = Question(
             (q.shape[0], k.shape[1], *q.shape[2:]), q.dtype, q.device, variant, masked,
@@ -396,8 +365,8 @@ class PatchedTransformer:
         return rebind.dense(self.modules[layer][1].processor, *call)
 
     def passed_by(self, q: torch.Tensor, reason: str, layer: int) -> None:
-        """Count a call that diffusers answered itself. See `rebind.Owner`."""
-        forward = self._forward(layer)
+        """Count a call that diffusers answered itself. See `operator.Owner`."""
+        forward = self.forwards.of_call(layer)
         if forward.guide == guide.RECORD:
             return self._record_beside(forward, q, q, layer)
         forward.called(layer)
@@ -436,64 +405,10 @@ class PatchedTransformer:
             run.record.add(self.name, layer, step, pairs, kept, backend, reason)
 
 
-class _Before:
-    """The hook before a forward; copies and pickles of it do nothing.
-
-    Args:
-        owner: who is told.
-        inside: the model, where the hook is on a wrapper of it.
-    """
-
-    def __init__(self, owner: PatchedTransformer | None, inside: Any = None) -> None:
-        self.owner, self.inside = owner, inside
-
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.owner is not None:
-            model = model if self.inside is None else self.inside
-            self.owner.before_forward(model, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Before:
-        return _Before(None)
-
-    def __reduce__(self) -> Any:
-        return _Before, (None,)
-
-
-class _After:
-    """The hook after a forward; copies and pickles of it do nothing."""
-
-    def __init__(self, owner: PatchedTransformer | None) -> None:
-        self.owner = owner
-
-    def __call__(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if self.owner is not None:
-            self.owner.after_forward()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _After:
-        return _After(None)
-
-    def __reduce__(self) -> Any:
-        return _After, (None,)
-
-
-class _NamedForward:
-    """A model's `cache_context`, which also tells the names of guidance branches.
-
-    Copies and pickles of it are the `cache_context` of the copied model.
-    """
-
-    def __init__(self, owner: PatchedTransformer, model: Any) -> None:
-        self._owner, self._model = owner, weakref.ref(model)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        model, forwards = self._model(), self._owner.forwards
-        before, forwards.context = forwards.context, name
-        try:
-            with getattr(type(model), internals.CACHE_CONTEXT)(model, name, *args, **kwargs):
-                yield
-        finally:
-            forwards.context = before
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._model(), internals.CACHE_CONTEXT)
+def _take_turns(cache: StepCache, model: Any, patch: Patch, name: str, run: Run) -> None:
+    """A forward of a run begins, and what is cached may be of another one."""
+    if cache.begin_forward(model(), run):
+        patch.say_once(
+            f"several runs take turns on {name}, and its cache remembers one: steps are computed"
+            " that could be left out; let one run follow the other"
+        )

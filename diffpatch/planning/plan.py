@@ -10,6 +10,7 @@ from typing import Any
 
 from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
+from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.beyond import beyond
@@ -25,7 +26,7 @@ from diffpatch.planning.prediction import Prediction, predict
 from diffpatch.planning.profiles import DeviceProfile, load_profile
 from diffpatch.planning.run import PlannedRun
 
-BACKEND = "triton"  # whose padding is counted where no device says which backend runs
+BACKEND = "triton"  # assumed where no device profile names a backend
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,8 @@ def plan(
     )
     text_tokens = check("plan", "text_tokens", text_tokens, NATURAL | None)
     dtype = check("plan", "dtype", dtype, str | None)
+    if backend is not None:
+        check_backend(backend)
     shape = find_shape(target)
     device = None if profile is None else load_profile(profile)
     family = next((f for f in list_families() if f.transformer == shape.family), None)

@@ -15,8 +15,9 @@ from typing import Any
 from diffpatch.eval.files import DamagedFile, DiskFull, read_json, write_json
 from diffpatch.eval.processes import Process
 from diffpatch.eval.sweep.plan import Rendering
+from diffpatch.eval.sweep.schema import BadSweep
 from diffpatch.eval.sweep.session import Session
-from diffpatch.eval.sweep.spec import BadSweep, SweepSpec
+from diffpatch.eval.sweep.spec import SweepSpec
 from diffpatch.eval.sweep.store import Store
 
 Say = Callable[[str], None]

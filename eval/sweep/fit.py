@@ -6,7 +6,7 @@ from typing import Any
 
 import diffpatch
 from diffpatch.eval.sweep.plan import Rendering
-from diffpatch.eval.sweep.spec import BadSweep
+from diffpatch.eval.sweep.schema import BadSweep
 from diffpatch.planning.fit import fit_kept, kept_of
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.errors import choices
-from diffpatch.eval.sweep.spec import TUNED, BadSweep, MethodSpec, Prompt, SweepSpec
+from diffpatch.eval.sweep.schema import BadSweep
+from diffpatch.eval.sweep.spec import TUNED, MethodSpec, Prompt, SweepSpec
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_dense
 

@@ -10,7 +10,7 @@ import yaml
 
 import diffpatch
 from diffpatch.eval.files import write_text
-from diffpatch.eval.sweep.spec import BadSweep
+from diffpatch.eval.sweep.schema import BadSweep
 from diffpatch.pipelines.running.calls import preset_call, steps_of
 from diffpatch.pipelines.running.loading import Source
 

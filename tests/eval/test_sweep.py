@@ -25,15 +25,15 @@ from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.eval.sweep import quick as quick_module
 from diffpatch.eval.sweep.plan import plan_sweep
-from diffpatch.eval.sweep.spec import (
+from diffpatch.eval.sweep.schema import (
     BARS,
     KEYS,
     METHOD_KEYS,
     NETWORKS,
     SIZE_KEYS,
     BadSweep,
-    check_spec,
 )
+from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.eval.sweep.store import Store
 from tests import tiny
 
@@ -313,6 +313,7 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"prompts": []}, "prompts: the list is empty"),
         ({"prompts": ["a", "a"]}, "prompts: 'a' stands in it twice"),
         ({"prompts": [3]}, "prompts: 3 must be a mapping"),
+        ({"prompts": [1, 2]}, "{prompt: …, image: …}, or a text"),
         ({"prompt_file": "no.txt"}, "prompt_file"),
         ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "there is no image"),
         ({"seeds": [True]}, "seeds: True must be a whole number"),
@@ -320,6 +321,13 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"steps": [0]}, "steps: 0 must be at least 1"),
         ({"dtype": "fp8"}, "dtype: 'fp8'"),
         ({"sizes": {"heigth": 3}}, "did you mean 'height'"),
+        ({"sizes": [64, 64]}, "64 must be a mapping {height: …, width: …, num_frames: …}"),
+        ({"sizes": [{"height": 3}, {"height": 3}]}, "sizes: {'height': 3} stands in it twice"),
+        ({"title": 3}, "title: 3 must be a text"),
+        ({"bar": {"psnr": "x"}}, "bar: psnr: 'x' must be a number"),
+        ({"methods": [{"set": {}}]}, "methods: name the method"),
+        ({"methods": [3]}, "methods: 3 must be a mapping {method: …"),
+        ({"methods": [{"method": "radial", "dense_steps": -1}]}, "radial: dense_steps=-1 must be"),
         ({"sizes": {"height": 3.5}}, "sizes: height: 3.5 must be a whole number"),
         ({"call": {"prompt": "x"}}, "call: prompt is set by the sweep"),
         ({"call": {"height": 3}}, "call: height belongs under sizes"),
@@ -367,6 +375,8 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("prompts: [a]\nprompts: [b]\n", "'prompts' stands twice"),
         ("prompts: [a\n", "is no YAML"),
         ("- a\n", "must be a mapping"),
+        ("", "the file is empty"),
+        ("# nothing\n", "the file is empty"),
         ("!!python/object/apply:os.getcwd []\n", "is no YAML"),
     ]:
         broken.write_text(text)

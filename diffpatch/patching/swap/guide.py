@@ -17,8 +17,8 @@ import torch
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.patching.attention.layout import NO_GRID
+from diffpatch.patching.forwards import Forward, Forwards
 from diffpatch.patching.options.composition import cache_of
-from diffpatch.patching.run.forwards import Forward, Forwards
 from diffpatch.patching.target import cross_attention
 from diffpatch.patterns.grid import TokenGrid
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffpatch import internals
 from diffpatch.errors import DiffpatchError
-from diffpatch.methods.base import Method
 from diffpatch.patching.attention.layout import NO_GRID, Numbers
 from diffpatch.patching.attention.parallel import Deal
 from diffpatch.patching.options.schedule import BoundSchedule
+from diffpatch.patching.patch import Patch
+from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.runs import Place
+
+UNTOLD = "the arguments of the forward do not tell the token grid"
 
 
 @dataclass
@@ -67,12 +71,24 @@ class Forwards:
     """The forwards of one transformer, in each thread one, or one within another.
 
     Args:
+        name: of the transformer.
         layers: how many attention layers it has.
+        patch: over which it runs.
+        begun: is told the run of every forward that begins.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        name: str,
+        layers: int,
+        patch: Patch,
+        begun: Callable[[Run], None] | None = None,
+    ) -> None:
+        self._name, self._layers, self._patch, self._begun = name, layers, patch, begun
         self._here = _Local()
+        # Of a forward whose hook was traced; others have their own.
+        self._traced: Numbers = NO_GRID
+        self._traced_why = UNTOLD
         # For backward passes, which may run in a thread of their own and tell nothing.
         self._looks: set[tuple[Numbers, int]] = set()
         self._latest: Forward | None = None
@@ -92,9 +108,35 @@ class Forwards:
         """The forward that this thread is in the middle of."""
         return self._here.forward
 
-    def begin(self, forward: Forward, *, within: bool = False) -> Forward:
-        """This thread begins a forward, which may be made within another of the same model."""
-        forward.outer = self.current if within else None
+    @property
+    def grid(self) -> Numbers:
+        """Of the forward that this thread, or the graph that is traced, is in the middle of."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        forward = self.current
+        return self._traced if forward is None or not forward.hooked else forward.grid
+
+    def trace(self, grid: Numbers, why: str) -> None:
+        """A forward begins in a graph that torch.compile traces."""
+        self._traced, self._traced_why = grid, why
+
+    def begin(self, grid: Numbers, why: str, *, within: bool) -> Forward:
+        """A forward begins in this thread, perhaps within another of the same model.
+
+        Its hook has read its grid, or why there is none.
+        """
+        outer = self.current if within else None
+        forward = self._begin(grid, why, hooked=True)
+        forward.outer = outer
+        return forward
+
+    def _begin(self, grid: Numbers, why: str, *, hooked: bool) -> Forward:
+        patch = self._patch
+        place = patch.begin_forward(self._name, self.context)
+        if self._begun is not None:
+            self._begun(place.run)
+        bound = place.run.bound(patch.schedule, self._layers, place.total, place.evaluations)
+        forward = Forward(place, bound, self.context, hooked, grid, why)
         self._here.forward = forward
         if self._went_back:
             self._looks.clear()
@@ -109,27 +151,30 @@ class Forwards:
         forward = self.current
         self._here.forward = None if forward is None else forward.outer
 
-    def of_call(self, layer: int, begin: Callable[[], Forward]) -> Forward:
-        """The forward that an attention call in this thread belongs to; `begin` makes a new one.
+    def of_call(self, layer: int) -> Forward:
+        """The forward that an attention call in this thread belongs to, which may begin with it.
 
         Without a hook a forward begins where a layer comes back after others: a layer may be called
         several times in a row (Mochi: a call a sample), and layers may be skipped.
-        """
-        forward = self.current
-        if forward is None:
-            return begin()
-        if forward.hooked and not forward.place.run.ended:  # a Ctrl-C runs no hook at the end
-            return forward
-        again = forward.calls[layer] and (layer != forward.last or self._layers == 1)
-        past = forward.place.is_past or forward.context != self.context
-        return begin() if again or past else forward
-
-    def computed_again(self, method: Method) -> Forward:
-        """The forward that a backward pass computes parts of again, by gradient checkpointing.
 
         Raises:
-            DiffpatchError: nothing tells which of several it is.
+            DiffpatchError: a backward pass computes it again, and nothing tells which it was.
         """
+        if internals.in_backward():
+            return self._computed_again()
+        forward = self.current
+        if forward is not None:
+            if forward.hooked and not forward.place.run.ended:  # a Ctrl-C runs no hook at the end
+                return forward
+            again = forward.calls[layer] and (layer != forward.last or self._layers == 1)
+            past = forward.place.is_past or forward.context != self.context
+            if not (again or past):
+                return forward
+        return self._begin(NO_GRID, self._traced_why, hooked=False)
+
+    def _computed_again(self) -> Forward:
+        """The forward that a backward pass computes parts of again, by gradient checkpointing."""
+        method = self._patch.method
         self._went_back = True
         if self._latest is None or len(self._looks) > 1 or method.needs_steps:
             raise DiffpatchError(
