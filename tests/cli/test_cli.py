@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,6 @@ from tests import tiny
 from tests.tiny import images
 
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "17", "--steps", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose a lot where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny pipelines on disk: wan, i2v, flux, and wan with NaN weights."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny.wan().pipe.save_pretrained(folder / "wan")
-    tiny.wan_i2v().pipe.save_pretrained(folder / "i2v")
-    tiny.flux().pipe.save_pretrained(folder / "flux")
-    broken = tiny.wan().pipe
-    broken.transformer.proj_out.weight.data.fill_(float("nan"))
-    broken.save_pretrained(folder / "nan")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -317,59 +294,6 @@ def test_tables_list_the_registries(command: str, capsys: pytest.CaptureFixture[
     assert all(name in table for name in known)
     assert main([command, "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == list(known)
-
-
-def test_bench_attention_checks_then_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "bench.json"
-    shape = ["--grid", "5x6x7", "--text", "9", "--heads", "2", "--head-dim", "16"]
-    chosen = ["--method", "radial", "--method", "window", "--set", "window=0.5"]
-    chosen += ["--method", "linear"]
-    words = ["bench", "attention", *shape, *chosen, "--repeats", "2", "--quiet"]
-    assert main([*words, "--json", str(file)]) == 0
-    assert "speedup" in capsys.readouterr().out
-    result = json.loads(file.read_text())
-    assert result["case"]["tokens"] == 219
-    assert [entry["name"] for entry in result["methods"]] == ["radial", "window", "linear"]
-    for entry in result["methods"]:
-        assert entry["error"] < 1e-4 and entry["speedup"]["median"] > 0
-
-
-def test_bench_attention_refuses_to_time_wrong_results(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("diffpatch.attention", lambda q, *_, **__: q)
-    assert main(["bench", "attention", "--grid", "5x6x7", "--quiet"]) == 1
-    shown = capsys.readouterr()
-    assert "radial is wrong" in shown.err and shown.out == ""
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["attention", "--grid", "5x6"], "such as 33x16x16"),
-        (["attention", "--grid", "0x6x7"], "must be at least 1"),
-        (["attention", "--method", "windw"], "did you mean 'window'"),
-        (["attention", "--set", "wide=1"], "no such parameter"),
-        (["attention", "--method", "radial+temporal", "--grid", "5x6x7"], "bench render"),
-        (["memory"], "memory"),
-    ],
-)
-def test_bench_refuses_bad_requests(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", *words]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_bench_render(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "render", "-m", str(models / "wan"), *SIZE, "--repeats", "2", "--json"]
-    assert main([*words, "--method", "radial", "--dense-layers", "0", "--quiet"]) == 0
-    variants = json.loads(capsys.readouterr().out)["variants"]
-    assert list(variants) == ["dense", "radial"]
-    assert variants["dense"]["psnr"] == 100 and variants["dense"]["kept"] == 1
-    assert variants["radial"]["kept"] < 1 and variants["radial"]["speedup"]["total"]["median"] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import importlib
 import logging
-import pickle
 import threading
-import weakref
 from typing import Any
 
 import diffusers
@@ -196,32 +192,6 @@ def test_two_pipelines_in_two_threads_never_meet() -> None:
     assert results == [[True] * 5] * 2
 
 
-def test_copies_and_pickles_come_back_unpatched() -> None:
-    tiny = wan()
-    before = tiny.run()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    patched = tiny.run()
-    for copied in (copy.deepcopy(tiny.pipe), pickle.loads(pickle.dumps(tiny.pipe))):
-        with pytest.raises(NotPatched):
-            diffpatch.report(copied)
-        assert torch.equal(Tiny(copied, tiny.call).run(), before)
-    assert torch.equal(tiny.run(), patched)
-
-
-def test_saving_a_patched_pipeline_saves_the_original(tmp_path: Any) -> None:
-    tiny = wan()
-    before = tiny.run()
-    diffpatch.patch(tiny.pipe, LOCAL)
-    tiny.pipe.save_pretrained(tmp_path)
-    loaded = diffusers.WanPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    weights = loaded.transformer.state_dict()
-    assert weights.keys() == tiny.pipe.transformer.state_dict().keys()
-    assert all(torch.equal(weights[k], v) for k, v in tiny.pipe.transformer.state_dict().items())
-    # Weights in a file's memory are aligned differently, which may change the last bit of a sum.
-    assert torch.allclose(Tiny(loaded, tiny.call).run(), before, atol=1e-5)
-
-
 def test_a_scheduler_set_after_patching_is_followed() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
@@ -351,31 +321,6 @@ def test_video_to_video_strength_counts_the_steps_that_are_taken() -> None:
     assert [k == 1.0 for k in report.kept_per_step] == [False, False, False, True]
 
 
-def test_processors_saved_under_a_patch_are_dense_after_it() -> None:
-    tiny = wan()
-    before = tiny.run()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    saved = dict(tiny.pipe.transformer.attn_processors)
-    diffpatch.unpatch(tiny.pipe)
-    tiny.pipe.transformer.set_attn_processor(dict(saved))
-    assert torch.equal(tiny.run(), before)
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    assert not torch.equal(tiny.run(), before)
-    diffpatch.unpatch(tiny.pipe)
-    assert torch.equal(tiny.run(), before)
-
-
-def test_nothing_keeps_an_unpatched_model_alive() -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    tiny.run()
-    weight = weakref.ref(tiny.pipe.transformer.blocks[0].attn1.to_q.weight)
-    diffpatch.unpatch(tiny.pipe)
-    del tiny
-    gc.collect()
-    assert weight() is None
-
-
 def test_a_patch_that_cannot_work_leaves_the_earlier_one() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
@@ -383,14 +328,6 @@ def test_a_patch_that_cannot_work_leaves_the_earlier_one() -> None:
     with pytest.raises(BadParameter):
         diffpatch.patch(tiny.pipe, LOCAL, dense_layers=99)
     assert torch.equal(tiny.run(), expected)
-
-
-def test_an_attention_backend_chosen_under_a_patch_stays() -> None:
-    tiny = wan(layers=1)
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    tiny.pipe.transformer.blocks[0].attn1.processor._attention_backend = "native"
-    diffpatch.unpatch(tiny.pipe)
-    assert tiny.pipe.transformer.blocks[0].attn1.processor._attention_backend == "native"
 
 
 def test_training_only_keys_and_values_gives_gradients() -> None:

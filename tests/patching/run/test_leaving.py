@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 import diffpatch
 from diffpatch import Temporal, Window
-from tests.patching.run.test_runs import LATENT, LOCAL, TEMPORAL, clone, loop, owner
+from tests.patching.run.test_callers import loop
+from tests.patching.run.test_runs import LATENT, LOCAL, TEMPORAL, clone, owner
 from tests.tiny import Tiny, wan
 
 FOUR: dict[str, Any] = LATENT | {"num_inference_steps": 4}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import copy
 import gc
 import logging
 import threading
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -18,7 +14,7 @@ import torch
 from PIL import Image
 
 import diffpatch
-from diffpatch import BadParameter, DiffpatchError, NotPatched, Window
+from diffpatch import BadParameter, NotPatched, Window
 from tests.tiny import Tiny, flux, wan, wan_transformer
 
 LOCAL = Window(window=(-1, 1, 2), shift="none")
@@ -154,154 +150,6 @@ def test_a_report_is_about_the_pipelines_own_run() -> None:
     assert diffpatch.report(other.pipe).steps == diffpatch.report(tiny.pipe.transformer).steps == 5
     diffpatch.reset(other.pipe)
     assert diffpatch.report(other.pipe).calls == 0 and diffpatch.report(tiny.pipe).calls > 0
-
-
-class Standing:
-    """A scheduler behind a stand-in, as servers have it."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.inner = scheduler
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
-
-
-def test_a_scheduler_behind_a_stand_in_is_found() -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
-    expected = tiny.run()
-    one = clone(tiny)
-    one.pipe.__dict__["scheduler"] = Standing(one.pipe.scheduler)
-    assert torch.equal(one.run(), expected)
-    assert diffpatch.report(one.pipe).kept_per_step[0] == 1
-
-
-def loop(
-    pipe: Any, scheduler: Any, shape: tuple[int, int], steps: int, seed: int = 0
-) -> Iterator[torch.Tensor]:
-    """A denoising loop of somebody's own, with two branches; gives its latents after every step."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 16, 3, *shape, generator=random)
-    texts = torch.randn(2, 1, 8, 32, generator=random)
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
-        with torch.no_grad():
-            a, b = (pipe.transformer(x, t[None], text, return_dict=False)[0] for text in texts)
-        x = scheduler.step(b + 5 * (a - b), t, x, return_dict=False)[0]
-        yield x
-
-
-LOOPS: list[tuple[tuple[int, int], int]] = [((4, 8), 5), ((8, 4), 4), ((4, 8), 6)]
-
-
-def loops_alone(method: Any) -> list[torch.Tensor]:
-    out = []
-    for shape, steps in LOOPS:
-        tiny = wan()
-        diffpatch.patch(tiny.pipe, method, dense_steps=2)
-        out.append(list(loop(tiny.pipe, tiny.pipe.scheduler, shape, steps))[-1])
-    return out
-
-
-@pytest.mark.parametrize("method", [LOCAL, TEMPORAL], ids=["window", "temporal"])
-def test_generators_of_one_thread_take_turns(method: Any) -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, method, dense_steps=2)
-    first = tiny.pipe.scheduler  # the others are copies of one that runs
-    running = [loop(tiny.pipe, first, *LOOPS[0])]
-    out: list[Any] = [next(running[0])]
-    for one in LOOPS[1:]:
-        running.append(loop(tiny.pipe, copy.deepcopy(first), *one))
-        out.append(None)
-    left = list(range(len(running)))
-    while left:
-        for i in list(left):
-            with contextlib.suppress(StopIteration):
-                out[i] = next(running[i])
-                continue
-            left.remove(i)
-    for found, expected in zip(out, loops_alone(method), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_tasks_of_an_event_loop_take_turns() -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=2)
-
-    async def serve(shape: tuple[int, int], steps: int) -> torch.Tensor:
-        scheduler = type(tiny.pipe.scheduler).from_config(tiny.pipe.scheduler.config)
-        latents = []
-        for x in loop(tiny.pipe, scheduler, shape, steps):
-            latents.append(x)
-            await asyncio.sleep(0)
-        return latents[-1]
-
-    async def main() -> list[torch.Tensor]:
-        return await asyncio.gather(*(serve(*one) for one in LOOPS))
-
-    for found, expected in zip(asyncio.run(main()), loops_alone(TEMPORAL), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_a_pipeline_run_from_the_callback_of_another() -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=1)
-    inner: list[torch.Tensor] = []
-
-    def callback(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
-        if step == 1:
-            inner.append(clone(tiny).run(**REQUESTS[1]))
-        return {}
-
-    outer = tiny.run(callback_on_step_end=callback, **REQUESTS[0])
-    expected = alone(TEMPORAL, REQUESTS[:2], dense_steps=1)
-    assert torch.equal(outer, expected[0]) and torch.equal(inner[0], expected[1])
-
-
-def test_one_function_that_steps_several_schedulers_is_not_guessed_at(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def drive(tiny: Tiny) -> None:
-        a, b = (copy.deepcopy(tiny.pipe.scheduler) for _ in range(2))
-        a.set_timesteps(3)
-        b.set_timesteps(3)
-        for t in a.timesteps[:2]:
-            for one in (a, b):
-                x = torch.zeros(1, 16, 3, 4, 8)
-                with torch.no_grad():
-                    out = tiny.pipe.transformer(x, t[None], torch.zeros(1, 8, 32))[0]
-                one.step(out, t, x)
-
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
-    with pytest.raises(BadParameter, match="one function drives several schedulers"):
-        drive(tiny)
-    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=0)
-    caplog.set_level(logging.WARNING, "diffpatch")
-    drive(tiny)
-    report = diffpatch.report(tiny.pipe)
-    assert report.kept == 1 and "takes every forward for the first" in report.notes[0]
-    assert str(report).count("note ") == 1
-    assert caplog.text.count("drives several schedulers") == 1
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)  # nothing depends on steps
-    drive(tiny)
-    assert not diffpatch.report(tiny.pipe).notes
-
-
-def test_threads_that_share_a_scheduler_are_refused() -> None:
-    tiny = wan()
-    tiny.run()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
-    both = threading.Barrier(2, timeout=60)
-    turns = Turns(2)
-
-    def run(i: int) -> torch.Tensor:
-        both.wait()
-        return turns.run(tiny, i, REQUESTS[0])
-
-    out = together([lambda i=i: run(i) for i in range(2)])
-    refused = [x for x in out if isinstance(x, DiffpatchError)]
-    assert refused and "share one scheduler" in str(refused[0])
 
 
 def test_image_to_image_after_text_to_image_counts_its_own_steps() -> None:
@@ -476,22 +324,6 @@ def test_bare_transformers_and_copies_say_what_they_are(caplog: pytest.LogCaptur
             diffpatch.report(one)
     model(torch.zeros(1, 16, 3, 4, 8), torch.tensor([5]), torch.zeros(1, 8, 32))
     assert "takes every forward for the first of a run" in diffpatch.report(model).notes[0]
-
-
-def test_looking_at_callers_keeps_nothing_alive() -> None:
-    tiny = wan()
-    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
-    scheduler = tiny.pipe.scheduler
-    scheduler.set_timesteps(2)
-    with torch.no_grad():
-        x = torch.zeros(1, 16, 3, 4, 8)
-        tiny.pipe.transformer(x, scheduler.timesteps[:1], torch.zeros(1, 8, 32))
-    assert diffpatch.report(tiny.pipe).calls == 2
-    gone = weakref.ref(tiny.pipe.transformer.blocks[0].attn1.to_q.weight)
-    diffpatch.unpatch(tiny.pipe)
-    del tiny
-    gc.collect()
-    assert gone() is None
 
 
 def test_many_sizes_at_once_keep_what_they_decided() -> None:

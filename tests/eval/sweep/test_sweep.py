@@ -5,19 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import diffpatch
 from diffpatch.cli import main
@@ -25,72 +22,10 @@ from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.eval.sweep import quick as quick_module
 from diffpatch.eval.sweep.plan import plan_sweep
-from diffpatch.eval.sweep.schema import (
-    BARS,
-    KEYS,
-    METHOD_KEYS,
-    NETWORKS,
-    SIZE_KEYS,
-    BadSweep,
-)
 from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.eval.sweep.store import Store
 from tests import tiny
-
-HOSTILE = '<script>alert("x")</script> & a cat'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose a lot where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep of a tiny model: 2 prompts × (dense, two floors, two methods at a kept fraction)."""
-    model = tmp_path_factory.mktemp("model") / "wan"
-    tiny.wan().pipe.save_pretrained(model)
-    return {
-        "title": "tiny <b>sweep</b>",
-        "model": str(model),
-        "prompts": ["a cat", HOSTILE],
-        "sizes": {"height": 32, "width": 64, "num_frames": 17},
-        "steps": 2,
-        "schedules": {"dense_steps": 0, "dense_layers": 0},
-        "methods": [
-            {"method": "radial", "vary": {"rule": ["tiles"]}},
-            {"method": "neighborhood", "set": {"stride": 1}, "dense_layers": 1, "kept": [0.75]},
-        ],
-        "attention_error": 1,
-        "bar": {"psnr": 10},
-        "networks": {"features": "contrast"},
-    }
-
-
-def write(data: dict[str, Any], folder: Path) -> str:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def swept(sweep: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that sweep after it ran."""
-    folder = tmp_path_factory.mktemp("swept")
-    assert main(["sweep", write(sweep, folder), "-o", str(folder / "runs"), "--quiet"]) == 0
-    return folder / "runs"
-
-
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("runs/*/run.json")}
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    return {str(p): p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
+from tests.eval.sweep.tiny_sweep import HOSTILE, results, stamps, write
 
 
 def test_every_run_is_there_with_what_reproduces_it(swept: Path) -> None:
@@ -213,31 +148,6 @@ def test_other_networks_do_not_join_a_table(
     assert main(words) == 0
 
 
-def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) -> None:
-    """Repeated prompts, and schedules that a method's own replaces."""
-    (tmp_path / "captions.txt").write_text("a dog\na cat\na dog\n")
-    data = {
-        **sweep,
-        "prompts": ["a cat"],
-        "prompt_file": "captions.txt",
-        "schedules": [{"dense_layers": 0}, {"dense_layers": 1}],
-        "methods": [{"method": "neighborhood", "dense_layers": 1, "kept": [0.12, 0.125]}],
-        "noise_floor": [],
-    }
-    [runs] = plan_sweep(check_spec(data, tmp_path)).values()
-    assert len({run.key for run in runs}) == len(runs) == 2 * (1 + 2)
-    assert len({run.variant.label for run in runs}) == 3
-
-
-def test_what_decides_a_result_is_in_its_key(sweep: dict[str, Any], tmp_path: Path) -> None:
-    def keys(**changes: Any) -> set[str]:
-        [runs] = plan_sweep(check_spec({**sweep, **changes}, tmp_path)).values()
-        return {run.key for run in runs}
-
-    assert keys() == keys(title="other")
-    assert not keys() & keys(offload="model") and not keys() & keys(vae_tiling=True)
-
-
 def test_what_fails_is_kept_apart_and_tried_again_on_request(
     sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -281,112 +191,6 @@ def test_dense_is_timed_again_where_its_clock_is_old(sweep: dict[str, Any], tmp_
     clocks = [result["dense"]["seconds"] for result in found[1:]]
     assert [result["dense"]["runs_since"] for result in found[1:]] == [0, 1, 0]
     assert clocks[0] == clocks[1] == found[0]["seconds"] != clocks[2]
-
-
-def test_the_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "--help"]) == 0
-    shown = capsys.readouterr().out
-    for key in (*KEYS, *METHOD_KEYS, *SIZE_KEYS, *BARS, *NETWORKS):
-        assert re.search(rf"\b{key}\b", shown), key
-
-
-def test_a_dry_run_lists_and_writes_nothing(
-    sweep: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "runs"
-    assert main(["sweep", write(sweep, tmp_path), "-o", str(out), "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("10 runs, 2 of them dense") and len(lines) == 11
-    assert any("neighborhood stride=1 dense_layers=1 at 75% | “a cat” seed 0" in x for x in lines)
-    assert not out.exists()
-    turns = {**sweep, "seeds": [3, 5], "seeds_in_turn": True, "noise_floor": []}
-    assert main(["sweep", write(turns, tmp_path), "-o", str(out), "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith("6 runs, 2 of them dense")
-    assert "“a cat” seed 3" in shown and "“a cat” seed 5" not in shown and "seed 5" in shown
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"promts": ["a"]}, "unknown key 'promts': did you mean 'prompts'"),
-        ({"prompts": []}, "prompts: the list is empty"),
-        ({"prompts": ["a", "a"]}, "prompts: 'a' stands in it twice"),
-        ({"prompts": [3]}, "prompts: 3 must be a mapping"),
-        ({"prompts": [1, 2]}, "{prompt: …, image: …}, or a text"),
-        ({"prompt_file": "no.txt"}, "prompt_file"),
-        ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "there is no image"),
-        ({"seeds": [True]}, "seeds: True must be a whole number"),
-        ({"seeds": -1}, "seeds: -1 must be at least 0"),
-        ({"steps": [0]}, "steps: 0 must be at least 1"),
-        ({"dtype": "fp8"}, "dtype: 'fp8'"),
-        ({"sizes": {"heigth": 3}}, "did you mean 'height'"),
-        ({"sizes": [64, 64]}, "64 must be a mapping {height: …, width: …, num_frames: …}"),
-        ({"sizes": [{"height": 3}, {"height": 3}]}, "sizes: {'height': 3} stands in it twice"),
-        ({"title": 3}, "title: 3 must be a text"),
-        ({"bar": {"psnr": "x"}}, "bar: psnr: 'x' must be a number"),
-        ({"methods": [{"set": {}}]}, "methods: name the method"),
-        ({"methods": [3]}, "methods: 3 must be a mapping {method: …"),
-        ({"methods": [{"method": "radial", "dense_steps": -1}]}, "radial: dense_steps=-1 must be"),
-        ({"sizes": {"height": 3.5}}, "sizes: height: 3.5 must be a whole number"),
-        ({"call": {"prompt": "x"}}, "call: prompt is set by the sweep"),
-        ({"call": {"height": 3}}, "call: height belongs under sizes"),
-        ({"call": {"guidance": 3}}, "did you mean 'guidance_scale'"),
-        ({"methods": []}, "methods: name at least one"),
-        ({"methods": ["radail"]}, "did you mean 'radial'"),
-        ({"methods": ["radial", "radial"]}, "twice"),
-        ({"methods": [{"method": "radial", "set": {"deca": 1}}]}, "did you mean 'decay'"),
-        ({"methods": [{"method": "radial", "set": {"decay": "much"}}]}, "decay='much'"),
-        ({"methods": [{"method": "radial", "set": {"decay": True}}]}, "must be of type float"),
-        ({"methods": [{"method": "radial", "set": {"decay": -1}}]}, "decay=-1 must be positive"),
-        ({"methods": [{"method": "radial", "vary": {"decay": []}}]}, "decay: the list is empty"),
-        ({"methods": [{"method": "radial", "sets": {}}]}, "did you mean 'set'"),
-        ({"methods": [{"method": "window", "backend": "cuda"}]}, "window: backend"),
-        ({"methods": ["radial+window"]}, "does not combine"),
-        ({"schedules": {"dense_steps": 1.5}}, "dense_steps=1.5 must be a count"),
-        ({"schedules": {"dense_steps": 3}}, "dense_steps=3 is more than the 2 steps"),
-        ({"kept": [50]}, "kept: 50 must be between 0 and 1"),
-        ({"noise_floor": ["sed"]}, "did you mean 'seed'"),
-        ({"bar": {"lpips": 1}}, "bar: unknown key 'lpips'"),
-        ({"networks": {"lpip": "x"}}, "did you mean 'lpips'"),
-        ({"dense_every": "x"}, "dense_every: 'x' must be a whole number"),
-        ({"model": "no/such/model/"}, "no model"),
-        # What only the loaded model can tell:
-        ({"schedules": {"dense_layers": 9}}, "dense_layers=9"),
-        ({"kept": [0.2], "schedules": {"dense_steps": 1}}, "kept: 0.2 cannot be met"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(
-    sweep: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    out = tmp_path / "runs"
-    words = ["sweep", write({**sweep, **changes}, tmp_path), "-o", str(out), "--quiet"]
-    assert main(words) == 2
-    shown = capsys.readouterr()
-    assert shown.out == "" and len(shown.err.splitlines()) == 1, shown.err
-    assert message in shown.err
-    assert not list(out.glob("runs/*"))
-
-
-def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = tmp_path / "broken.yaml"
-    for text, message in [
-        ("prompts: [a]\nprompts: [b]\n", "'prompts' stands twice"),
-        ("prompts: [a\n", "is no YAML"),
-        ("- a\n", "must be a mapping"),
-        ("", "the file is empty"),
-        ("# nothing\n", "the file is empty"),
-        ("!!python/object/apply:os.getcwd []\n", "is no YAML"),
-    ]:
-        broken.write_text(text)
-        assert main(["sweep", str(broken)]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
-    assert main(["sweep", "--report-only", str(tmp_path)]) == 2
-    assert "no folder of a sweep" in capsys.readouterr().err
-    with pytest.raises(BadSweep, match="dense"):
-        check_spec({"prompts": ["a"], "methods": ["dense"]}, tmp_path)
 
 
 def command(sweep: dict[str, Any], folder: Path) -> list[str]:
