@@ -38,6 +38,7 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   dense_every       dense is timed anew after so many runs (8; 0 never)
   bar               quality that a pick must have ({psnr: 25}); also ssim, caption_accuracy,
                     clip_score
+  details           true: the judge's answers one by one, objects and repetitions in the report
   networks          {clip: …, features: …, lpips: …}, as for eval
 
 examples:

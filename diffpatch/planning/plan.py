@@ -285,7 +285,7 @@ def plan(
         check_backend(backend)
     shape = find_shape(target)
     device = None if profile is None else load_profile(profile)
-    family = next((f for f in list_families() if f.transformer == shape.family), None)
+    family = next((f for f in list_families() if f.transformer == shape.transformer), None)
     trained = None if family is None else family.trained_at(shape.heads, shape.patch[0])
     chosen, schedule = settle(
         method,

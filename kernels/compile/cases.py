@@ -34,7 +34,7 @@ from diffpatch.kernels.selection.triton_kernel import choose_kernel, drop_kernel
 from diffpatch.kernels.virtual_tokens import triton_impl as virtual
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Config = ForwardConfig | virtual.Config | LinearConfig | HopperConfig | SelectionConfig
+Config = ForwardConfig | virtual.VirtualConfig | LinearConfig | HopperConfig | SelectionConfig
 SELECTION = ("score", "drop", "choose")
 
 
@@ -148,7 +148,7 @@ def configuration(case: CompileCase) -> Config:
     if case.kernel in ("queries", "keys"):
         return backward.configuration(dtype, case.size, case.kernel == "keys", arch)
     if case.kernel in ("pool", "moments"):
-        return virtual.Config(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
+        return virtual.VirtualConfig(virtual.POOLED_ROWS, 1, num_warps=4, num_stages=3)
     if case.kernel == "choose":
         return selection.row_config(case.tile)
     if case.kernel in SELECTION:

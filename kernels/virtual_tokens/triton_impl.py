@@ -26,7 +26,7 @@ LARGEST = tl.constexpr(60000.0)  # of a squared query, which fp16 could not hold
 POOLED_ROWS = 64  # tokens that the pooling kernel reads at a time
 
 
-class Config(NamedTuple):
+class VirtualConfig(NamedTuple):
     """Queries and virtual tokens of a step, warps of a program, and steps in flight."""
 
     block_m: int
@@ -38,16 +38,16 @@ class Config(NamedTuple):
 # (bytes an element, padded head size) -> configuration. A step holds three things of the size of
 # keys (keys, values, variances) where plain attention holds two.
 CONFIGS = {
-    (2, 64): Config(128, 32, 8, 2),
-    (2, 128): Config(64, 32, 8, 2),
-    (2, 256): Config(32, 32, 8, 1),
-    (4, 64): Config(32, 16, 8, 1),
-    (4, 128): Config(16, 16, 8, 1),
-    (4, 256): Config(16, 16, 8, 1),
+    (2, 64): VirtualConfig(128, 32, 8, 2),
+    (2, 128): VirtualConfig(64, 32, 8, 2),
+    (2, 256): VirtualConfig(32, 32, 8, 1),
+    (4, 64): VirtualConfig(32, 16, 8, 1),
+    (4, 128): VirtualConfig(16, 16, 8, 1),
+    (4, 256): VirtualConfig(16, 16, 8, 1),
 }
 
 
-def configuration(dtype: torch.dtype, size: int, tile: int) -> Config:
+def configuration(dtype: torch.dtype, size: int, tile: int) -> VirtualConfig:
     """The configuration that ships for a dtype, a head size up to 256 and the largest tile."""
     config = CONFIGS[dtype.itemsize, padded(size)]
     if config.block_m == 128 and tile <= 64:

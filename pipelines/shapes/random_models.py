@@ -54,7 +54,7 @@ def build(
         raise BadParameter(f"layers={count} must be from 1 to {shape.layers} for {shape.name}")
     config = _recipe(dataclasses.replace(shape, layers=count)).config
     with _creating(dtype, device):
-        model = getattr(diffusers, shape.family)(**config)
+        model = getattr(diffusers, shape.transformer)(**config)
     return model.eval().requires_grad_(False)
 
 
@@ -90,9 +90,9 @@ def inputs(
 
 
 def _recipe(shape: ModelShape) -> Recipe:
-    if shape.family not in _RECIPES:
-        raise BadParameter(f"there is no recipe for a random {shape.family}")
-    return _RECIPES[shape.family](shape)
+    if shape.transformer not in _RECIPES:
+        raise BadParameter(f"there is no recipe for a random {shape.transformer}")
+    return _RECIPES[shape.transformer](shape)
 
 
 @contextmanager

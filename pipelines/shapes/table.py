@@ -32,7 +32,7 @@ class ModelShape:
         space: pixels per latent along height and width.
         time: frames per latent frame.
         patch: latents per token along (time, height, width).
-        family: the transformer class, for published presets.
+        transformer: its class, for published presets.
         experts: whether two such transformers share the steps.
         ids: hub ids of checkpoints of this shape, so that naming one needs no network.
     """
@@ -49,7 +49,7 @@ class ModelShape:
     cross_tokens: int = 0
     text_tokens: int = 0
     text_before: bool = False
-    family: str = ""
+    transformer: str = ""
     experts: bool = False
     ids: tuple[str, ...] = ()
 
@@ -99,9 +99,9 @@ class ModelShape:
         return 4.0 * tokens**2 * self.heads * self.head_dim
 
 
-_WAN = {"space": 8, "time": 4, "cross_tokens": 512, "family": "WanTransformer3DModel"}
-_FLUX = {"text_tokens": 512, "text_before": True, "family": "FluxTransformer2DModel"}
-_COG = {"text_tokens": 226, "text_before": True, "family": "CogVideoXTransformer3DModel"}
+_WAN = {"space": 8, "time": 4, "cross_tokens": 512, "transformer": "WanTransformer3DModel"}
+_FLUX = {"text_tokens": 512, "text_before": True, "transformer": "FluxTransformer2DModel"}
+_COG = {"text_tokens": 226, "text_before": True, "transformer": "CogVideoXTransformer3DModel"}
 _WAN_14B = ("T2V-14B", "I2V-14B-480P", "I2V-14B-720P")
 
 MODELS: tuple[ModelShape, ...] = (
@@ -123,7 +123,7 @@ MODELS: tuple[ModelShape, ...] = (
     ),
     ModelShape(
         "hunyuan-video", "video", 60, 24, 128, 12288, 8, 4, text_tokens=256,
-        family="HunyuanVideoTransformer3DModel", ids=("hunyuanvideo-community/HunyuanVideo",),
+        transformer="HunyuanVideoTransformer3DModel", ids=("hunyuanvideo-community/HunyuanVideo",),
     ),
     ModelShape(
         "cogvideox-2b", "video", 30, 30, 64, 7680, 8, 4, **_COG,  # type: ignore[arg-type]
@@ -135,11 +135,11 @@ MODELS: tuple[ModelShape, ...] = (
     ),
     ModelShape(
         "mochi", "video", 48, 24, 128, 8192, 8, 6, text_tokens=256,
-        family="MochiTransformer3DModel", ids=("genmo/mochi-1-preview",),
+        transformer="MochiTransformer3DModel", ids=("genmo/mochi-1-preview",),
     ),
     ModelShape(
         "ltx-video", "video", 28, 32, 64, 8192, 32, 8, patch=(1, 1, 1), cross_tokens=128,
-        family="LTXVideoTransformer3DModel", ids=("Lightricks/LTX-Video",),
+        transformer="LTXVideoTransformer3DModel", ids=("Lightricks/LTX-Video",),
     ),
     ModelShape(
         "flux", "image", 57, 24, 128, 12288, 8, **_FLUX,  # type: ignore[arg-type]
@@ -147,11 +147,11 @@ MODELS: tuple[ModelShape, ...] = (
     ),
     ModelShape(
         "sd3.5-large", "image", 38, 38, 64, 9728, 8, text_tokens=333,
-        family="SD3Transformer2DModel", ids=("stabilityai/stable-diffusion-3.5-large",),
+        transformer="SD3Transformer2DModel", ids=("stabilityai/stable-diffusion-3.5-large",),
     ),
     ModelShape(
         "qwen-image", "image", 60, 24, 128, 12288, 8, text_tokens=256, text_before=True,
-        family="QwenImageTransformer2DModel", ids=("Qwen/Qwen-Image",),
+        transformer="QwenImageTransformer2DModel", ids=("Qwen/Qwen-Image",),
     ),
 )  # fmt: skip
 
@@ -213,10 +213,10 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         patch=_patch(config, packed),
         cross_tokens=512 if hasattr(block, "attn2") else 0,
         text_tokens=max(
-            (m.text_tokens for m in MODELS if m.family == family.transformer), default=0
+            (m.text_tokens for m in MODELS if m.transformer == family.transformer), default=0
         ),
         text_before=family.text == "before",
-        family=family.transformer,
+        transformer=family.transformer,
     )
 
 
@@ -225,7 +225,7 @@ def _scales(pipe: Any, family: Any) -> tuple[int, int]:
     space = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 0)
     if space:
         return space, getattr(pipe, "vae_scale_factor_temporal", 0) or 1
-    usual = next((m for m in MODELS if m.family == family.transformer), None)
+    usual = next((m for m in MODELS if m.transformer == family.transformer), None)
     if usual is not None:
         return usual.space, usual.time
     return 8, 4 if family.kind == "video" else 1

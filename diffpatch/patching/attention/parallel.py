@@ -81,7 +81,7 @@ def share(model: Any) -> tuple[int, int]:
     return 0, 1
 
 
-def spread(
+def through_ulysses(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

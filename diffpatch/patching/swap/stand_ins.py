@@ -101,7 +101,9 @@ def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
             dealing: Any = nullcontext()
             if not torch.compiler.is_compiling():
                 dealing = owner.dealing(query, key, attn_mask, int(layer))
-            return parallel.spread(query, key, value, attn_mask, scale, config, _route, dealing)
+            return parallel.through_ulysses(
+                query, key, value, attn_mask, scale, config, _route, dealing
+            )
         return _route(query, key, value, attn_mask, scale)
 
     return dispatch_attention_fn

@@ -12,45 +12,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffpatch.eval.quality.networks.towers import (
+    LOOK_SIZE,
+    LOOKS,
+    MOMENT_SIZE,
+    MOMENTS,
+    chosen_frames,
+    convolution,
+    look_tower,
+    resized,
+    separate,
+    trained,
+)
 from diffpatch.pipelines.demo import clips
 
 WEIGHTS = Path(__file__).parents[2] / "weights" / "contrast.safetensors"
 FEATURES, EMBEDDING = 128, 64
-LOOKS, MOMENTS = 3, 9  # frames seen one by one at 64 px, and frames seen together at 32 px
-LOOK_SIZE, MOMENT_SIZE = 64, 32
 
 
 class UnknownWords(ValueError):
     """The text has words that the model was never trained on."""
 
 
-def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.GELU()
-    )
-
-
 class Contrast(nn.Module):
     """Embeds clips, frames and captions; 0.6 M parameters at the default width."""
 
     def __init__(self, width: int = 32) -> None:
-        """Builds an untrained model."""
+        """An untrained model."""
         super().__init__()
-        self.look = nn.Sequential(
-            _convolution(3, width, 2),
-            _convolution(width, 2 * width, 2),
-            _convolution(2 * width, 2 * width, 1),
-            _convolution(2 * width, 4 * width, 2),
-            _convolution(4 * width, 4 * width, 1),
-        )
+        self.look = look_tower(width)
         self.watch = nn.Sequential(
-            _convolution(3 * MOMENTS, width, 2),
-            _convolution(width, 2 * width, 2),
-            _convolution(2 * width, 4 * width, 2),
+            convolution(3 * MOMENTS, width, 2),
+            convolution(width, 2 * width, 2),
+            convolution(2 * width, 4 * width, 2),
         )
         self.join = nn.Linear(16 * width, FEATURES)
         self.clip_head = nn.Linear(FEATURES, EMBEDDING)
@@ -62,7 +59,7 @@ class Contrast(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # of the logits, in training only
 
     def features(self, video: Tensor) -> Tensor:
-        """Describes whole clips, motion included, by numbers.
+        """What describes whole clips, motion included, by numbers.
 
         Args:
             video: ``[B, 3, F, H, W]`` float in [-1, 1]; any length, any size.
@@ -70,13 +67,9 @@ class Contrast(nn.Module):
         Returns:
             ``[B, 128]`` float32.
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video has shape {tuple(video.shape)}; expected [B, 3, F, H, W]")
-        last = video.shape[2] - 1
-        moments = video[:, :, [round(i * last / (MOMENTS - 1)) for i in range(MOMENTS)]].float()
-        looks = moments[:, :, :: (MOMENTS - 1) // (LOOKS - 1)]
+        looks, moments = chosen_frames(video)
         seen = self._seen(looks.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, LOOKS)).mean(1)
-        small = _resized(moments.transpose(1, 2).flatten(0, 1), MOMENT_SIZE)
+        small = separate(moments, MOMENT_SIZE)
         watch = self.watch(small.unflatten(0, (-1, MOMENTS)).flatten(1, 2))
         moved = torch.cat([watch.mean((2, 3)), watch.amax((2, 3))], dim=1)
         return functional.gelu(self.join(torch.cat([seen, moved], dim=1).float()))
@@ -106,7 +99,7 @@ class Contrast(nn.Module):
 
     def _seen(self, frames: Tensor) -> Tensor:
         """What single frames ``[N, 3, H, W]`` show, ``[N, 8 * width]``."""
-        look = self.look(_resized(frames, LOOK_SIZE))
+        look = self.look(resized(frames, LOOK_SIZE))
         return torch.cat([look.mean((2, 3)), look.amax((2, 3))], dim=1).float()
 
 
@@ -131,21 +124,10 @@ def tokenize(captions: Sequence[str]) -> Tensor:
 
 
 def load_contrast(path: Path = WEIGHTS) -> Contrast:
-    """Loads the trained model in float32, ready to use.
+    """The trained model in float32, ready to use.
 
     Raises:
-        FileNotFoundError: If the weights are missing.
+        FileNotFoundError: the weights are missing.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no contrastive weights at {path}; train them with examples/train_contrast.py"
-        )
-    model = Contrast()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return model.eval().requires_grad_(False)
-
-
-def _resized(frames: Tensor, size: int) -> Tensor:
-    if frames.shape[-2:] == (size, size):
-        return frames
-    return functional.interpolate(frames, (size, size), mode="area")
+    model = trained(Contrast(), path, "examples/train_contrast.py")
+    return model.requires_grad_(False)
