@@ -15,6 +15,7 @@ from diffpatch.kernels.block_sparse.backends import passed_over
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
+from diffpatch.patching import remarks
 from diffpatch.patching.attention import model_masks as masks
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.attention.decision import Decider, Decision, Question
@@ -27,7 +28,6 @@ from diffpatch.patching.attention.layout import (
 )
 from diffpatch.patching.forwards import UNTOLD, Forward, Forwards
 from diffpatch.patching.options import composition
-from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run import callers
 from diffpatch.patching.run.run import Run
@@ -35,7 +35,6 @@ from diffpatch.patching.swap import guide, hooks, operator, rebind, rope
 from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patching.swap.gates import Gates
 from diffpatch.patching.target import argument_names, layers, unreadable
-from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import FamilyInfo
 
 
@@ -169,10 +168,11 @@ class PatchedTransformer:
             self.forwards.trace(grid, why)
             return
         forward = self.forwards.begin(grid, why, within=self._is_within())
-        self._warn_beyond_training(forward)
+        remarks.beyond_training(self.name, self._trained, self.patch, forward)
         if remark is not None and remark not in forward.place.run.record.notes:
             forward.place.run.record.notes.append(remark)
-        self._warn_of_caches(model, forward)
+        own_cache = self.cache is not None and self.cache.is_on(model)
+        remarks.of_caches(self.name, model, self.patch, forward, own_cache)
         self._forget_moved_frames(named, forward)
         if self._guide is not None:
             self._guide.lead(model, args, kwargs, forward)
@@ -203,28 +203,6 @@ class PatchedTransformer:
         composition.check_model(model, self.patch.method, modules)
         if self._guide is not None:
             self._guide.check(model)
-
-    def _warn_beyond_training(self, forward: Forward) -> None:
-        if forward.grid == NO_GRID or len(forward.grid) != len(NO_GRID):
-            return
-        said = beyond(self._trained, TokenGrid(*forward.grid[:3]), self.patch.method.name)
-        if said is not None:
-            self.patch.say_once(f"{self.name}: {said}")
-            if forward.place.first and forward.place.step == 0:
-                forward.place.run.record.notes.append(said)
-
-    def _warn_of_caches(self, model: Any, forward: Forward) -> None:
-        cache, place = composition.shared_cache(model), forward.place
-        if cache is None:
-            return
-        why = f"one gets the answer for the other from {cache}, patched or not"
-        if composition.mixes_branches(model, place.branch):
-            what = f"{self.name} has several guidance branches, which are computed in turn"
-            self.patch.note([place.run], f"{what}: {why}")
-        own = self.cache is not None and self.cache.is_on(model)  # forgets one run for the next
-        if not own and (others := self.patch.runs.others_than(place.run)):
-            what = f"{self.name} has several runs under way, which have to wait for each other"
-            self.patch.note([place.run, *others], f"{what}: {why}")
 
     def _keep_processors(self) -> None:
         """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""

@@ -1,4 +1,4 @@
-"""The one operator that rebound attention goes through where a compiler or a dispatch mode looks on.
+"""The one operator that attention goes through where a compiler or a dispatch mode looks on.
 
 To them it is a black box, inside it plain Python runs.
 """
