@@ -54,7 +54,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(args: argparse.Namespace, captions: dict[str, str]) -> None:
-    """Renders the pictures that are not there yet, dense and with the method, from equal noise."""
+    """Render the pictures that are not there yet, dense and with the method, from equal noise."""
     parameters = scripts.method_parameters(args.method, args.set)
     source = loading.find(args.model)
     call = scripts.call_arguments(args, source)
@@ -123,7 +123,7 @@ def evaluate(args: argparse.Namespace, captions: dict[str, str]) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line, renders and measures."""
+    """Parse the command line, render and measure."""
     parser = scripts.Parser(description=__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder of the real pictures")

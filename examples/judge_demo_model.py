@@ -35,14 +35,14 @@ RESULTS = Path(judging.__file__).parents[2] / "results"
 
 
 def choose_captions(count: int, seed: int) -> list[clips.ClipSpec]:
-    """Draws held-out captions, the same ones for every method."""
+    """Draw held-out captions, the same ones for every method."""
     return clips.sample_specs(count, torch.Generator().manual_seed(seed), held_out=True)
 
 
 def sample(
     pipe: WanPipeline, specs: list[clips.ClipSpec], preset: model.DemoPreset, batch: int, seed: int
 ) -> Tensor:
-    """Samples one clip per caption; the noise of a clip depends only on its place in the list.
+    """Sample one clip per caption; the noise of a clip depends only on its place in the list.
 
     Returns:
         ``[N, 3, F, H, W]`` float32 in [-1, 1].
@@ -67,7 +67,7 @@ def sample(
 
 
 def draw_real(specs: list[clips.ClipSpec], preset: model.DemoPreset, seed: int) -> Tensor:
-    """Draws real clips of the given captions, like the ones that the model was trained on."""
+    """Draw real clips of the given captions, like the ones that the model was trained on."""
     generator = torch.Generator().manual_seed(seed)
     times = clips.frame_times(preset.num_frames)
     parts = []
@@ -96,7 +96,7 @@ def measure(video: Tensor, specs: list[clips.ClipSpec], preset: model.DemoPreset
 
 
 def contact_sheet(video: Tensor, path: Path, *, rows: int = 16, columns: int = 5) -> None:
-    """Saves a picture with some frames of the first clips, one clip per row."""
+    """Save a picture with some frames of the first clips, one clip per row."""
     chosen = [round(i * (video.shape[2] - 1) / (columns - 1)) for i in range(columns)]
     strips = video[:rows, :, chosen].permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
     pixels = ((strips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -138,7 +138,7 @@ def describe_run() -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Samples, judges, prints and saves."""
+    """Sample, judge, print and save."""
     options = parse_arguments()
     preset = model.PRESETS[options.preset]
     preset = dataclasses.replace(

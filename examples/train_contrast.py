@@ -1,4 +1,4 @@
-"""Trains the contrastive text-video model on clips drawn on the fly (10 minutes on one CPU core).
+"""Train the contrastive text-video model on clips drawn on the fly (10 minutes on one CPU core).
 
 Every clip is told from the other captions of its batch and from its own caption with one attribute
 changed, 20-odd of them, which is where the words for shapes and motions are learned. The record
@@ -45,7 +45,7 @@ EVERY = 50  # updates between two lines of the training's loss
 def draw(
     specs: list[clips.ClipSpec], generator: torch.Generator, *, num_frames: int, size: int = 64
 ) -> Tensor:
-    """Draws clips ``[len(specs), 3, num_frames, size, size]`` in [-1, 1]."""
+    """Draw clips ``[len(specs), 3, num_frames, size, size]`` in [-1, 1]."""
     scenes = clips.draw_scenes(specs, generator)
     return clips.render(scenes, clips.frame_times(num_frames).expand(len(specs), -1), size)
 
@@ -146,7 +146,7 @@ def damage(video: Tensor, kind: str, strength: float, generator: torch.Generator
 
 
 def train(options: argparse.Namespace) -> tuple[contrast.Contrast, dict[str, Any]]:
-    """Trains with AdamW and a cosine learning rate; returns the model and how it went."""
+    """Train with AdamW and a cosine learning rate; the model, and how it went."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = contrast.Contrast().train()
@@ -247,7 +247,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line, trains, saves, checks and records."""
+    """Parse the command line, train, save, check and record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Trains the built-in demo model from scratch, on clips drawn on the fly.
+"""Train the built-in demo model from scratch, on clips drawn on the fly.
 
 Two ideas make this possible on a couple of CPU cores:
 
@@ -61,7 +61,7 @@ class Stage:
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        """Reads ``steps,batch,keep,size[,long_share[,first_rate,final_rate]]``."""
+        """Read ``steps,batch,keep,size[,long_share[,first_rate,final_rate]]``."""
         steps, batch, keep, size, *rest = text.split(",")
         return cls(int(steps), int(batch), int(keep), int(size), *map(float, rest))
 
@@ -78,7 +78,7 @@ DEFAULT_STAGES = (  # the run behind the shipped weights
 
 
 def build_optimizers(named: dict[str, nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    """Builds Muon for the matrices of the transformer's blocks, and AdamW for everything else."""
+    """Build Muon for the matrices of the transformer's blocks, and AdamW for everything else."""
     matrices = {n for n, value in named.items() if value.ndim == 2 and "blocks" in n}
     muon = torch.optim.Muon(
         [value for n, value in named.items() if n in matrices],
@@ -100,7 +100,7 @@ class Trainer:
         options: argparse.Namespace,
         build: Callable[[], WanTransformer3DModel] = model.build_transformer,
     ) -> None:
-        """Builds an untrained model.
+        """Build an untrained model.
 
         Args:
             stages: The parts of the run.
@@ -141,7 +141,7 @@ class Trainer:
         return sum(stage.steps for stage in self.stages)
 
     def stage(self) -> tuple[Stage, int]:
-        """Returns the stage of the next step, and how many of its steps are done."""
+        """The stage of the next step, and how many of its steps are done."""
         done = self.step
         for stage in self.stages:
             if done < stage.steps:
@@ -150,7 +150,7 @@ class Trainer:
         raise ValueError(f"step {self.step} lies behind the last of {self.total_steps} steps")
 
     def loss(self) -> tuple[Tensor, Tensor]:
-        """Draws a batch and returns the velocity loss and the hint loss."""
+        """The velocity loss and the hint loss of a batch that is drawn."""
         stage, _ = self.stage()
         batch, generator, device = stage.batch, self.generator, self.device
         specs = clips.sample_specs(batch, generator)
@@ -177,7 +177,7 @@ class Trainer:
         return loss, (guess.float() - wanted).square().mean()
 
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Encodes captions to ``[B, 16, text_dim]`` and tells cross-attention about the padding."""
+        """Encode captions to ``[B, 16, text_dim]`` and tell cross-attention about the padding."""
         tokens = self.tokenizer(
             captions, padding="max_length", max_length=subset.TEXT_SLOTS, return_tensors="pt"
         ).to(self.device)
@@ -190,7 +190,7 @@ class Trainer:
         return text.to(torch.bfloat16)
 
     def update(self) -> tuple[float, float]:
-        """Makes one step; returns the velocity loss and the hint loss."""
+        """Make one step; the velocity loss and the hint loss."""
         stage, done = self.stage()
         change = (stage.final_rate - stage.first_rate) * done / stage.steps
         rate = min(1.0, (done + 1) / 20) * (stage.first_rate + change)
@@ -209,7 +209,7 @@ class Trainer:
         return loss.item(), hint.item()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every tensor of the state under a unique name."""
+        """Every tensor of the state under a unique name."""
         for name, value in self.parts.named_parameters():
             yield f"weights/{name}", value.detach()
             yield f"average/{name}", self.average[name]
@@ -220,7 +220,7 @@ class Trainer:
         yield "random", self.generator.get_state()
 
     def save(self, folder: Path) -> None:
-        """Writes the whole state to ``folder``."""
+        """Write the whole state to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous().cpu() for name, value in self._tensors()}
         info = {"step": str(self.step), "seconds": f"{self.seconds:.0f}"}
@@ -231,7 +231,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Continues from a state written by :meth:`save`."""
+        """Continue from a state written by `save`."""
         tensors = load_file(folder / "state.safetensors")
         info = json.loads((folder / "state.json").read_text())
         self.step, self.seconds = int(info["step"]), float(info["seconds"])
@@ -250,7 +250,7 @@ class Trainer:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Builds a pipeline folder from the averaged weights of a checkpoint."""
+    """Build a pipeline folder from the averaged weights of a checkpoint."""
     tensors = load_file(checkpoint / "state.safetensors")
     built = {"transformer": model.build_transformer(), "text_encoder": model.build_text_encoder()}
     for part, module in built.items():
@@ -264,7 +264,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 
 def run(trainer: Trainer, out: Path, save_minutes: float) -> None:
-    """Trains until the stages are done or the process is asked to stop."""
+    """Train until the stages are done or the process is asked to stop."""
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: stop.append(signum))
@@ -289,7 +289,7 @@ def run(trainer: Trainer, out: Path, save_minutes: float) -> None:
 
 
 def main() -> None:
-    """Parses the command line and trains, or exports."""
+    """Parse the command line and train, or export."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

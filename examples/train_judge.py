@@ -1,4 +1,4 @@
-"""Trains the attribute judge on clips drawn on the fly (a few minutes on one CPU core).
+"""Train the attribute judge on clips drawn on the fly (a few minutes on one CPU core).
 
 Some of the training clips are roughened (noise, blur, a pass through the demo autoencoder's
 resolution), so that the judge does not hang on pixel-sharp edges that no model reproduces.
@@ -26,7 +26,7 @@ from diffpatch.pipelines.demo import clips
 def draw(
     count: int, size: int, generator: torch.Generator, *, num_frames: int, held_out: bool
 ) -> tuple[Tensor, list[clips.ClipSpec]]:
-    """Draws clips ``[count, 3, num_frames, size, size]`` and what they show."""
+    """Draw clips ``[count, 3, num_frames, size, size]`` and what they show."""
     specs = clips.sample_specs(count, generator, held_out=held_out)
     scenes = clips.draw_scenes(specs, generator)
     times = clips.frame_times(num_frames).expand(count, -1)
@@ -45,7 +45,7 @@ def roughen(video: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(options: argparse.Namespace) -> judging.Judge:
-    """Trains a judge with AdamW and a cosine learning rate."""
+    """Train a judge with AdamW and a cosine learning rate."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     judge = judging.Judge().train()
@@ -74,7 +74,7 @@ def train(options: argparse.Namespace) -> judging.Judge:
 
 
 def report(judge: judging.Judge, count: int) -> None:
-    """Prints how well the judge reads unseen clips, and how its distance orders damage."""
+    """Print how well the judge reads unseen clips, and how its distance orders damage."""
     generator = torch.Generator().manual_seed(99)
     for num_frames in (13, 33):
         video, specs = draw(count, 64, generator, num_frames=num_frames, held_out=True)
@@ -95,7 +95,7 @@ def report(judge: judging.Judge, count: int) -> None:
 
 
 def main() -> None:
-    """Parses the command line, trains, reports and saves."""
+    """Parse the command line, train, report and save."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

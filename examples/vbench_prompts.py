@@ -1,4 +1,4 @@
-"""Renders a VBench prompt list as VBench wants it, then reads the scores VBench wrote.
+"""Render a VBench prompt list as VBench wants it, then read the scores VBench wrote.
 
     python examples/vbench_prompts.py render all_dimension.txt -o videos/dense \\
         --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
@@ -29,7 +29,7 @@ from diffpatch.pipelines.running.calls import fitted_call, frames_per_second
 
 
 def render(args: argparse.Namespace) -> None:
-    """Renders what is missing, every video from a seed of its own."""
+    """Render what is missing, every video from a seed of its own."""
     parameters = {} if args.method == "dense" else scripts.method_parameters(args.method, args.set)
     source = loading.find(args.model)
     scripts.check_format("mp4", source.is_video)
@@ -61,7 +61,7 @@ def render(args: argparse.Namespace) -> None:
 
 
 def read(args: argparse.Namespace) -> None:
-    """Prints the scores of every result side by side."""
+    """Print the scores of every result side by side."""
     results = [vbench.read_result([path]) for path in args.results]
     names = [path.name.removesuffix("_eval_results.json") for path in args.results]
     if args.json:
@@ -71,7 +71,7 @@ def read(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs one of the two commands."""
+    """Parse the command line and run one of the two commands."""
     parser = scripts.Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("render", help="make the videos")

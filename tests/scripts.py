@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def load_example(name: str) -> ModuleType:
-    """Imports a script from the folder of examples."""
+    """Import a script from the folder of examples."""
     path = Path(__file__).parents[1] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

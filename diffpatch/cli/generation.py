@@ -39,7 +39,7 @@ def prompts(args: argparse.Namespace) -> list[str]:
         try:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            raise UsageError(f"{args.prompt_file} is no text file in UTF-8") from None
+            raise UsageError(f"{args.prompt_file} is not a text file in UTF-8") from None
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
@@ -231,7 +231,9 @@ def _open(path: Any) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
     except OSError:
-        raise UsageError(f"{path} is no image that Pillow can read; convert it to PNG") from None
+        raise UsageError(
+            f"{path} is not an image that Pillow can read; convert it to PNG"
+        ) from None
 
 
 def _size_like(image: Image.Image, height: Any, width: Any) -> dict[str, int]:

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.time()
     if args.report_only:
         if args.what is None or not (args.what / "sweep.json").is_file():
-            raise UsageError(f"{args.what} is no folder of a sweep: it has no sweep.json")
+            raise UsageError(f"{args.what} is not the folder of a sweep: it has no sweep.json")
         return _report(args, args.what)
     from diffpatch.eval.sweep.plan import describe_plan, plan_sweep
 

@@ -85,7 +85,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, render the front, check and report; returns the exit code."""
-    wanted = str(Target.parse(args.target))  # what is no target is said before any work
+    wanted = str(Target.parse(args.target))  # what is not a target is said before any work
     prompts = list(dict.fromkeys(generation.prompts(args)))
     held = prompts[len(prompts) - args.hold_out :] if args.hold_out else []
     own = prompts[: len(prompts) - len(held)]

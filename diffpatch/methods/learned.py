@@ -127,14 +127,14 @@ def _read(
 ) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
     """The class of the transformer, the parameters of the method, and the tensors if asked for."""
     if not Path(path).is_file():
-        raise BadParameter(f"weights={str(path)!r} is no file")
+        raise BadParameter(f"weights={str(path)!r} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BadParameter(
-            f"weights={str(path)!r} is no safetensors file, or a damaged one ({error})"
+            f"weights={str(path)!r} is not a safetensors file, or a damaged one ({error})"
         ) from None
     if header.get("format") != FORMAT:
         raise BadParameter(

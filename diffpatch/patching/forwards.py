@@ -32,7 +32,7 @@ class Forward:
         hooked: whether the hook of the model ran, which tells where it begins and ends; in a
             compiled one it was traced, and attention calls alone show that there is a forward.
         grid: of its tokens, where the hook told it.
-        why: there is no grid.
+        why: the reason why there is no grid.
         calls: of each layer so far.
         last: the layer called last.
         deal: in which order the heads of the call at hand are shared out to processes.

@@ -266,7 +266,7 @@ def plan(
 
     Raises:
         BadParameter: the sizes do not fit the model, or a parameter cannot work.
-        UnknownFamily: the target is no known model.
+        UnknownFamily: the target is not a known model.
         ModelError: the target names a model that cannot be read.
     """
     height, width, num_frames, num_inference_steps, branches = (

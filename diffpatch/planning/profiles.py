@@ -141,7 +141,7 @@ def load_profile(name: str | Path | DeviceProfile) -> DeviceProfile:
         try:
             return _parse(Path(name).read_text(encoding="utf-8"), str(name))
         except UnicodeDecodeError as error:
-            raise BadParameter(f"{name} is no device profile: {error}") from None
+            raise BadParameter(f"{name} is not a device profile: {error}") from None
     raise BadParameter(
         f"no device profile {str(name)!r}: {choices(wanted, profile_names())}, or a file that"
         " `diffpatch bench profile --json FILE` wrote"
@@ -153,7 +153,7 @@ def _parse(text: str, name: str) -> DeviceProfile:
         found: dict[str, Any] = json.loads(text)["profile"]
         return DeviceProfile(**found)
     except (ValueError, KeyError, TypeError) as error:
-        raise BadParameter(f"{name} is no device profile: {error!r}") from None
+        raise BadParameter(f"{name} is not a device profile: {error!r}") from None
 
 
 def _measured() -> dict[str, Any]:

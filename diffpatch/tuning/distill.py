@@ -122,7 +122,9 @@ class Distiller:
         self.transformer, self.method = transformer, method
         family = family_of(transformer)
         if family is None:
-            raise UnknownFamily(f"{type(transformer).__name__} is no transformer of a known family")
+            raise UnknownFamily(
+                f"{type(transformer).__name__} is not a transformer of a known family"
+            )
         paths = [path for path, _ in attention_modules(transformer, family)]
         calls = self._watch(sample)
         if len(calls) != len(paths):

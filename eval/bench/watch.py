@@ -14,7 +14,7 @@ HANGS_AFTER = {"cuda": 300.0}
 
 
 class Watch:
-    """Says what is done and calls for help if it does not end.
+    """What says what is done, and calls for help if it does not end.
 
     Args:
         device: where the work runs.

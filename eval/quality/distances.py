@@ -62,7 +62,7 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: Path) -> FeatureSet:
-        """Read what :meth:`save` wrote."""
+        """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(rows, (file.metadata() or {}).get("extractor", ""))

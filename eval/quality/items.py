@@ -135,7 +135,7 @@ def read_captions(path: Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise ItemError(f"{path} is no text file in UTF-8") from None
+        raise ItemError(f"{path} is not a text file in UTF-8") from None
     if path.suffix == ".json":
         try:
             found = json.loads(text)

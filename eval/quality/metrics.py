@@ -101,7 +101,7 @@ def relative_l1(values: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def check_frames(frames: torch.Tensor) -> None:
-    """Refuse what is no clip (F, C, H, W) of floats in [0, 1]; bf16 and fp16 are fine.
+    """Refuse what is not a clip (F, C, H, W) of floats in [0, 1]; bf16 and fp16 are fine.
 
     Raises:
         ValueError: integers, another number of axes, no frames, or values outside the range.
@@ -117,7 +117,7 @@ def check_frames(frames: torch.Tensor) -> None:
 
 
 def check_pair(frames: torch.Tensor, reference: torch.Tensor) -> None:
-    """Refuse clips that cannot be compared; see :func:`check_frames`."""
+    """Refuse clips that cannot be compared; see `check_frames`."""
     if frames.shape != reference.shape:
         raise ValueError(f"shapes differ: {tuple(frames.shape)} and {tuple(reference.shape)}")
     check_frames(frames)

@@ -27,7 +27,7 @@ from diffpatch.pipelines.demo.clips import parse_caption
 
 @dataclass(frozen=True)
 class Tools:
-    """The networks that judge clips; see :func:`load_tools`.
+    """The networks that judge clips; see `load_tools`.
 
     Attributes:
         clip: scores frames against texts and against each other.
@@ -144,7 +144,7 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
 
 
 def sets(candidate: Tensor | FeatureSet, reference: Tensor | FeatureSet) -> dict[str, Any]:
-    """Fréchet and kernel distance of two sets; see :func:`diffpatch.eval.distances.compare`.
+    """Fréchet and kernel distance of two sets; see `diffpatch.eval.distances.compare`.
 
     Args:
         candidate: features (N, D), such as those an extractor gives of every clip together, or a

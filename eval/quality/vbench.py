@@ -78,7 +78,7 @@ def videos(path: Path, samples: int = SAMPLES) -> list[tuple[str, int]]:
         else:
             entries = [(line.strip(), []) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VBenchError(f"{path} is no prompt list of VBench: {error}") from error
+        raise VBenchError(f"{path} is not a prompt list of VBench: {error}") from error
     counts: dict[str, int] = {}
     for prompt, dimensions in entries:
         many = FLICKER_SAMPLES if "temporal_flickering" in dimensions else samples
@@ -97,7 +97,7 @@ def read_result(paths: Sequence[Path]) -> dict[str, Any]:
         of min-max normalised scores, and ``0.8 quality + 0.2 semantic``.
 
     Raises:
-        VBenchError: a file is no result of VBench.
+        VBenchError: a file is not a result of VBench.
     """
     scores: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -107,7 +107,7 @@ def read_result(paths: Sequence[Path]) -> dict[str, Any]:
             for name, (score, details) in found.items():
                 scores[name], counts[name] = float(score), len(details)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise VBenchError(f"{path} is no result of VBench: {error}") from error
+            raise VBenchError(f"{path} is not a result of VBench: {error}") from error
     if scores.get("imaging_quality", 0) > 1:
         scores["imaging_quality"] /= 100  # older versions leave it in percent
     known = [*QUALITY, *SEMANTIC]

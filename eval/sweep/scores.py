@@ -60,7 +60,7 @@ def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str,
         group: the finished runs of one variant in one setting.
 
     Returns:
-        As :func:`diffpatch.eval.distances.compare`, with `clips`; empty for dense itself, below
+        As `diffpatch.eval.distances.compare`, with `clips`; empty for dense itself, below
         `FEWEST` clips, where features are missing, and where both sets are the same clips, which
         is so if two seeds are each other's noise floor.
     """

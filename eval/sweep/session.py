@@ -45,7 +45,7 @@ class Session:
     def __init__(
         self, store: Store, spec: SweepSpec, model: str, process: Process, device: str | None = None
     ) -> None:
-        """Loads the model; `device` is the one that the user asked for.
+        """Load the model; `device` is the one that the user asked for.
 
         Raises:
             ModelError: it cannot be loaded.

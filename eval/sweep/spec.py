@@ -116,7 +116,7 @@ def read_spec(path: Path) -> SweepSpec:
     except OSError:
         raise BadSweep(f"there is no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadSweep(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise BadSweep(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if data is None:
         raise BadSweep(f"{path}: the file is empty; `diffpatch sweep --help` names its keys")
     return check_spec(data, path.parent)

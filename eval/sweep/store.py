@@ -36,7 +36,7 @@ class Store:
     """The folder of a sweep, open for work by this process."""
 
     def __init__(self, root: Path) -> None:
-        """Creates the folder if it is not there.
+        """Create the folder if it is not there.
 
         Raises:
             BadSweep: something else is at that place, or it cannot be written to.

@@ -48,7 +48,7 @@ def attend(
             s = s.masked_fill(~seen[p][tokens[i]][:, tile], -torch.inf)
             s = s if key_mask is None else s.masked_fill(~key_mask[b, tile], -torch.inf)
             peak = s.amax(1)
-            if threshold is not None:  # -inf - -inf is no number, and no hit
+            if threshold is not None:  # -inf - -inf is not a number, and not a hit
                 hits[b, h, e] = bool(((peak - top) * LOG2_E > threshold).any())
             top = torch.maximum(top, peak)
             scores.append(s)

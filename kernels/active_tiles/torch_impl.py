@@ -149,7 +149,9 @@ def _hits(peaks: torch.Tensor, threshold: float, reverse: bool) -> torch.Tensor:
     peaks = peaks.flip(-1) if reverse else peaks
     before = peaks.cummax(-1).values.roll(1, -1)
     before[..., 0] = -torch.inf
-    hits = ((peaks - before) * LOG2_E > threshold).any(1)  # NaN, nothing after nothing, is no hit
+    hits = ((peaks - before) * LOG2_E > threshold).any(
+        1
+    )  # NaN, nothing after nothing, is not a hit
     return hits.flip(-1) if reverse else hits
 
 

@@ -101,7 +101,7 @@ Clock = Callable[["Backend", Setting], float]
 
 
 class Chooser:
-    """Measures, and remembers in this process and in a folder.
+    """What measures, and remembers in this process and in a folder.
 
     Args:
         folder: where rankings are kept; one that cannot be written is done without.

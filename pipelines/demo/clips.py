@@ -49,7 +49,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "pattern": ("plain", "striped"),
     "background": tuple(BACKGROUNDS),
 }
-"""The values of each attribute, in the order used by :meth:`ClipSpec.labels`."""
+"""The values of each attribute, in the order used by `ClipSpec.labels`."""
 
 STRIPED_FRACTION = 0.2
 HELD_OUT_ONE_IN = 8
@@ -61,12 +61,12 @@ class ClipSpec:
     """What a caption says about a clip.
 
     Attributes:
-        size: One of :data:`SIZES`.
-        color: A key of :data:`COLORS`.
-        shape: One of :data:`SHAPES`.
-        motion: One of :data:`MOTIONS`.
+        size: One of `SIZES`.
+        color: A key of `COLORS`.
+        shape: One of `SHAPES`.
+        motion: One of `MOTIONS`.
         pattern: ``"plain"`` (never written in the caption) or ``"striped"``.
-        background: A key of :data:`BACKGROUNDS`.
+        background: A key of `BACKGROUNDS`.
     """
 
     size: str
@@ -84,7 +84,7 @@ class ClipSpec:
                 )
 
     def caption(self) -> str:
-        """Returns the sentence that describes the clip."""
+        """The sentence that describes the clip."""
         striped = "striped " if self.pattern == "striped" else ""
         return (
             f"a {self.size} {self.color} {self.shape} {self.motion} "
@@ -92,7 +92,7 @@ class ClipSpec:
         )
 
     def labels(self) -> dict[str, int]:
-        """Returns the index of each attribute's value in :data:`ATTRIBUTES`."""
+        """The index of each attribute's value in `ATTRIBUTES`."""
         return {name: values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()}
 
     @property
@@ -102,7 +102,7 @@ class ClipSpec:
 
 
 def parse_caption(text: str) -> ClipSpec:
-    """Reads a caption back into its attributes.
+    """Read a caption back into its attributes.
 
     Raises:
         ValueError: If the text is not a caption of this world.
@@ -130,7 +130,7 @@ def all_specs(held_out: bool, pattern: str) -> tuple[ClipSpec, ...]:
 def sample_specs(
     count: int, generator: torch.Generator, *, held_out: bool = False
 ) -> list[ClipSpec]:
-    """Draws attribute combinations at random.
+    """Draw attribute combinations at random.
 
     Args:
         count: How many to draw (with replacement).
@@ -146,7 +146,7 @@ def sample_specs(
 
 
 def vocabulary() -> list[str]:
-    """Returns every word that a caption can contain, sorted."""
+    """Every word that a caption can contain, sorted."""
     phrases = ["a", "over", "background", "striped", *SIZES, *COLORS, *SHAPES, *MOTIONS]
     return sorted(set(" ".join([*phrases, *BACKGROUNDS]).split()))
 
@@ -162,7 +162,7 @@ class Scenes:
         start: ``[B, 3]`` centre x, centre y and radius at time 0, in units of the canvas.
         travel: ``[B, 3]`` change of these over the whole clip.
         tilt: ``[B]`` rotation of the shape in radians.
-        shape: ``[B]`` index into :data:`SHAPES`.
+        shape: ``[B]`` index into `SHAPES`.
         color: ``[B, 3]`` colour of the shape, 0 to 1.
         ground: ``[B, 2, 3]`` the two colours of the stripes (equal on a plain background).
         stripes: ``[B, 2]`` period in units of the canvas, and phase in periods.
@@ -177,21 +177,21 @@ class Scenes:
     stripes: Tensor
 
     def at(self, times: Tensor) -> Tensor:
-        """Returns centre x, centre y and radius ``[B, K, 3]`` at ``times`` ``[B, K]``."""
+        """Centre x, centre y and radius ``[B, K, 3]`` at ``times`` ``[B, K]``."""
         return self.start[:, None] + times[..., None] * self.travel[:, None]
 
     def to(self, device: torch.device | str) -> Scenes:
-        """Returns the same scenes on another device."""
+        """The same scenes on another device."""
         return Scenes(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def frame_times(num_frames: int) -> Tensor:
-    """Returns the times ``[num_frames]`` of a clip's frames, from 0 to 1."""
+    """The times ``[num_frames]`` of a clip's frames, from 0 to 1."""
     return torch.arange(num_frames) / max(1, num_frames - 1)
 
 
 def draw_scenes(specs: Sequence[ClipSpec], generator: torch.Generator) -> Scenes:
-    """Draws everything that the captions leave open.
+    """Draw everything that the captions leave open.
 
     Args:
         specs: The B attribute combinations.
@@ -217,7 +217,7 @@ def draw_scenes(specs: Sequence[ClipSpec], generator: torch.Generator) -> Scenes
 
 
 def _path(spec: ClipSpec, draw: list[float]) -> tuple[list[float], list[float]]:
-    """Returns the start and the travel of (x, y, radius), from five uniform numbers."""
+    """The start and the travel of (x, y, radius), from five uniform numbers."""
     small = spec.size == "small"
     radius = 0.15 + 0.02 * draw[0] if small else 0.25 + 0.03 * draw[0]
     start = [0.35 + 0.30 * draw[1], 0.35 + 0.30 * draw[2], radius]
@@ -237,7 +237,7 @@ def _path(spec: ClipSpec, draw: list[float]) -> tuple[list[float], list[float]]:
 
 
 def render(scenes: Scenes, times: Tensor, size: int) -> Tensor:
-    """Draws the frames of a batch of clips.
+    """Draw the frames of a batch of clips.
 
     Args:
         scenes: The B clips.
@@ -279,7 +279,7 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ground(scenes: Scenes, grid: Tensor) -> Tensor:
-    """Draws the backgrounds ``[B, 3, size, size]``: vertical stripes with soft edges."""
+    """Draw the backgrounds ``[B, 3, size, size]``: vertical stripes with soft edges."""
     period, phase = scenes.stripes.unbind(1)
     place = grid / period[:, None] + phase[:, None]
     ramp = ((place - place.floor() - 0.5).abs() * 2 - 0.5) * period[:, None] * len(grid)

@@ -35,7 +35,7 @@ class DemoPreset:
 
     Attributes:
         name: Name of the preset.
-        num_frames: Frames of the clip (see :func:`pipeline_num_frames`).
+        num_frames: Frames of the clip (see `pipeline_num_frames`).
         height: Height in pixels.
         width: Width in pixels.
         num_inference_steps: Euler steps.
@@ -64,10 +64,10 @@ few captions, the first gave the cleanest outlines and the smallest Fréchet dis
 
 
 def load_demo(name: str = "demo", dtype: torch.dtype = torch.bfloat16) -> WanPipeline:
-    """Loads the demo model that is shipped with the package.
+    """Load the demo model that is shipped with the package.
 
     Args:
-        name: A key of :data:`PRESETS`; all presets share the same weights.
+        name: A key of `PRESETS`; all presets share the same weights.
         dtype: ``torch.bfloat16`` or ``torch.float32``.
 
     Returns:
@@ -88,7 +88,7 @@ def load_demo(name: str = "demo", dtype: torch.dtype = torch.bfloat16) -> WanPip
 
 
 def pipeline_num_frames(pipe: WanPipeline, num_frames: int) -> int:
-    """Returns the ``num_frames`` argument that makes ``pipe`` produce ``num_frames`` frames.
+    """The ``num_frames`` argument that makes ``pipe`` produce ``num_frames`` frames.
 
     WanPipeline rounds the number of frames to 4k + 1 and, when the autoencoder does not compress
     time at all, this rounding adds a frame. For such an autoencoder one frame less has to be
@@ -102,14 +102,14 @@ def pipeline_num_frames(pipe: WanPipeline, num_frames: int) -> int:
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """Builds a tokenizer with one piece per word of :func:`clips.vocabulary`."""
+    """Build a tokenizer with one piece per word of `clips.vocabulary`."""
     special = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
     words = [("\u2581" + word, -1.0) for word in clips.vocabulary()]
     return T5Tokenizer(vocab=special + words, extra_ids=0)
 
 
 def build_text_encoder() -> UMT5EncoderModel:
-    """Builds an untrained two-layer text encoder (0.2 M parameters)."""
+    """Build an untrained two-layer text encoder (0.2 M parameters)."""
     options: dict[str, Any] = {
         "vocab_size": 64,
         "d_model": TEXT_DIM,
@@ -127,7 +127,7 @@ def build_text_encoder() -> UMT5EncoderModel:
 
 
 def build_transformer(heads: int = 3, layers: int = 6, ffn_dim: int = 576) -> WanTransformer3DModel:
-    """Builds an untrained video transformer with 64 channels per head.
+    """Build an untrained video transformer with 64 channels per head.
 
     The start is close to the identity: gates are open, branches are small, the output is zero.
     """
@@ -163,7 +163,7 @@ def build_transformer(heads: int = 3, layers: int = 6, ffn_dim: int = 576) -> Wa
 def save_pipeline(
     folder: Path, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module
 ) -> None:
-    """Writes a complete pipeline folder in bfloat16, replacing an older one in one step.
+    """Write a complete pipeline folder in bfloat16, replacing an older one in one step.
 
     The given modules are converted to bfloat16 in place.
 
@@ -171,7 +171,7 @@ def save_pipeline(
         folder: Where the pipeline goes.
         transformer: The trained video transformer.
         text_encoder: The text encoder trained with it.
-        vae: The autoencoder from :func:`diffpatch.pipelines.demo.vae.build_vae`.
+        vae: The autoencoder from `diffpatch.pipelines.demo.vae.build_vae`.
     """
     parts: dict[str, Any] = {
         "tokenizer": build_tokenizer(),

@@ -44,7 +44,7 @@ def choose_frames(batch: int, keep: int, num_frames: Tensor, generator: torch.Ge
 def rotary_embedding(
     transformer: WanTransformer3DModel, frames: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes the rotary embedding of some frames of a clip, as the stock model would.
+    """Compute the rotary embedding of some frames of a clip, as the stock model would.
 
     Args:
         transformer: The model; its rotary embedding gives the sizes.
@@ -79,7 +79,7 @@ def subset_forward(
     text: Tensor,
     frames: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the stock submodules on some frames of a clip, at their true positions.
+    """Run the stock submodules on some frames of a clip, at their true positions.
 
     With all frames and a grid of 16 this equals ``transformer(...)``.
 
@@ -92,7 +92,7 @@ def subset_forward(
 
     Returns:
         The predicted velocity, like ``latents``, and the hidden states ``[B, N, dim]`` after
-        block :data:`HINT_BLOCK`.
+        block `HINT_BLOCK`.
     """
     rotary = rotary_embedding(transformer, frames, latents.shape[-1])
     hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
@@ -154,7 +154,7 @@ class PaddedTextProcessor(WanAttnProcessor):
 
 
 def padding_bias(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the logits ``[B, 1, 1, 16]`` that let padding slots stand for 16 to 512 tokens."""
+    """The logits ``[B, 1, 1, 16]`` that let padding slots stand for 16 to 512 tokens."""
     words = mask.sum(1, keepdim=True).float()
     draw = torch.rand(len(mask), 1, generator=generator).to(mask.device)
     total = TEXT_SLOTS * (LONGEST_TEXT / TEXT_SLOTS) ** draw

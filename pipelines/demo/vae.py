@@ -32,7 +32,7 @@ WHITENING = 0.35
 
 
 def build_vae(seed: int = 5, fit_clips: int = 160) -> AutoencoderKLWan:
-    """Computes the autoencoder from freshly drawn clips (a few seconds on a CPU).
+    """Compute the autoencoder from freshly drawn clips (a few seconds on a CPU).
 
     Args:
         seed: Seed of the clips that the components are fitted to.
@@ -73,7 +73,7 @@ def build_vae(seed: int = 5, fit_clips: int = 160) -> AutoencoderKLWan:
 
 
 def encoder_matrix(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    """Reads the encoder back as one affine map from patch pixels to normalised latents.
+    """Read the encoder back as one affine map from patch pixels to normalised latents.
 
     Returns:
         Matrix ``[16, 192]`` and offset ``[16]``, float32, on the autoencoder's device.
@@ -88,7 +88,7 @@ def encoder_matrix(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
 
 
 def encode(video: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Encodes frames with the affine map of :func:`encoder_matrix`, far faster than the network.
+    """Encode frames with the affine map of `encoder_matrix`, far faster than the network.
 
     Args:
         video: ``[B, 3, F, H, W]`` in [-1, 1]; H and W multiples of 8.
@@ -103,7 +103,7 @@ def encode(video: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
 
 def _patches(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Draws one random frame of each of ``count`` clips as ``[count, 192, size/8, size/8]``."""
+    """Draw one random frame of each of ``count`` clips as ``[count, 192, size/8, size/8]``."""
     scenes = clips.draw_scenes(clips.sample_specs(count, generator), generator)
     times = torch.rand(count, 1, generator=generator)
     return patchify(clips.render(scenes, times, size), PATCH)[:, :, 0]
@@ -112,7 +112,7 @@ def _patches(count: int, size: int, generator: torch.Generator) -> Tensor:
 def _fit_decoder(
     patches: list[Tensor], rows: Tensor, basis: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fits patch pixels to the codes of the 3x3 neighbourhood by ridge regression.
+    """Fit patch pixels to the codes of the 3x3 neighbourhood by ridge regression.
 
     Returns:
         Kernel ``[192, 16, 3, 3]`` and bias ``[192]``.
@@ -132,7 +132,7 @@ def _fit_decoder(
 
 @torch.no_grad()
 def _write(vae: Any, basis: Tensor, mean: Tensor, kernel: Tensor, bias: Tensor) -> None:
-    """Writes the linear maps into the weights of the encoder and the decoder."""
+    """Write the linear maps into the weights of the encoder and the decoder."""
     channels = LATENT_CHANNELS
     identity = torch.eye(channels)
     encoder, decoder = vae.encoder, vae.decoder
@@ -153,7 +153,7 @@ def _write(vae: Any, basis: Tensor, mean: Tensor, kernel: Tensor, bias: Tensor) 
 
 
 def _linearise(half: Any) -> None:
-    """Makes an encoder or decoder the identity between its first and last convolution."""
+    """Make an encoder or decoder the identity between its first and last convolution."""
     constant = 2 * LATENT_CHANNELS  # the channel that holds the constant
     gain = torch.full((WIDTH,), CONSTANT / WIDTH**0.5)
     gain[constant] = WIDTH**-0.5

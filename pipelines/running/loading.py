@@ -221,8 +221,8 @@ def _read_index(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UnusableModel(
-            f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that "
-            "save_pretrained wrote"
+            f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder "
+            "that save_pretrained wrote"
         )
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]

@@ -103,7 +103,7 @@ def as_frames(output: Any) -> torch.Tensor:
 
 @dataclass
 class _StepClock:
-    """Measures steps: from the first call of a denoiser, then from callback to callback."""
+    """What measures steps: from the first call of a denoiser, then from callback to callback."""
 
     device: torch.device
     on_step: OnStep | None = None

@@ -99,7 +99,8 @@ def check_strength(strength: float, steps: int | None = None) -> None:
         raise BadParameter(f"strength={strength!r} must be in (0, 1], such as {STRENGTH}")
     if steps is not None and int(steps * strength) < 1:
         raise BadParameter(
-            f"strength={strength!r} of {steps} steps is no whole step: raise it to {1 / steps:.2g}"
+            f"strength={strength!r} of {steps} steps is not a whole step: raise it to"
+            f" {1 / steps:.2g}"
         )
 
 

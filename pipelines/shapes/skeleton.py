@@ -51,7 +51,7 @@ def transformer_of(config: Path) -> Any:
     """The transformer that a config.json describes, without weights.
 
     Raises:
-        ModelError: the file is no config of a diffusers transformer.
+        ModelError: the file is not a config of a diffusers transformer.
     """
     import diffusers
 
@@ -60,7 +60,7 @@ def transformer_of(config: Path) -> Any:
         name = values["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UnusableModel(
-            f"{config} is no config of a diffusers model: it names no _class_name"
+            f"{config} is not a config of a diffusers model: it names no _class_name"
         ) from None
     cls = getattr(diffusers, str(name), None)
     if cls is None:

@@ -38,7 +38,7 @@ class _Module(types.ModuleType):
 
 
 class _Finder:
-    """Finds every module of some packages."""
+    """Find every module of some packages."""
 
     def __init__(self, packages: Collection[str]) -> None:
         self.packages = packages

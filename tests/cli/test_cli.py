@@ -184,7 +184,7 @@ def test_requests_that_only_the_model_can_refuse(
         ([*wan, "--dense-layers", "9"], "dense_layers=9"),
         ([*wan, "--height", "50"], "height=50 must be a multiple of 16 for wan, such as 48"),
         ([*wan, "--image", str(image)], "takes no image"),
-        ([*i2v, "--image", str(image)], "no image that Pillow can read"),
+        ([*i2v, "--image", str(image)], "not an image that Pillow can read"),
         (i2v, "give --image"),
         ([*flux, "--num-frames", "9"], "drop --num-frames"),
         ([*flux, "--format", "mp4"], "cannot hold images"),

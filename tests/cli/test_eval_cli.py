@@ -238,7 +238,7 @@ def test_the_demo_draws_its_own_captions(
         (["OUT", "--reference", "OUT", "--method", "radial"], "--method renders"),
         (["OUT", "--reference", "OUT", "--captions", "CAPTIONS"], "a name, a tab and a prompt"),
         (["OUT", "--reference", "OUT", "--features", "judgee"], "did you mean 'judge'"),
-        (["OUT", "--reference", "OUT", "--lpips", "OUT"], "is no safetensors file"),
+        (["OUT", "--reference", "OUT", "--lpips", "OUT"], "is not a safetensors file"),
         (["OUT", "--reference", "OUT", "--clip", "OUT"], "cannot be loaded as CLIPModel"),
         (["--floor", "OUT"], "--floor is for folders"),
         (["--captions", "CAPTIONS"], "--captions is for folders"),

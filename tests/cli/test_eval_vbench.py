@@ -94,7 +94,7 @@ def test_scores_are_read_without_measuring(
     [
         (["--vbench-results", "r.json"], "takes ROW=FILE"),
         (["--vbench-results", "radial=no.json"], "there is no file no.json"),
-        (["--vbench-results", "radial=DIR/prompts.json"], "is no result of VBench"),
+        (["--vbench-results", "radial=DIR/prompts.json"], "is not a result of VBench"),
         (
             ["DIR/fast", "--reference", "DIR/dense", "--vbench-export", "DIR/out"],
             "no prompt is",

@@ -30,7 +30,7 @@ def test_two_stages_make_a_larger_clip(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--strength", "0"], "--strength=0.0 must be in (0, 1]"),
         (["--strength", "1.5"], "--strength=1.5 must be in (0, 1]"),
-        (["--strength", "0.2", *SMALL], "is no whole step: raise it to 0.5"),
+        (["--strength", "0.2", *SMALL], "is not a whole step: raise it to 0.5"),
         (["--strength", "0.7"], "was made at 128×128 and --height, --width ask for 128×128"),
     ],
 )

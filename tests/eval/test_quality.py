@@ -247,8 +247,8 @@ def test_weights_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> N
         ({"features": tmp_path}, "'bert'"),
         ({"features": folder / "lpips.safetensors"}, "not FID's Inception"),
         ({"features": tmp_path / "no.safetensors"}, "there is no file"),
-        ({"lpips": tmp_path / "lpips.pth"}, "is no safetensors file"),
-        ({"lpips": tmp_path / "none.safetensors"}, "is no safetensors file"),
+        ({"lpips": tmp_path / "lpips.pth"}, "is not a safetensors file"),
+        ({"lpips": tmp_path / "none.safetensors"}, "is not a safetensors file"),
         ({"lpips": tmp_path / "half.safetensors"}, r"must hold features.0.weight of shape"),
     ]
     for options, message in cases:

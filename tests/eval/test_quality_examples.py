@@ -150,7 +150,7 @@ def test_parts_of_vbench_have_no_total(tmp_path: Path) -> None:
     result = vbench.read_result([path])
     assert "total" not in result and "quality" not in result and len(result["missing"]) == 14
     path.write_text("[]")
-    with pytest.raises(vbench.VBenchError, match="no result of VBench"):
+    with pytest.raises(vbench.VBenchError, match="not a result of VBench"):
         vbench.read_result([path])
 
 
@@ -165,7 +165,7 @@ def test_vbench_lists(tmp_path: Path) -> None:
         with pytest.raises(vbench.VBenchError, match="cannot be a file name"):
             vbench.file_name(prompt, 0)
     path.write_text('{"a": 1}')
-    with pytest.raises(vbench.VBenchError, match="no prompt list"):
+    with pytest.raises(vbench.VBenchError, match="not a prompt list"):
         vbench.videos(path)
 
 

@@ -1,4 +1,4 @@
-"""Writes tests/methods/natten_masks.json: which keys NATTEN lets each query see, on 36 odd cases.
+"""Write tests/methods/natten_masks.json: which keys NATTEN lets each query see, on 36 odd cases.
 
 NATTEN is no requirement of the tests, because its package builds against an installed torch and so
 cannot be in the same `pip install` as torch. Record again with ``pip install --no-deps

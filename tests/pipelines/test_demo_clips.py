@@ -14,7 +14,7 @@ FRAMES = 13
 
 
 def draw(specs: list[clips.ClipSpec], size: int = 64, seed: int = 0) -> Tensor:
-    """Draws full clips of ``specs``."""
+    """Draw full clips of ``specs``."""
     scenes = clips.draw_scenes(specs, torch.Generator().manual_seed(seed))
     return clips.render(scenes, clips.frame_times(FRAMES).expand(len(specs), -1), size)
 

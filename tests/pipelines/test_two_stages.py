@@ -63,7 +63,7 @@ def test_a_strength_outside_is_one_sentence(strength: float) -> None:
 
 def test_what_cannot_be_denoised_again_is_one_sentence() -> None:
     frames = torch.zeros(9, 3, 8, 8)
-    with pytest.raises(BadParameter, match=r"no whole step: raise it to 0\.25"):
+    with pytest.raises(BadParameter, match=r"not a whole step: raise it to 0\.25"):
         diffpatch.enlarge(wan().pipe, frames, **WIDE, strength=0.1, num_inference_steps=4)
     with pytest.raises(BadParameter, match=r"must be \(F, 3, height, width\)"):
         diffpatch.enlarge(wan().pipe, frames[0], **WIDE)

@@ -107,9 +107,9 @@ def test_costs_of_another_head_size_follow_the_nearest() -> None:
     ("text", "message"),
     [
         (None, "no device profile .*known: 4090, a100, cpu"),
-        ("nonsense", "is no device profile"),
-        ("{}", "is no device profile"),
-        ('{"profile": {"name": "x"}}', "is no device profile"),
+        ("nonsense", "is not a device profile"),
+        ("{}", "is not a device profile"),
+        ('{"profile": {"name": "x"}}', "is not a device profile"),
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused(
 def test_what_is_no_file_is_refused(taught: dict[str, Any], tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(taught["file"].read_bytes()[:-100])
-    for path, message in ((damaged, "damaged one"), (tmp_path / "none", "is no file")):
+    for path, message in ((damaged, "damaged one"), (tmp_path / "none", "is not a file")):
         with pytest.raises(BadParameter, match=message):
             diffpatch.patch(taught["tiny"].pipe, "linear", weights=str(path))
 

@@ -63,7 +63,7 @@ class Metadata(abstract.AttentionMetadata):
 
 
 class MetadataBuilder(abstract.AttentionMetadataBuilder):
-    """Makes the metadata of a step."""
+    """What makes the metadata of a step."""
 
     def build(
         self,

@@ -41,7 +41,7 @@ def read_results(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     Raises:
         UsageError: not ROW=FILE, or no such file.
-        VBenchError: a file is no result of VBench.
+        VBenchError: a file is not a result of VBench.
     """
     files: dict[str, list[Path]] = {}
     for text in given:
@@ -69,7 +69,7 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Export:
-    """Writes clips into a folder a row, under the names that VBench reads.
+    """What writes clips into a folder a row, under the names that VBench reads.
 
     Attributes:
         folder: of all rows.

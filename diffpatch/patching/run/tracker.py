@@ -173,7 +173,7 @@ class Tracker:
         self.total = len(scheduler.timesteps) - _begin_index(scheduler)
         self.evaluations = getattr(scheduler, "order", 1)
         # Some video-to-video pipelines cut their timesteps silently; those that step a copy for
-        # every frame take more steps than each of the copies. What is no news may count otherwise.
+        # every frame take more steps than each of the copies. What is not news may count otherwise.
         news = announced is not None and announced != getattr(scheduler, "num_inference_steps", 0)
         if announced is not None and news and (announced < self.total or self._copied):
             self.total = announced

@@ -46,7 +46,7 @@ class DemoClip:
     name = "contrast"
 
     def __init__(self, model: Contrast | None = None, device: torch.device | str = "cpu") -> None:
-        """Loads the shipped weights unless a model is given."""
+        """Load the shipped weights unless a model is given."""
         self.model = (load_contrast() if model is None else model).to(device)
         self.device = torch.device(device)
 
@@ -76,7 +76,7 @@ class HubClip:
     """A transformers CLIP from a folder or the hub, with the preprocessing it was trained with."""
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        """Loads model, tokenizer and image processor.
+        """Load model, tokenizer and image processor.
 
         Raises:
             WeightsError: they are not there or not a CLIP with safetensors.

@@ -29,7 +29,7 @@ VIDEO_MODELS = ("videomae",)
 
 
 class Extractor(Protocol):
-    """Turns a clip into rows of features.
+    """What turns a clip into rows of features.
 
     Attributes:
         name: part of every result, as distances on other features cannot be compared with it.
@@ -47,7 +47,7 @@ class DemoFeatures:
     """What ships with diffpatch: clips or frames by the contrastive model, clips by the judge."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        """Loads the network by its name, one of :data:`SHIPPED`."""
+        """Load the network by its name, one of `SHIPPED`."""
         from diffpatch.eval.quality.networks.contrast import load_contrast
         from diffpatch.eval.quality.networks.judge import load_judge
 
@@ -70,7 +70,7 @@ class ImageFeatures:
     row = "frame"
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        """Loads the model and its preprocessing from a folder or the hub."""
+        """Load the model and its preprocessing from a folder or the hub."""
         from transformers import AutoModel
 
         self.device = torch.device(device)
@@ -91,7 +91,7 @@ class VideoFeatures:
     row = "clip"
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        """Loads the model and its preprocessing from a folder or the hub."""
+        """Load the model and its preprocessing from a folder or the hub."""
         from transformers import AutoModel
 
         self.device = torch.device(device)

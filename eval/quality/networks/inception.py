@@ -125,7 +125,7 @@ class Inception(nn.Module):
     row = "frame"
 
     def __init__(self) -> None:
-        """Builds the network without weights worth anything; see :meth:`load`."""
+        """Build the network without weights worth anything; see `load`."""
         super().__init__()
         self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Convolution(32, 32, 3, valid=True)

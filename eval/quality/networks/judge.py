@@ -32,7 +32,7 @@ FEATURES = 96
 
 
 class Judge(nn.Module):
-    """Reads the attributes of `diffpatch.pipelines.demo.clips.ATTRIBUTES` from clips."""
+    """What reads the attributes of `diffpatch.pipelines.demo.clips.ATTRIBUTES` from clips."""
 
     def __init__(self, width: int = 32) -> None:
         """An untrained judge; 0.4 M parameters at the default width."""

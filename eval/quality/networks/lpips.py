@@ -29,7 +29,7 @@ class Lpips(nn.Module):
     """AlexNet's five activations, compared channel by channel with learned weights."""
 
     def __init__(self) -> None:
-        """Builds the network without weights worth anything; see :func:`load_lpips`."""
+        """Build the network without weights worth anything; see `load_lpips`."""
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)]
         layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
@@ -73,8 +73,8 @@ def load_lpips(path: str | Path, device: torch.device | str = "cpu") -> Lpips:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() and file.suffix == ".safetensors" for file in files):
         raise WeightsError(
-            f"{path} is no safetensors file (or folder of them) with {NAMES}; convert a .pth with "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), out)"
+            f"{path} is not a safetensors file (or folder of them) with {NAMES}; convert a .pth "
+            "with safetensors.torch.save_file(torch.load(file, weights_only=True), out)"
         )
     found: dict[str, Tensor] = {}
     for file in files:

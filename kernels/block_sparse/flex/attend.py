@@ -247,7 +247,7 @@ def _mask_mod(
     Args:
         layout: the layout.
         pattern: int32 (H,), the pattern of each head.
-        allowed: bool (B, L), False for places that are no key, or that nobody may attend to.
+        allowed: bool (B, L), False for places that are not keys, or that nobody may attend to.
     """
     tile, within, ids, words = layout.tile, layout.within, layout.ids, layout.words
 

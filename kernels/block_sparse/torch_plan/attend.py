@@ -73,7 +73,7 @@ def attend_torch(
 
 
 class _Runner:
-    """Runs one plan: the calls of one pattern, for the heads that follow it.
+    """What runs one plan: the calls of one pattern, for the heads that follow it.
 
     A lean one (on a CPU, without gradients) copies rows with all threads, and gathers the keys of
     every call into the same memory: memory fresh from the system costs more than the copy.

@@ -168,7 +168,7 @@ class _Group:
 
 
 class _Planner:
-    """Writes the calls of one pattern."""
+    """What writes the calls of one pattern."""
 
     def __init__(
         self, blocks: BlockIndex, pattern: int, table: torch.Tensor, merging: bool

@@ -137,17 +137,17 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     broken = tmp_path / "broken.yaml"
     for text, message in [
         ("prompts: [a]\nprompts: [b]\n", "'prompts' stands twice"),
-        ("prompts: [a\n", "is no YAML"),
+        ("prompts: [a\n", "is not YAML"),
         ("- a\n", "must be a mapping"),
         ("", "the file is empty"),
         ("# nothing\n", "the file is empty"),
-        ("!!python/object/apply:os.getcwd []\n", "is no YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "is not YAML"),
     ]:
         broken.write_text(text)
         assert main(["sweep", str(broken)]) == 2
         assert message in capsys.readouterr().err
     assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
     assert main(["sweep", "--report-only", str(tmp_path)]) == 2
-    assert "no folder of a sweep" in capsys.readouterr().err
+    assert "not the folder of a sweep" in capsys.readouterr().err
     with pytest.raises(BadSweep, match="dense"):
         check_spec({"prompts": ["a"], "methods": ["dense"]}, tmp_path)

@@ -1,4 +1,4 @@
-"""Runs Gluon kernels for Hopper in Python, as unkindly as the hardware may.
+"""Run Gluon kernels for Hopper in Python, as unkindly as the hardware may.
 
 Triton's interpreter knows no Gluon. Here the body of a kernel runs as plain Python on torch
 tensors; the partitions of `warp_specialize` are threads of which one runs at a time, changed at
