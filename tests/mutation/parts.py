@@ -59,7 +59,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("kernels/merge.py", "kernels/test_merge.py"),
         ("kernels/pieces.py", "kernels/virtual_tokens/test_virtual_tokens.py"
          " methods/test_piecewise.py"),
-        ("kernels/selection/*.py", "kernels/selection/test_selection.py"),
+        ("kernels/selection/*.py", "kernels/selection"),
         ("kernels/virtual_tokens/[ar]*.py", "kernels/virtual_tokens/test_virtual_tokens.py"
          " methods/test_piecewise.py"),
     ],
@@ -69,10 +69,11 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("eval/quality/[eist]*.py", "eval/test_quality.py eval/test_quality_examples.py"),
     ],
     "sweep": [
-        ("eval/sweep/store.py", "eval/test_sweep.py"),
-        ("eval/sweep/[dpq]*.py", "eval/test_sweep.py"),
-        ("eval/sweep/s[cep]*.py", "eval/test_sweep.py"),
-        ("eval/sweep/report/[rstv]*.py", "eval/test_report.py eval/test_sweep.py"),
+        ("eval/sweep/store.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
+        ("eval/sweep/[dpq]*.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
+        ("eval/sweep/s[cep]*.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
+        ("eval/sweep/report/[rstv]*.py", "eval/sweep/report/test_report.py"
+         " eval/sweep/test_sweep.py"),
     ],
     "targets": [
         ("targets/*.py", "targets"),

@@ -26,7 +26,7 @@ from diffpatch.eval.sweep.spec import MethodSpec, Prompt, check_spec, read_spec
 from diffpatch.methods import learned
 from diffpatch.pipelines.running.loading import ModelError
 from diffpatch.targets.settings import Settings
-from tests.eval.test_report import PROMPTS, made, write
+from tests.eval.sweep.report.tiny_report import PROMPTS, made, write
 from tests.proof.hostile import TEXTS, damaged, examples
 from tests.targets.test_settings import made as made_settings
 
