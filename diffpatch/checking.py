@@ -51,7 +51,7 @@ def check(owner: str, name: str, value: Any, hint: Any) -> Any:
     problem = _problem(value, hint)
     if problem is not None:
         place = f"{owner}: {name}" if owner else name
-        raise BadParameter(f"{place}={_shown(value)} must be {problem}")
+        raise BadParameter(f"{place}={shown(value)} must be {problem}")
     return value
 
 
@@ -180,6 +180,7 @@ def _adapter(hint: Any) -> Any:
     return TypeAdapter(hint, config=strict)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -23,7 +23,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 import diffpatch
-from diffpatch.checking import COUNT, NATURAL
+from diffpatch.checking import COUNT, NATURAL, shown
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.patching.options.schedule import Schedule
@@ -55,7 +55,7 @@ def _listed_or_none(value: Any) -> Any:
 def _different(found: list[T]) -> list[T]:
     for item in found:
         if found.count(item) > 1:
-            raise BadSweep(f"{item!r} stands in it twice")
+            raise BadSweep(f"{shown(item)} stands in it twice")
     return found
 
 
@@ -66,7 +66,7 @@ DIFFERENT = AfterValidator(_different)
 def _one_of(names: Sequence[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise BadSweep(f"{value!r}: {choices(value, names)}")
+            raise BadSweep(f"{shown(value)}: {choices(value, names)}")
         return value
 
     return AfterValidator(check)
@@ -92,7 +92,7 @@ def _known_method(name: str) -> str:
     known = diffpatch.list_methods()
     for part in name.split("+"):
         if part not in known:
-            raise BadSweep(f"{part!r}: {choices(part, known)}")
+            raise BadSweep(f"{shown(part)}: {choices(part, known)}")
     return name
 
 
@@ -199,6 +199,11 @@ class Networks(TypedDict, total=False):
     lpips: str
 
 
+def _check_prompt(entry: Any) -> None:
+    if not entry:
+        raise BadSweep("an entry is empty: give it a prompt, an image, or both")
+
+
 def _check_entry(entry: Any) -> None:
     if "method" not in entry:
         raise BadSweep("name the method, as in {method: radial}")
@@ -232,7 +237,9 @@ class SweepFile(BaseModel):
     dtype: Annotated[str, _one_of(("auto", *DTYPES))] = "auto"
     offload: Annotated[str, _one_of(OFFLOADS)] = "none"
     vae_tiling: bool = False
-    prompts: Annotated[list[PromptEntry], BeforeValidator(_prompt_entries)] = []
+    prompts: Annotated[
+        list[Annotated[PromptEntry, _passing(_check_prompt)]], BeforeValidator(_prompt_entries)
+    ] = []
     prompt_file: str | None = None
     seeds: Annotated[list[NATURAL], LISTED, DIFFERENT] = [0]
     seeds_in_turn: bool = False
@@ -294,14 +301,16 @@ def _line(error: Any, data: Any) -> str:
     place = _place(loc, data) or "the sweep"
     if error["type"] == "extra_forbidden":
         place = _place(loc[:-1], data) or "the sweep"
-        return f"{place}: unknown key {loc[-1]!r}: {choices(loc[-1], _known(loc[:-1]))}"
+        return f"{place}: unknown key {shown(loc[-1])}: {choices(str(loc[-1]), _known(loc[:-1]))}"
     if "error" in error.get("ctx", {}):
         return f"{place}: {error['ctx']['error']}"
+    if error["type"] == "invalid_key":
+        return f"{_place(loc[:-1], data) or 'the sweep'}: the key {shown(value)} must be a text"
     if error["type"] == "missing":
         return f"{place} is missing"
     if error["type"] == "greater_than_equal":
-        return f"{place}: {value!r} must be at least {error['ctx']['ge']}"
-    return f"{place}: {value!r} must be {WORDS.get(error['type']) or _mapping_words(loc)}"
+        return f"{place}: {shown(value)} must be at least {error['ctx']['ge']}"
+    return f"{place}: {shown(value)} must be {WORDS.get(error['type']) or _mapping_words(loc)}"
 
 
 def _known(loc: Sequence[int | str]) -> Sequence[str]:

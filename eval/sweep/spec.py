@@ -179,7 +179,7 @@ def _prompts(file: SweepFile, folder: Path) -> tuple[Prompt, ...]:
         path = folder / file.prompt_file
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             raise BadSweep(f"prompt_file: {path} is not a text file in UTF-8") from None
         found += [Prompt(x.strip()) for x in lines if x.strip() and not x.startswith("#")]
     if not found:
@@ -216,7 +216,7 @@ def _tuned(entry: TunedEntry, folder: Path) -> list[MethodSpec]:
     for target in entry["target"]:
         try:
             choose_for(Settings.load(path), Target.parse(target))
-        except BadParameter as error:
+        except ValueError as error:
             raise BadSweep(f"methods: {error}") from None
         given = {"settings": str(path), "target": target}
         found.append(MethodSpec(TUNED, given, options, kept=()))

@@ -88,6 +88,10 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"sizes": [64, 64]}, "64 must be a mapping {height: …, width: …, num_frames: …}"),
         ({"sizes": [{"height": 3}, {"height": 3}]}, "sizes: {'height': 3} stands in it twice"),
         ({"title": 3}, "title: 3 must be a text"),
+        ({"prompts": [{}]}, "prompts: an entry is empty"),
+        ({"prompt_file": "\0"}, "prompt_file"),
+        ({1: 2}, "the sweep: the key 1 must be a text"),
+        ({"methods": [{"settings": "\0", "target": "2x"}]}, "methods: "),
         ({"bar": {"psnr": "x"}}, "bar: psnr: 'x' must be a number"),
         ({"methods": [{"set": {}}]}, "methods: name the method"),
         ({"methods": [3]}, "methods: 3 must be a mapping {method: …"),
@@ -121,7 +125,7 @@ def test_a_dry_run_lists_and_writes_nothing(
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(
-    sweep: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path,
+    sweep: dict[str, Any], changes: dict[Any, Any], message: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "runs"
