@@ -32,8 +32,8 @@ from tests.mutation.summary import write_summary
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / "build" / "mutants"
-QUICK, ALL = 15.0, 60.0  # seconds of tests that a mutant is tried by, first and if it survives
-LONGEST = 150.0  # seconds that the tests of a file may take; those that come later are left out
+QUICK, ALL = 10.0, 30.0  # seconds of tests that a mutant is tried by, first and if it survives
+LONGEST = 40.0  # seconds that the tests of a file may take; those that come later are left out
 SLOWER, STUCK = 5.0, 30.0  # times as long as unedited, and seconds more, until it counts as hung
 MEMORY = 12 * 2**30
 
