@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,13 @@ from diffpatch import BadParameter
 from diffpatch.pipelines.running.two_stages import refiner_of
 from tests.tiny import flux, videos, wan, wan22
 
-WIDE = {"height": 64, "width": 64}
+WIDE: dict[str, Any] = {"height": 64, "width": 64}
 
 
 def test_it_is_what_diffusers_makes_of_the_enlarged_clip() -> None:
     tiny = wan()
     small = tiny.run()[0].clamp(0, 1)
-    call = {"prompt": "a fox", "num_inference_steps": 4, "guidance_scale": 3.0}
+    call: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 4, "guidance_scale": 3.0}
     call |= {"output_type": "pt", "max_sequence_length": tiny.call["max_sequence_length"]}
     made = diffpatch.enlarge(
         tiny.pipe, small, **WIDE, strength=0.5, generator=torch.Generator().manual_seed(1), **call
@@ -36,7 +38,7 @@ def test_a_patch_goes_on_in_it_and_counts_its_own_steps() -> None:
     tiny = wan()
     small = tiny.run()[0].clamp(0, 1)
     diffpatch.patch(tiny.pipe, "larger", trained=(2, 2))
-    call = {"prompt": "a fox", "num_inference_steps": 4, "output_type": "latent"}
+    call: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 4, "output_type": "latent"}
     call["max_sequence_length"] = tiny.call["max_sequence_length"]
     diffpatch.enlarge(tiny.pipe, small, **WIDE, strength=0.5, **call)
     report = diffpatch.report(tiny.pipe)

@@ -22,6 +22,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("window", {"window": 0.5}),
     ("disc", {}),
     ("longer", {"trained": 3, "riflex": False}),
+    ("larger", {"trained": (3, 4)}),
     ("linear", {}),
     ("neighborhood+temporal", {"mode": "tail", "window": 0.5}),
     ("neighborhood+temporal", {"mode": "skip", "window": 0.5}),

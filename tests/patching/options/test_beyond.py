@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from diffusers import CogVideoXTransformer3DModel
@@ -53,7 +54,7 @@ def test_rows_tell_checkpoints_of_a_family_apart() -> None:
     assert [(t.num_frames, t.size) for t in sizes.values() if t is not None] == [
         (21, (30, 52)), (21, (45, 80)), (31, (22, 40)), (33, (16, 16)), (21, None),
     ]  # fmt: skip
-    small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    small: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
     for time_patch, frames in ((None, 13), (2, 11)):
         model = CogVideoXTransformer3DModel(**small, patch_size_t=time_patch, patch_bias=False)
         family = family_of(model)
@@ -74,7 +75,7 @@ def test_every_known_size_is_of_the_kind_of_its_family() -> None:
 
 
 def test_plans_say_it() -> None:
-    size = {"height": 1088, "width": 1920}
+    size: dict[str, Any] = {"height": 1088, "width": 1920}
     made = diffpatch.plan("wan-1.3b", "radial", **size, num_frames=81)
     assert made.trained == (21, 30, 52)
     assert "at up to 21 frames of 30×52 tokens" in str(made)

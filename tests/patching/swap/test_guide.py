@@ -24,11 +24,12 @@ SMALL = (2, 2)  # of the 2×4 tokens of a frame of the tiny Wan
 def by_hand(tiny: Tiny, every: int) -> torch.Tensor:
     """A run with windows whose cross-attention comes from a dense copy of the model."""
     model = tiny.pipe.transformer
-    dense, kept, calls = copy.deepcopy(model), {}, iter(range(1000))
+    dense, calls = copy.deepcopy(model), iter(range(1000))
+    kept: dict[int, torch.Tensor] = {}
     for i, block in enumerate(dense.blocks):
         block.attn2.register_forward_hook(lambda m, a, out, i=i: kept.__setitem__(i, out))
     diffpatch.patch(tiny.pipe, "larger", trained=SMALL, guide=0)
-    override = []
+    override: list[int] = []
     handles = [
         block.attn2.register_forward_hook(lambda m, a, out, i=i: kept[i] if override else None)
         for i, block in enumerate(model.blocks)
