@@ -32,6 +32,7 @@ from diffpatch.methods import (
 from diffpatch.methods.neighborhood import entropy_scale
 from diffpatch.patching.api import patch, patched, report, reset, settled, unpatch
 from diffpatch.patching.report import Report
+from diffpatch.patching.run.idle import NothingSparse
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.info import FamilyInfo
@@ -67,6 +68,7 @@ __all__ = [
     "ModelError",
     "Neighborhood",
     "NotPatched",
+    "NothingSparse",
     "PackedGrid",
     "Plan",
     "Radial",

@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 
 import diffpatch
+from diffpatch.cli import progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.patching.options.settle import AUTO
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.running import loading
@@ -101,6 +104,8 @@ def check_fit(
 ) -> None:
     """Refuse a method that cannot work on the tokens of the call, before weights are loaded.
 
+    One that keeps every pair there works, and gains nothing: a line says so.
+
     Raises:
         UsageError: says which parameter does not fit, and where.
     """
@@ -111,12 +116,28 @@ def check_fit(
     planned = {name: value for name, value in options.items() if name != "backend"}
     steps = steps_of(dict(call), source) or 50
     try:
-        diffpatch.plan(
+        made = diffpatch.plan(
             shape, method, height=height, width=width, num_frames=frames,
             num_inference_steps=steps, **planned,
         )  # fmt: skip
     except BadParameter as error:
         raise UsageError(str(error)) from None
+    if made.kept_sparse >= 1 and not made.at_most:
+        progress.say(f"{method} keeps every pair of {made.grid} tokens: nothing will be faster")
+
+
+def check_place(device: torch.device, backend: str = "auto", offload: str = "none") -> None:
+    """Refuse what a device cannot do, before weights are loaded.
+
+    Raises:
+        UsageError: the backend asked for cannot run there, or weights cannot wait elsewhere.
+    """
+    if offload != "none" and device.type == "cpu":
+        raise UsageError(f"--offload {offload} needs an accelerator; leave it out on the CPU")
+    pattern = diffpatch.Window(window=-1).pattern(diffpatch.TokenGrid(1, 8, 8))
+    q = torch.empty(1, 64, 1, 64, dtype=loading.default_dtype(device), device=device)
+    if reason := unsupported_reason(q, pattern.on(device), backend):
+        raise UsageError(f"--backend {backend} cannot run: {reason}; use --backend auto")
 
 
 def _shape_and_size(

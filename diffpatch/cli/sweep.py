@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from diffpatch.cli import arguments, progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.eval.files import to_json
 from diffpatch.pipelines.running import loading
+from diffpatch.pipelines.running.calls import preset_call
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 
 if TYPE_CHECKING:
+    from diffpatch.eval.sweep.plan import Rendering
     from diffpatch.eval.sweep.spec import SweepSpec
 
 EXAMPLES = """\
@@ -51,6 +54,7 @@ examples:
   accelerate launch --num_processes 8 -m diffpatch sweep my_sweep.yaml -o runs/mine
 """
 MINUTES = 15.0  # of a sweep without a file
+_SIZES = ("height", "width", "num_frames")
 _OWN = ("prompt", "image", "height", "width", "num_frames", "num_inference_steps", "kept")
 
 
@@ -123,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     progress.hush_libraries()
     spec, own = _spec(args)
     plan = plan_sweep(spec)
+    _check(plan, args)
     if args.dry_run:
         print(describe_plan(plan, args.output))
         return 0
@@ -150,6 +155,19 @@ def run(args: argparse.Namespace) -> int:
             return _report(args, args.output)
     finally:
         store.close()
+
+
+def _check(plan: Mapping[str, Sequence[Rendering]], args: argparse.Namespace) -> None:
+    """Refuse sizes that a model cannot make, and a folder that cannot be written to."""
+    from diffpatch.cli import generation
+    from diffpatch.cli.output import check_writable
+
+    for model, runs in plan.items():
+        source = loading.find(model)
+        for sizes in {tuple(run.case.call.get(name) for name in _SIZES) for run in runs}:
+            call = {name: size for name, size in zip(_SIZES, sizes, strict=True) if size}
+            generation.check_size(source, {**preset_call(source), **call})
+    check_writable(args.output)
 
 
 def _spec(args: argparse.Namespace) -> tuple[SweepSpec, dict[str, Any] | None]:

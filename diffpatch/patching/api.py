@@ -47,6 +47,7 @@ def patch(
     cache: float | None = None,
     settings: str | Path | Settings | None = None,
     target: str | None = None,
+    strict: bool = False,
     **params: Any,
 ) -> Target:
     """Make a pipeline or transformer attend to less, in place.
@@ -87,6 +88,8 @@ def patch(
             method is then ``dynamic`` with a budget for every head.
         target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x"; in
             its place `quality` keeps that much of sparse calls, dealt out over the heads.
+        strict: raise `NothingSparse` where no call of a forward runs sparsely, for another reason
+            than dense steps before sparse ones. Otherwise a warning says so once, with the reason.
         **params: parameters of the method.
 
     Returns:
@@ -123,8 +126,9 @@ def patch(
     check_backend(backend)
     bare = not hasattr(pipe, "components")
     shared = Patch(
-        chosen, schedule, backend, pipe, bare=bare, check_grid=check_grid, promise=promise
-    )
+        chosen, schedule, backend, pipe,
+        bare=bare, check_grid=check_grid, promise=promise, strict=strict,
+    )  # fmt: skip
     parts = components(pipe)
     fresh = [
         PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache)

@@ -15,6 +15,7 @@ from diffpatch.patching.attention.layout import NO_GRID, Numbers
 from diffpatch.patching.attention.parallel import Deal
 from diffpatch.patching.options.schedule import BoundSchedule
 from diffpatch.patching.patch import Patch
+from diffpatch.patching.run.idle import Idle
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.runs import Place
 
@@ -38,6 +39,7 @@ class Forward:
         deal: in which order the heads of the call at hand are shared out to processes.
         guide: what it does with cross-attention: "" nothing, "record" or "recall" it.
         outer: the forward that it is made within, by a hook of somebody's.
+        idle: how many of its calls are sparse, and why the others are not.
     """
 
     place: Place
@@ -51,6 +53,7 @@ class Forward:
     deal: Deal | None = None
     guide: str = ""
     outer: Forward | None = None
+    idle: Idle = field(default_factory=Idle)
 
     def called(self, layer: int) -> int:
         """Count a call; the number of the sample, because some models call once for each."""
@@ -131,7 +134,9 @@ class Forwards:
         return forward
 
     def _begin(self, grid: Numbers, why: str, *, hooked: bool) -> Forward:
-        patch = self._patch
+        patch, before = self._patch, self.current
+        if before is not None and not before.hooked and not hooked:  # nothing else tells its end
+            self._check_idle(before)
         place = patch.begin_forward(self._name, self.context)
         if self._begun is not None:
             self._begun(place.run)
@@ -146,10 +151,16 @@ class Forwards:
             self._latest = forward
         return forward
 
-    def end(self) -> None:
-        """This thread is through with its forward."""
+    def end(self, failed: bool = False) -> None:
+        """This thread is through with its forward, or has failed in it."""
         forward = self.current
         self._here.forward = None if forward is None else forward.outer
+        if forward is not None and not failed:
+            self._check_idle(forward)
+
+    def _check_idle(self, forward: Forward) -> None:
+        whole = len(forward.calls) == self._layers
+        self._patch.check_idle(self._name, forward.idle, whole)
 
     def of_call(self, layer: int) -> Forward:
         """The forward that an attention call in this thread belongs to, which may begin with it.

@@ -16,6 +16,7 @@ from diffpatch.methods.base import Method
 from diffpatch.patching.attention.layout import NO_GRID
 from diffpatch.patching.options.composition import STEPS
 from diffpatch.patching.options.schedule import Schedule
+from diffpatch.patching.run.idle import Idle, NothingSparse
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.runs import Place, Runs
 
@@ -52,6 +53,7 @@ class Patch:
         backend: of the kernels.
         check_grid: refuses grids that the settings say nothing about, or remarks on them.
         promise: what settings for a target are predicted to give, for the report.
+        strict: whether a forward in which nothing runs sparsely is an error.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
         installed: the transformers that carry it.
@@ -67,12 +69,14 @@ class Patch:
         bare: bool = False,
         check_grid: CheckGrid | None = None,
         promise: str | None = None,
+        strict: bool = False,
     ) -> None:
         self.method = method
         self.schedule = schedule
         self.backend = backend
         self.check_grid = check_grid
         self.promise = promise
+        self.strict = strict
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)
         self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()
@@ -139,6 +143,20 @@ class Patch:
         if (about or text) not in self._said:
             self._said.add(about or text)
             logger.warning("%s", text)
+
+    def check_idle(self, transformer: str, idle: Idle, whole: bool) -> None:
+        """Say that nothing of a forward ran sparsely, and why, if that was not asked for.
+
+        Raises:
+            NothingSparse: the same, where the patch is strict.
+        """
+        why = None if self.method.name == "dense" else idle.why(whole)
+        if why is None:
+            return
+        text = f"{self.method.name}: nothing ran sparsely in {transformer}: {why}"
+        if self.strict:
+            raise NothingSparse(f"{text}; strict=False runs it dense")
+        self.say_once(text, about=f"nothing sparse in {transformer}")
 
     def memo(self, run: Run, grid: Hashable) -> Memo:
         """Where the decisions about a grid are kept, the same for the length of a run."""

@@ -177,10 +177,10 @@ class PatchedTransformer:
         if self._guide is not None:
             self._guide.lead(model, args, kwargs, forward)
 
-    def after_forward(self) -> None:
+    def after_forward(self, failed: bool) -> None:
         """The forward is through, or has failed. Traced under torch.compile."""
         if not torch.compiler.is_compiling():
-            self.forwards.end()
+            self.forwards.end(failed)
 
     def _is_within(self) -> bool:
         """Whether this thread is still in an earlier forward, and has not left it by a Ctrl-C."""
@@ -235,19 +235,22 @@ class PatchedTransformer:
         sample = forward.called(layer)
         # What cannot work says so at once and not after the dense steps.
         place = forward.place
-        reason = forward.bound.reason(place.step, layer)
+        reason = scheduled = forward.bound.reason(place.step, layer)
+        prevented: str | None = None
         noted = self._gates.take(layer)
         ahead = place.step == 0 and forward.bound.ever_sparse(layer, place.total)
         if reason is None or ahead:
             seen = masks.read_mask(k, mask, self.family.square_masks)
             masked, given = mask is not None, tuple(grid)
             decision = self._decide(forward, q, k, seen, masked, given, layer, ranks)
-            reason = reason or seen.reason or decision.dense
-            reason = reason or self._gates.missing(layer, q, noted)
+            prevented = seen.reason or decision.dense or self._gates.missing(layer, q, noted)
+            reason = reason or prevented
         if reason is not None:
+            forward.idle.dense(scheduled, prevented, forward.bound.ever_sparse(layer, place.total))
             self._record_dense(forward, q, k, reason, layer)
             return self._dense(layer, q, k, v, mask, scale)
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
+        forward.idle.sparse += 1
         out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample, noted)
         for observe in list(self.patch.observers):
             observe(place.run, (self.name, layer, place.step, place.branch), out, dense)
@@ -348,6 +351,8 @@ class PatchedTransformer:
         if forward.guide == guide.RECORD:
             return self._record_beside(forward, q, q, layer)
         forward.called(layer)
+        scheduled = forward.bound.reason(forward.place.step, layer)
+        forward.idle.dense(scheduled, reason, True)
         self._record_dense(forward, q, q, reason, layer)
 
     def _record_beside(

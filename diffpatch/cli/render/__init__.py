@@ -98,10 +98,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render every prompt; returns the exit code."""
-    texts = generation.prompts(args)
     progress.hush_libraries()
     source = loading.find(args.model)
     variants = check_variants(args, source)
+    texts = generation.prompts(args)
     process = Process.current()
     if args.json and process.count > 1:
         raise UsageError(

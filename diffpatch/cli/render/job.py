@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffpatch import patched
 from diffpatch.cli import arguments, generation, output
 from diffpatch.cli.errors import UsageError
@@ -142,6 +144,8 @@ def plan(
     Of the prompts those that this process renders, without those that an earlier attempt finished
     if that is to be resumed.
     """
+    device = process.device(args.device)
+    generation.check_place(torch.device(device), args.backend, args.offload)
     call = generation.call_arguments(args, source)
     steps = steps_of(call, source)
     generation.check_dense_steps(vars(args), steps)
@@ -155,7 +159,7 @@ def plan(
         folders = [args.output / f"{i:03d}-{_slug(text)}" for i, text in enumerate(texts, 1)]
     job = Job(
         source=source,
-        load=generation.load_options(args) | {"device": process.device(args.device)},
+        load=generation.load_options(args) | {"device": device},
         variants=variants,
         prompts=texts,
         call=call,

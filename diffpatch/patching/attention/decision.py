@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
+from diffpatch.kernels.errors import BackendUnavailable
 from diffpatch.kernels.memo import Memo
 from diffpatch.methods.base import Method
 from diffpatch.methods.packed import pattern_on
@@ -117,7 +118,11 @@ class Decider:
             return Decision(self._why_whole(found))
         like = torch.empty((), dtype=question.dtype, device=question.device).expand(question.shape)
         reason = unsupported_reason(like, pattern.on(question.device), self.backend)
-        if reason is None and question.learned and (question.ranks > 1 or question.biased):
+        if reason is not None:  # "auto" always finds one
+            raise BackendUnavailable(
+                f"backend {self.backend!r} cannot run: {reason}; use backend='auto'"
+            )
+        if question.learned and (question.ranks > 1 or question.biased):
             reason = "learned weights know neither shared heads nor biased keys"
         if reason is not None:
             return Decision(reason)

@@ -23,7 +23,7 @@ class Listener(Protocol):
         """A forward of the model begins."""
         ...
 
-    def after_forward(self) -> None:
+    def after_forward(self, failed: bool) -> None:
         """The forward has ended, or has failed."""
         ...
 
@@ -81,7 +81,7 @@ class _After:
 
     def __call__(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         if self.listener is not None:
-            self.listener.after_forward()
+            self.listener.after_forward(failed=output is None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _After:
         return _After(None)
