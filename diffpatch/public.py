@@ -44,6 +44,7 @@ from diffpatch.planning.plan import Plan, plan
 from diffpatch.planning.profiles import load_profile
 from diffpatch.targets.settings import Settings
 from diffpatch.tuning.attention_error import AttentionErrors, attention_error
+from diffpatch.tuning.attention_maps import AttentionMaps, attention_maps
 from diffpatch.tuning.calibration import Calibration, calibrate
 from diffpatch.tuning.front import check_prompts, measure_front
 from diffpatch.tuning.tune import tune
@@ -51,6 +52,7 @@ from diffpatch.tuning.tuned import tuned
 
 __all__ = [
     "AttentionErrors",
+    "AttentionMaps",
     "BackendUnavailable",
     "BadParameter",
     "BlockPattern",
@@ -82,6 +84,7 @@ __all__ = [
     "Window",
     "attention",
     "attention_error",
+    "attention_maps",
     "calibrate",
     "check_prompts",
     "enlarge",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, final
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 import torch
 
-from diffpatch import checking
+from diffpatch import checking, showing
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
@@ -17,6 +17,10 @@ from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned import Layer, Learned, load
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,32 @@ class Method:
 
         return core_schema.is_instance_schema(cls)  # its own values were checked as it was made
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (f.name, getattr(self, f.name), f.default, f.metadata.get("help", ""))
+            for f in dataclasses.fields(self)
+        ]
+        known = {"summary", "source"} <= set(dir(type(self)))
+        title = f"{self.name}: {self.summary} ({self.source})" if known else self.name
+        return showing.table_html(title, rows, ("parameter", "value", "default", "meaning"))
+
+    def plot(
+        self, ax: Axes | None = None, *, grid: TokenGrid | tuple[int, int, int] = (8, 12, 20)
+    ) -> tuple[Figure, Axes]:
+        """Its pattern on a grid, as a map of pairs of tiles.
+
+        Args:
+            ax: where to; None makes a figure.
+            grid: the tokens, three numbers (num_frames, height, width) for short.
+
+        Raises:
+            DiffpatchError: matplotlib is not installed, or the method does not fit the grid.
+        """
+        tokens = TokenGrid(*grid) if isinstance(grid, tuple) else grid
+        figure, ax = self.pattern(tokens, self.variant(0, 0)).plot(ax)
+        ax.set_title(f"{self.name} on {tokens}")
+        return figure, ax
+
     def validate(self) -> None:
         """Refuse values that cannot work though their types are right; `check` helps to say so."""
 
@@ -206,6 +236,21 @@ class Method:
             q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=call.backend
         )
         return Attended(out, call.pattern.kept, used)
+
+    def selection_of(
+        self, pattern: BlockPattern, state: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int] | None:
+        """What a call computed exactly where the data decided; None: all of its pattern.
+
+        Args:
+            pattern: of the call.
+            state: what the method has kept after it.
+
+        Returns:
+            bool (B, H, N, n) [query tile, strip of keys], and the most keys of a strip (see
+            `kernels.active_tiles.table`).
+        """
+        return None
 
     def for_model(
         self, num_frames: int | None, size: tuple[int, int] | None, cross_attention: bool

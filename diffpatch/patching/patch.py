@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +20,45 @@ from diffpatch.patching.options.schedule import Schedule
 from diffpatch.patching.run.idle import Idle, NothingSparse
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.runs import Place, Runs
+from diffpatch.patterns.pattern import BlockPattern
 
 logger = logging.getLogger(__name__)
 
-# What watches sparse calls: gets the run, (transformer, layer, step, branch), the output
-# (B, S, H, D), and a function that computes the dense one.
-Observer = Callable[
-    [Run, tuple[str, int, int, int], torch.Tensor, Callable[[], torch.Tensor]], None
-]
+
+@dataclass(frozen=True, eq=False)
+class SparseCall:
+    """A sparse attention call that was just made.
+
+    Attributes:
+        run: whose call it is.
+        place: transformer, layer, step, branch.
+        out: its output, (B, S, H, D).
+        dense: computes the dense one.
+        q: (B, S, H, D), in the model's own order.
+        k: like q, or with fewer heads.
+        scale: the factor on q·k.
+        keys: bool (B, S), True where a key may be attended to; None allows all.
+        method: what computed it.
+        pattern: over which it was computed.
+        order: where the tokens of the pattern's grid stand in the sequence; None: in their order.
+        state: what the method has kept after the call.
+    """
+
+    run: Run
+    place: tuple[str, int, int, int]
+    out: torch.Tensor
+    dense: Callable[[], torch.Tensor]
+    q: torch.Tensor
+    k: torch.Tensor
+    scale: float
+    keys: torch.Tensor | None
+    method: Method
+    pattern: BlockPattern
+    order: torch.Tensor | None
+    state: dict[str, Any]
+
+
+Observer = Callable[[SparseCall], None]
 
 # What tuned settings say of a grid (num_frames, height, width, text); raises BadParameter.
 CheckGrid = Callable[[tuple[int, int, int, int]], str | None]

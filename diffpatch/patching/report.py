@@ -6,9 +6,16 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from diffpatch import showing
+from diffpatch.errors import DiffpatchError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _Key = TypeVar("_Key")
 
@@ -206,6 +213,39 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        if not self.calls:
+            return f"Report({self.method}: no run yet)"
+        return (
+            f"Report({self.method}: {self.kept:.1%} kept, {self.calls} calls of which"
+            f" {self.dense_calls} dense, {self.steps} steps × {self.layers} layers)"
+        )
+
+    def _repr_html_(self) -> str:
+        title, *rest = str(self).splitlines()
+        shown = showing.table_html(title, [line.strip().split(None, 1) for line in rest])
+        if self.kept_map:
+            picture = showing.heat_picture(self.kept_map)
+            caption = "kept by step (down) and layer (to the right): bright is dense, grey not run"
+            shown += showing.figure_html(picture, caption)
+        return shown
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """What was kept in every step and layer.
+
+        Args:
+            ax: where to; None makes a figure.
+
+        Raises:
+            DiffpatchError: there was no run, or matplotlib is not installed.
+        """
+        if not self.kept_map:
+            raise DiffpatchError("there is nothing to plot: run the pipeline first")
+        title = f"{self.kept:.1%} kept, {self.dense_calls} of {self.calls} calls dense"
+        figure, ax = showing.heat(ax, self.kept_map, title, ("step", "layer", "kept"))
+        ax.images[0].set_clim(0, 1)
+        return figure, ax
 
     def __str__(self) -> str:
         notes = [f"  note      {note}" for note in self.notes]

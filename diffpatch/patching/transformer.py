@@ -28,7 +28,7 @@ from diffpatch.patching.attention.layout import (
 )
 from diffpatch.patching.forwards import UNTOLD, Forward, Forwards
 from diffpatch.patching.options import composition
-from diffpatch.patching.patch import Patch
+from diffpatch.patching.patch import Patch, SparseCall
 from diffpatch.patching.run import callers
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.swap import guide, hooks, operator, rebind, rope
@@ -252,8 +252,18 @@ class PatchedTransformer:
         dense = functools.partial(self._dense, layer, q, k, v, mask, scale)
         forward.idle.sparse += 1
         out = self._sparse(forward, decision, q, k, v, seen, scale, layer, sample, noted)
-        for observe in list(self.patch.observers):
-            observe(place.run, (self.name, layer, place.step, place.branch), out, dense)
+        if self.patch.observers:
+            assert decision.pattern is not None
+            where = self.name, layer, place.step, place.branch
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            order = None if decision.order is None else decision.order[0]
+            state = place.run.state[self.name, layer, place.branch, sample]
+            method, pattern = self.patch.method, decision.pattern
+            call = SparseCall(
+                place.run, where, out, dense, q, k, factor, seen.keys, method, pattern, order, state
+            )
+            for observe in list(self.patch.observers):
+                observe(call)
         return out
 
     @contextlib.contextmanager

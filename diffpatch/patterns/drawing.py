@@ -45,10 +45,10 @@ def draw(
     return _query(pattern, title, query) if kind == "query" else _distance(pattern, title)
 
 
-def seen_by(pattern: BlockPattern, token: int) -> torch.Tensor:
-    """bool (S,): the keys that one query sees under the first head's pattern, in sequence order."""
+def seen_by(pattern: BlockPattern, token: int, head: int = 0) -> torch.Tensor:
+    """bool (S,): the keys that one query of a head sees, in sequence order."""
     b = pattern.blocks.to("cpu")
-    first = 0 if b.head_pattern is None else int(b.head_pattern[0])
+    first = 0 if b.head_pattern is None else int(b.head_pattern[head])
     place = int((b.order == token).nonzero())
     starts = b.starts.long()
     tile = int(torch.searchsorted(starts, place, right=True)) - 1
@@ -67,7 +67,7 @@ def kept_by_distance(pattern: BlockPattern) -> torch.Tensor:
 
     On an image, of one frame, the distance is that between rows: (height,).
     """
-    grid, b = _only_grid(pattern), pattern.blocks.to("cpu")
+    grid, b = only_grid(pattern), pattern.blocks.to("cpu")
     # -1 for text, which takes no part.
     at = torch.arange(grid.num_tokens) - grid.text_before
     per = grid.height * grid.width if grid.num_frames > 1 else grid.width
@@ -118,7 +118,7 @@ def _pairs(b: BlockIndex, at: torch.Tensor, length: int) -> dict[tuple[int, int]
     return {(i, j): float(total[i, j]) for i, j in found}
 
 
-class _Canvas:
+class Canvas:
     """A white picture with a title, and text where it is needed."""
 
     def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
@@ -173,7 +173,7 @@ def _tiles(pattern: BlockPattern, title: str) -> Image.Image:
         f"{pattern.grid}: {count} × {count} tiles, {pattern.kept:.1%} of the pairs kept;"
         " rows are queries, columns are keys"
     )
-    canvas = _Canvas(side + gutter, side + 2 * 26 + 14, title, subtitle)
+    canvas = Canvas(side + gutter, side + 2 * 26 + 14, title, subtitle)
     x, y = canvas.left + gutter, canvas.top + 26
     empty, kept = torch.tensor(EMPTY).float(), torch.tensor(KEPT).float()
     blend = torch.where((share > 0)[..., None], empty + share[..., None] * (kept - empty), empty)
@@ -216,7 +216,7 @@ def _tile_ticks(pattern: BlockPattern, apart: int) -> list[tuple[int, str]]:
 
 
 def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Image.Image:
-    grid = _only_grid(pattern)
+    grid = only_grid(pattern)
     shape = grid.shape
     chosen = tuple(n // 2 for n in shape) if query is None else tuple(query)
     if len(chosen) != 3 or not all(0 <= i < n for i, n in zip(chosen, shape, strict=True)):
@@ -225,14 +225,14 @@ def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Im
     token = grid.text_before + (frame * grid.height + row) * grid.width + column
     seen = seen_by(pattern, token)
     visual = seen[grid.text_before : grid.text_before + grid.visual_tokens].view(shape)
-    columns, scale = _arrange(grid)
+    columns, scale = arrange(grid)
     rows = -(-grid.num_frames // columns)
     wide, high = grid.width * scale + 12, grid.height * scale + 30
     subtitle = (
         f"frame {frame}, row {row}, column {column} of {grid} sees {int(seen.sum()):,} of"
         f" {len(seen):,} tokens ({float(seen.float().mean()):.1%})"
     )
-    canvas = _Canvas(columns * wide, rows * high + 24, title, subtitle)
+    canvas = Canvas(columns * wide, rows * high + 24, title, subtitle)
     for number in range(grid.num_frames):
         x = canvas.left + number % columns * wide
         y = canvas.top + number // columns * high
@@ -252,7 +252,7 @@ def _query(pattern: BlockPattern, title: str, query: Sequence[int] | None) -> Im
     return canvas.image
 
 
-def _only_grid(pattern: BlockPattern) -> TokenGrid:
+def only_grid(pattern: BlockPattern) -> TokenGrid:
     if isinstance(pattern.grid, PackedGrid):
         raise BadParameter(
             f"{pattern.grid} has {len(pattern.grid.grids)} grids and this picture shows one: draw"
@@ -261,7 +261,7 @@ def _only_grid(pattern: BlockPattern) -> TokenGrid:
     return pattern.grid
 
 
-def _arrange(grid: TokenGrid) -> tuple[int, int]:
+def arrange(grid: TokenGrid) -> tuple[int, int]:
     """Frames in a row and pixels of a token that fill the picture best."""
 
     def scale(columns: int) -> int:
@@ -273,7 +273,7 @@ def _arrange(grid: TokenGrid) -> tuple[int, int]:
     return columns, scale(columns)
 
 
-def _paste(canvas: _Canvas, seen: torch.Tensor, x: int, y: int, scale: int) -> None:
+def _paste(canvas: Canvas, seen: torch.Tensor, x: int, y: int, scale: int) -> None:
     """A frame of tokens, blue where seen, with a hair between tokens that are large enough."""
     from PIL import Image
 
@@ -290,14 +290,14 @@ def _paste(canvas: _Canvas, seen: torch.Tensor, x: int, y: int, scale: int) -> N
 
 def _distance(pattern: BlockPattern, title: str) -> Image.Image:
     kept = kept_by_distance(pattern).tolist()
-    what = "frames" if _only_grid(pattern).num_frames > 1 else "rows"
+    what = "frames" if only_grid(pattern).num_frames > 1 else "rows"
     high, gutter = 360, 56
     step = max(8, min(64, (SIZE - gutter) // len(kept)))
     subtitle = (
         f"{pattern.grid}: kept share of the pairs of tokens by the distance between their {what};"
         f" {pattern.kept:.1%} in all"
     )
-    canvas = _Canvas(gutter + step * len(kept), high + 58, title, subtitle)
+    canvas = Canvas(gutter + step * len(kept), high + 58, title, subtitle)
     x, y = canvas.left + gutter, canvas.top + 10
     for percent in range(0, 101, 25):
         line = y + high * (1 - percent / 100)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from diffpatch import showing
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.memo import Memo
 from diffpatch.patterns.grid import Grid
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL import Image
 
 Value = TypeVar("Value")
@@ -33,6 +36,9 @@ class BlockPattern:
     blocks: BlockIndex
     kept: float
     _memo: Memo = field(default_factory=Memo, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        return f"BlockPattern({self.grid}: {self.blocks.num_tiles} tiles, {self.kept:.1%} kept)"
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What follows from this pattern and a key, made once and kept as long as the pattern."""
@@ -80,6 +86,23 @@ class BlockPattern:
         share[partial] = b.masks.sum((1, 2)).float()[b.mask_ids[partial].long()] / area[partial]
         out[rows, b.cols.long()] = share
         return out.view(b.num_patterns, b.num_tiles, b.num_tiles)
+
+    def _repr_png_(self) -> bytes:
+        return showing.png(self.draw())
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """The tile map as a plot, the mean over patterns of heads.
+
+        Args:
+            ax: where to; None makes a figure.
+
+        Raises:
+            DiffpatchError: matplotlib is not installed.
+        """
+        words = ("query tile", "key tile", "kept")
+        figure, ax = showing.heat(ax, self.tile_map().mean(0).tolist(), repr(self), words)
+        ax.set_aspect("equal")
+        return figure, ax
 
     def draw(self, size: int = 512, pattern: int = 0) -> Image.Image:
         """A picture of the tile map: rows are query tiles, columns key tiles, white is kept."""

@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffpatch import showing
 from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.backends import check_backend
@@ -25,6 +26,10 @@ from diffpatch.pipelines.shapes.table import ModelShape
 from diffpatch.planning.prediction import Prediction, predict
 from diffpatch.planning.profiles import DeviceProfile, load_profile
 from diffpatch.planning.run import PlannedRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BACKEND = "triton"  # assumed where no device profile names a backend
 
@@ -134,6 +139,37 @@ class Plan:
             raise BadParameter(f"{self.method} on {self.model} runs dense: there is no pattern")
         title = f"{self.method} on {self.model}"
         return draw(self.patterns[0], kind, title=title, query=query)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.method} on {self.model}, {self.grid}: {self.kept:.1%} kept, at most"
+            f" {self.step_speedup:.2f}×)"
+        )
+
+    def _repr_html_(self) -> str:
+        title, *rest = str(self).splitlines()
+        rows = [line.strip().split(None, 1) for line in rest]
+        shown = showing.table_html(title, rows)
+        if self.patterns and not self.at_most:
+            caption = "rows are query tiles, columns key tiles; blue is kept"
+            shown += showing.figure_html(self.draw(), caption)
+        return shown
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """What is kept in each step, and in the run.
+
+        Args:
+            ax: where to; None makes a figure.
+
+        Raises:
+            DiffpatchError: matplotlib is not installed.
+        """
+        figure, ax = showing.axes(ax)
+        ax.stairs(self.kept_per_step, range(self.steps + 1), baseline=0, fill=True, alpha=0.5)
+        ax.axhline(self.kept, color="black", linestyle="--", label=f"the run: {self.kept:.1%}")
+        ax.set(title=f"{self.method} on {self.model}", xlabel="step", ylabel="kept", ylim=(0, 1.05))
+        ax.legend()
+        return figure, ax
 
     def __str__(self) -> str:
         most = "at most " if self.at_most else ""

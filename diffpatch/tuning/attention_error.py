@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffpatch.errors import NotPatched
+from diffpatch import showing
+from diffpatch.errors import DiffpatchError, NotPatched
 from diffpatch.patching.api import named_owners
 
 if TYPE_CHECKING:
-    from diffpatch.patching.patch import Observer
-    from diffpatch.patching.run.run import Run
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from diffpatch.patching.patch import Observer, SparseCall
 
 
 MOST_TOKENS = 1024  # of a layer, whose outputs are held until the other branches come
@@ -116,6 +119,44 @@ class AttentionErrors:
             "calls": [vars(where) | {"error": e} for where, e in self.per_call.items()],
         }
 
+    @property
+    def map(self) -> list[list[float | None]]:
+        """Mean error by step and, in each, by layer; None where no call was sparse."""
+        found = self._relative(lambda where: (where.step, where.transformer, where.layer))
+        steps, layers = sorted({k[0] for k in found}), sorted({k[1:] for k in found})
+        return [[found.get((step, *layer)) for layer in layers] for step in steps]
+
+    def __repr__(self) -> str:
+        return f"AttentionErrors({str(self).removeprefix('attention error').strip(' :')})"
+
+    def _repr_html_(self) -> str:
+        shown = showing.table_html(str(self), [])
+        if not self._sums:
+            return shown
+        most = max(v for row in self.map for v in row if v is not None) or 1.0
+        caption = (
+            f"error by step (down, from {min(self.per_step)}) and layer (to the right): bright is"
+            f" {most:.1%}, dark 0"
+        )
+        return shown + showing.figure_html(showing.heat_picture(self.map, most), caption)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """The error in every step and layer.
+
+        Args:
+            ax: where to; None makes a figure.
+
+        Raises:
+            DiffpatchError: no call was sparse, or matplotlib is not installed.
+        """
+        if not self._sums:
+            raise DiffpatchError("there is nothing to plot: no call was sparse")
+        figure, ax = showing.heat(
+            ax, self.map, str(self), ("step", "layer", "relative L1 to dense")
+        )
+        ax.set_yticks(range(len(self.per_step)), [str(step) for step in self.per_step])
+        return figure, ax
+
     def __str__(self) -> str:
         if not self._sums:
             return "attention error: no sparse call"
@@ -150,17 +191,12 @@ def attention_error(target: Any) -> Iterator[AttentionErrors]:
     errors = AttentionErrors()
 
     def observer(name: str | None) -> Observer:
-        def observe(
-            run: Run,
-            place: tuple[str, int, int, int],
-            out: torch.Tensor,
-            dense: Callable[[], torch.Tensor],
-        ) -> None:
-            if internals.is_pipeline(target) and run.pipeline not in (None, target):
+        def observe(call: SparseCall) -> None:
+            if internals.is_pipeline(target) and call.run.pipeline not in (None, target):
                 return
-            transformer, *rest = place
+            transformer, *rest = call.place
             where = Where(name or transformer, *rest)
-            errors.add(where, out.detach(), dense().detach())
+            errors.add(where, call.out.detach(), call.dense().detach())
 
         return observe
 

@@ -304,6 +304,17 @@ class Dynamic(Method):
                 )
         return Attended(out, state["kept"], used)
 
+    def selection_of(
+        self, pattern: BlockPattern, state: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int] | None:
+        if "bits" not in state:
+            return None
+        strip = self.keys_of(pattern.grid)
+        table = tile_table(pattern.on(state["bits"].device), strip)
+        shape = (table.num_tiles, len(table.strips))
+        flags = active_tiles.unpack(state["bits"], shape[0] * shape[1])
+        return flags[:, :, 0].unflatten(2, shape), strip
+
     def _chosen(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, scale: float,
         backend: str,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.active_tiles.api import tile_table
+from diffpatch.kernels.active_tiles.api import tile_table, unpack
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import Dense
@@ -124,6 +124,15 @@ class Temporal(Wrapper):
     @property
     def dynamic(self) -> bool:
         return self.mode != "tail"
+
+    def selection_of(
+        self, pattern: BlockPattern, state: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int] | None:
+        """As in `Method`; in mode "skip", what the next step will compute."""
+        if "bits" not in state:
+            return None
+        table = tile_table(pattern.on(state["bits"].device))
+        return table.map(unpack(state["bits"], table.length)), 0
 
     @property
     def every(self) -> int:

@@ -78,7 +78,7 @@ class Calls:
 
     def __enter__(self) -> list[tuple[int, int, int]]:
         observers = self.target.transformer._diffpatch.patch.observers
-        observers.append(lambda run, place, out, dense: self.seen.append(place[1:]))
+        observers.append(lambda call: self.seen.append(call.place[1:]))
         return self.seen
 
     def __exit__(self, *error: object) -> None:

@@ -236,7 +236,7 @@ def test_guidance_branches_go_by_their_names() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=0)
     seen: list[tuple[int, int]] = []
-    owner(tiny).patch.observers.append(lambda run, place, out, dense: seen.append(place[2:]))
+    owner(tiny).patch.observers.append(lambda call: seen.append(call.place[2:]))
     scheduler, model = tiny.pipe.scheduler, tiny.pipe.transformer
     x, text = torch.zeros(1, 16, 3, 4, 8), torch.zeros(1, 8, 32)
     scheduler.set_timesteps(3)
