@@ -2,13 +2,18 @@
 # make test    lint, types and tests
 # make mutants do the tests notice small wrong edits? MINUTES=10 SEED=1, goes on where it stopped
 # make fuzz    random grids, methods, sweeps, settings and weights, for MINUTES=10
+# make docs    README, map, gallery and an API reference, into build/docs/
+# make picture the README's picture: the clip of make demo, with the figures of the README's table
 # make drift   the family matrix with the oldest supported diffusers, and with the newest
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
 PYTHON ?= python3
-# Without a GPU the release that this project is tested with. Where pip finds no build of it for the
-# CPU by itself, name PyTorch's own index in PIP_EXTRA_INDEX_URL and save gigabytes.
-TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+# Without a GPU the release that this project is tested with, from PyTorch's own index of builds for
+# CPUs (200 MB instead of 2 GB); where that does not answer within seconds, whatever pip finds.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH ?= $(if $(GPU),torch,torch==2.13.0)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+REACHED = $(BIN)/python -c "import signal, urllib.request as u; signal.alarm(6); u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" >/dev/null 2>&1
 MODEL ?= demo-long
 METHOD ?= radial
 OPTIONS ?= --dense-steps 2 --dense-layers 0
@@ -16,13 +21,23 @@ PROMPT ?= a large red circle moves left over a black background
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test mutants fuzz drift drift-oldest drift-newest lint format clean
+.PHONY: demo test mutants fuzz docs picture drift drift-oldest drift-newest lint format clean
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \
 		--method $(METHOD) $(OPTIONS) --compare dense -o out/ --overwrite
+	@printf '\n%s\n' "next: open out/index.html, and see which method suits your own prompt:"
+	@printf '  %s\n' "source $(BIN)/activate" \
+		'diffpatch sweep --model demo --prompt "a small blue ring grows over a gray background" -o runs/ring'
+
+picture: demo
+	@$(BIN)/python examples/readme_card.py out/
+
+docs: $(VENV)/.ready-test
+	@$(BIN)/python docs/build.py build/docs
+	@echo "open build/docs/index.html"
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -71,11 +86,13 @@ $(BIN)/python:
 
 # torch goes first, so that the build chosen above stays.
 $(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
-	@echo "setting up $(VENV) (once; a few minutes)"
-	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[video]"
+	@echo "setting up $(VENV), once: torch ($(if $(GPU),some 3 GB,200 MB to download where the index of CPU builds is reached)),"
+	@echo "then diffusers, transformers and ffmpeg (200 MB)"
+	@if [ -z "$(GPU)" ] && $(REACHED); then \
+		$(PIP) --extra-index-url $(CPU_INDEX) "$(TORCH)"; else $(PIP) "$(TORCH)"; fi
+	@$(PIP) -q -e ".[video]"
 	@touch $@
 
 $(VENV)/.ready-test: pyproject.toml $(VENV)/.ready-demo
-	@$(PIP) -e ".[dev,video,eval]"
+	@$(PIP) -q -e ".[dev,video,eval]"
 	@touch $@

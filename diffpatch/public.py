@@ -30,7 +30,16 @@ from diffpatch.methods import (
     register,
 )
 from diffpatch.methods.neighborhood import entropy_scale
-from diffpatch.patching.api import patch, patched, report, reset, settled, unpatch
+from diffpatch.patching.api import (
+    is_patched,
+    patch,
+    patched,
+    report,
+    reset,
+    settled,
+    summary,
+    unpatch,
+)
 from diffpatch.patching.report import Report
 from diffpatch.patching.run.idle import NothingSparse
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
@@ -90,6 +99,7 @@ __all__ = [
     "enlarge",
     "entropy_scale",
     "fit_kept",
+    "is_patched",
     "list_families",
     "list_methods",
     "load_profile",
@@ -102,6 +112,7 @@ __all__ = [
     "report",
     "reset",
     "settled",
+    "summary",
     "tune",
     "tuned",
     "unpatch",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,12 @@ def figure_html(picture: Image.Image, caption: str) -> str:
         ' style="max-width:100%;image-rendering:pixelated">'
         f"<figcaption><small>{html.escape(caption)}</small></figcaption></figure>"
     )
+
+
+def facts_html(text: str) -> str:
+    """What a thing prints, a title and lines of names and facts, as a table."""
+    title, *rest = text.splitlines()
+    return table_html(title, [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in rest])
 
 
 def table_html(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:

@@ -6,21 +6,24 @@ in the moving one it sweeps over the clip.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffpatch import BlockPattern
-from diffpatch.eval.media import save, save_animation, to_images
+from diffpatch.eval.files import naming
+from diffpatch.eval.media import save_animation, to_images
 
 SIZE = WIDTH, HEIGHT = 1200, 630
 STAGE = 40, 32, 700, 372  # left, top, width and height of what the clip may take
 COLUMN = 790  # left edge of the figures
 TILE = 76  # side of a pattern
+DESCRIPTION = 0x010E  # of an image, in Exif
 FRAMES = 24  # of the moving card, at least; shorter clips repeat
 PAPER, BOX, INK, SOFT, ACCENT = "#14161a", "#20242b", "#f2f2ef", "#a4a8b3", "#6fd3ae"
 KEPT, LEFT_OUT = (111, 211, 174), (42, 47, 56)
@@ -74,7 +77,9 @@ def write_card(
     board = _board(text, pattern)
     middle = count // 2
     paths = [folder / "card.png"]
-    save([_shown(board, clips[0][middle], clips[1][middle], 0.5, text.label)], paths[0], fps)
+    with naming(paths[0]):
+        still = _shown(board, clips[0][middle], clips[1][middle], 0.5, text.label)
+        still.save(paths[0], exif=_exif(text))
     if count > 1:
         frames = []
         for number in range(max(count, FRAMES)):
@@ -83,8 +88,20 @@ def write_card(
             one, other = (clip[number % count] for clip in clips)
             frames.append(_shown(board, one, other, place, text.label))
         paths.append(folder / "card.webp")
-        save_animation(frames, paths[1], fps, quality=70)
+        save_animation(frames, paths[1], fps, quality=70, exif=_exif(text))
     return paths
+
+
+def card_text(path: Path) -> CardText:
+    """What a card says, from the card itself."""
+    with Image.open(path) as card:
+        return CardText(**json.loads(card.getexif()[DESCRIPTION]))
+
+
+def _exif(text: CardText) -> Image.Exif:
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps(asdict(text))
+    return exif
 
 
 def thumbnail(pattern: BlockPattern, side: int = TILE) -> Image.Image:
@@ -100,7 +117,7 @@ def _board(text: CardText, pattern: Image.Image | None) -> Image.Image:
     """Everything that does not move."""
     board = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(board)
-    draw.text((COLUMN, 8), f"{text.speedup:.1f}x", ACCENT, font=_font(150))  # the font lacks ×
+    draw.text((COLUMN, 8), f"{text.speedup:.1f}x", ACCENT, font=_font(150))
     kept = f"{text.kept:.0%}"
     figures = (f"{text.psnr:.1f} dB", "PSNR to dense"), (kept, "of attention computed")
     draw.text((COLUMN + 6, 174), "faster, end to end", INK, font=_font(36))
@@ -155,6 +172,7 @@ def _fitted(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, ink: str, size: int, room: int
 ) -> None:
     """A text that gets smaller, and then shorter, until it fits."""
+    text = text.replace("×", "x")  # which the font lacks
     while size > 13 and draw.textlength(text, font=_font(size)) > room:
         size -= 1
     while len(text) > 4 and draw.textlength(text, font=_font(size)) > room:

@@ -72,10 +72,16 @@ def save(images: Sequence[Image.Image], path: Path, fps: float) -> None:
 
 
 def save_animation(
-    images: Sequence[Image.Image], path: Path, fps: float, quality: int = 90
+    images: Sequence[Image.Image],
+    path: Path,
+    fps: float,
+    quality: int = 90,
+    exif: Image.Exif | None = None,
 ) -> None:
     """Write pictures as an endless .webp, .gif or .apng; `quality` is WebP's."""
     options: dict[str, Any] = {"quality": quality, "method": 4} if path.suffix == ".webp" else {}
+    if exif is not None:
+        options["exif"] = exif
     duration = round(1000 / fps)
     images[0].save(
         path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options

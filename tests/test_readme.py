@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,9 +14,10 @@ from diffpatch.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / name / "README.md" for name in ("eval/results", "kernels", "pipelines")))
+FOLDERS = ("eval/results", "examples", "kernels", "pipelines")
+PAGES = (README, ROOT / "docs" / "own_models.md", *(ROOT / n / "README.md" for n in FOLDERS))
 QUICK = ("methods", "families", "plan")
-COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python")
+COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python", "source")
 
 
 def blocks(language: str) -> list[str]:
@@ -91,3 +93,19 @@ def test_commands(
 def test_programs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_picture_says_what_the_table_says() -> None:
+    """`make picture` makes it from the JSON behind the table."""
+    from diffpatch.eval.card import card_text
+
+    text = README.read_text(encoding="utf-8")
+    [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    said = card_text(ROOT / picture)
+    rows = json.loads((ROOT / "eval/results/demo_sweep.json").read_text(encoding="utf-8"))["rows"]
+    row = next(row for row in rows if row["facts"]["method"] == said.label)
+    assert said.speedup == row["speedup"]["total"]["median"]
+    assert (said.psnr, said.kept) == (row["quality"]["psnr"], row["kept"])
+    [line] = [x for x in text.splitlines() if x.startswith(f"| `{said.label}` |") and "×" in x]
+    assert f"| {said.kept:.1%}".replace("%", " %") in line
+    assert f"| {said.speedup:.2f}× | {said.psnr:.1f} dB |" in line

@@ -62,6 +62,8 @@ def test_a_notebook_gets_a_picture_or_a_page(shown: dict[str, Any], name: str) -
     page = one._repr_html_()
     assert "<table>" in page
     assert ("data:image/png;base64," in page) == (name != "Radial")
+    if name == "Plan":
+        assert ">by step</td>" in page
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ from diffpatch.cli.render import sheets
 from diffpatch.eval.files import to_json
 from diffpatch.eval.tables import table
 from diffpatch.eval.tuned.table import answer, describe
-from diffpatch.patterns.drawing import KINDS, draw
+from diffpatch.patterns.drawing import KINDS, draw, tile_picture
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of
 from diffpatch.pipelines.running.loading import DTYPES
@@ -188,12 +188,12 @@ def _draw_all(args: argparse.Namespace, plans: dict[str, diffpatch.Plan], folder
     path.mkdir(parents=True, exist_ok=True)
     for kind in KINDS if folder else (args.draw_kind,):
         pictures = {
-            f"{name}, {plan.kept_sparse:.1%} kept": draw(
-                plan.patterns[0], kind, query=args.draw_query
-            )
+            f"{name}, {plan.kept_sparse:.1%} kept": tile_picture(plan.patterns[0], 400)
+            if kind == "tiles"
+            else draw(plan.patterns[0], kind, query=args.draw_query)
             for name, plan in plans.items()
             # Where the data decide, or nothing is left out, there is nothing to see.
-            if plan.patterns and not plan.at_most and plan.kept_sparse < 1
+            if plan.patterns and plan.patterns[0].kept < 1 and plan.kept_sparse < 1
         }
         sheets.named(pictures).save(path / f"{kind}.png" if folder else args.draw)
 

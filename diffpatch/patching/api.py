@@ -269,6 +269,16 @@ def report(target: Any) -> Report:
     return Report.of(method, sum(len(o.modules) for o in found.values()), record, notes)
 
 
+def summary(target: Any) -> Report:
+    """The same as `report`, under the name that users of cache-dit look for."""
+    return report(target)
+
+
+def is_patched(target: Any) -> bool:
+    """Whether a pipeline or transformer carries a patch."""
+    return bool(owners(target)) or _left_over(target) is not None
+
+
 def reset(target: Any) -> None:
     """Forget all state and counts of the last run."""
     for shared in {owner.patch for owner in owners(target)}:

@@ -223,8 +223,7 @@ class Report:
         )
 
     def _repr_html_(self) -> str:
-        title, *rest = str(self).splitlines()
-        shown = showing.table_html(title, [line.strip().split(None, 1) for line in rest])
+        shown = showing.facts_html(str(self))
         if self.kept_map:
             picture = showing.heat_picture(self.kept_map)
             caption = "kept by step (down) and layer (to the right): bright is dense, grey not run"

@@ -160,28 +160,33 @@ class Canvas:
             x += 44 + self.fonts[13].getlength(text)
 
 
-def _tiles(pattern: BlockPattern, title: str) -> Image.Image:
+def tile_picture(pattern: BlockPattern, size: int = SIZE) -> Image.Image:
+    """The pairs of tiles alone, about `size` pixels wide: blue is kept, faint in part."""
     from PIL import Image
 
-    b = pattern.blocks
-    maps = pattern.tile_map()
-    share = maps.mean(0) if b.head_pattern is None else maps[b.head_pattern.long()].mean(0)
-    count = len(share)
-    gutter, scale = 70, max(1, SIZE // count)
-    side = count * scale
-    subtitle = (
-        f"{pattern.grid}: {count} × {count} tiles, {pattern.kept:.1%} of the pairs kept;"
-        " rows are queries, columns are keys"
-    )
-    canvas = Canvas(side + gutter, side + 2 * 26 + 14, title, subtitle)
-    x, y = canvas.left + gutter, canvas.top + 26
+    maps, heads = pattern.tile_map(), pattern.blocks.head_pattern
+    share = maps.mean(0) if heads is None else maps[heads.long()].mean(0)
     empty, kept = torch.tensor(EMPTY).float(), torch.tensor(KEPT).float()
     blend = torch.where((share > 0)[..., None], empty + share[..., None] * (kept - empty), empty)
     # A part, however small, stays visible beside nothing.
     faint = torch.tensor([150, 190, 220]).float()
     blend = torch.where(((share > 0) & (share < 0.3))[..., None], faint, blend)
     picture = Image.fromarray(blend.round().to(torch.uint8).numpy())
-    canvas.image.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+    side = len(share) * max(1, size // len(share))
+    return picture.resize((side, side), Image.Resampling.NEAREST)
+
+
+def _tiles(pattern: BlockPattern, title: str) -> Image.Image:
+    picture = tile_picture(pattern)
+    count, side = pattern.blocks.num_tiles, picture.width
+    gutter, scale = 70, side // count
+    subtitle = (
+        f"{pattern.grid}: {count} × {count} tiles, {pattern.kept:.1%} of the pairs kept;"
+        " rows are queries, columns are keys"
+    )
+    canvas = Canvas(side + gutter, side + 2 * 26 + 14, title, subtitle)
+    x, y = canvas.left + gutter, canvas.top + 26
+    canvas.image.paste(picture, (x, y))
     for tile, label in _tile_ticks(pattern, max(1, 34 // scale)):
         canvas.text(x - 6, y + tile * scale, label, fill=GREY, anchor="ra")
         canvas.text(x + tile * scale, y - 4, label, fill=GREY, anchor="ls")

@@ -147,9 +147,7 @@ class Plan:
         )
 
     def _repr_html_(self) -> str:
-        title, *rest = str(self).splitlines()
-        rows = [line.strip().split(None, 1) for line in rest]
-        shown = showing.table_html(title, rows)
+        shown = showing.facts_html(str(self))
         if self.patterns and not self.at_most:
             caption = "rows are query tiles, columns key tiles; blue is kept"
             shown += showing.figure_html(self.draw(), caption)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SAMPLED = 8  # queries of a call, beside the one that was asked for, that the mass kept is a mean of
 
 
+_HOW = ": run the pipeline in the with block, and choose a step and a layer that are not dense"
+
+
 @dataclass(repr=False)
 class AttentionMaps:
     """What one query of a layer attends to, and the mass that each head of each layer keeps.
@@ -43,6 +46,7 @@ class AttentionMaps:
         mass: fp32 (H, S), dense attention of the query, in the order of the sequence.
         exact: bool (H, S), the keys that the method computes exactly.
         mass_kept: mean over queries for each head, by layer as in `Report.kept_per_layer`.
+        note: why calls could not be looked at, if some could not.
     """
 
     layer: int
@@ -52,6 +56,7 @@ class AttentionMaps:
     mass: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     exact: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     mass_kept: dict[str, list[float]] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def mass_per_frame(self) -> torch.Tensor:
@@ -151,8 +156,8 @@ class AttentionMaps:
     def _seen(self) -> TokenGrid:
         if self.grid is None:
             raise DiffpatchError(
-                f"no sparse call of layer {self.layer} was seen in step {self.step}: run the"
-                " pipeline in the with block, and choose a step and a layer that are not dense"
+                f"no sparse call of layer {self.layer} was seen in step {self.step}"
+                + (self.note or _HOW)
             )
         return self.grid
 
@@ -162,7 +167,12 @@ class AttentionMaps:
         name = f"{transformer}.{layer}"
         if step != self.step or branch or name in self.mass_kept:
             return
-        grid = only_grid(call.pattern)
+        try:
+            grid = only_grid(call.pattern)
+            exact_keys(call, 0)
+        except BadParameter as error:
+            self.note = f": {error}"
+            return
         tokens = [*range(grid.text_before, grid.num_tokens - grid.text_after)]
         sample = tokens[:: max(1, len(tokens) // SAMPLED)][:SAMPLED]
         mass = probabilities(call, sample)
@@ -234,7 +244,7 @@ def _inside(query: Sequence[int] | None, grid: TokenGrid) -> tuple[int, int, int
 
 @contextlib.contextmanager
 def attention_maps(
-    target: Any, layer: int, step: int, query: tuple[int, int, int] | None = None
+    target: Any, layer: int | None = None, *, step: int, query: tuple[int, int, int] | None = None
 ) -> Iterator[AttentionMaps]:
     """Look at what dense attention does in one step of a run, and what of it a method computes::
 
@@ -247,24 +257,33 @@ def attention_maps(
 
     Args:
         target: a patched pipeline or transformer.
-        layer: of the map, among the patched ones; the mass kept is of all layers.
+        layer: of the map, among the patched ones; None takes the middle one. The mass kept is of
+            all layers.
         step: denoising step, counted in model evaluations; one that is not dense.
         query: (frame, row, column) in tokens; None takes the middle.
 
     Raises:
         NotPatched: the target carries no patch.
-        BadParameter: the query lies outside of the grid, a sequence has several grids, or the
-            method does not tell what it chose.
+        BadParameter: the query lies outside of the grid.
     """
+    from diffpatch import internals  # imports diffusers, which takes seconds
+
     found = named_owners(target)
     if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
+    if layer is None:
+        layer = len(next(iter(found.values())).modules) // 2
     maps = AttentionMaps(layer, step, query)
     patches = list(dict.fromkeys(owner.patch for owner in found.values()))
+
+    def observe(call: SparseCall) -> None:
+        if not internals.is_pipeline(target) or call.run.pipeline in (None, target):
+            maps.add(call)
+
     for patch in patches:
-        patch.observers.append(maps.add)
+        patch.observers.append(observe)
     try:
         yield maps
     finally:
         for patch in patches:
-            patch.observers.remove(maps.add)
+            patch.observers.remove(observe)

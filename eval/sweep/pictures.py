@@ -15,7 +15,7 @@ from diffpatch.eval.media import difference, save_clip
 from diffpatch.eval.sweep.fit import plan_run
 from diffpatch.eval.sweep.plan import Rendering
 
-CLIP, DIFFERENCE, PATTERN = "clip", "difference", "pattern.png"
+CLIP, DIFFERENCE, PATTERN, ATTENTION = "clip", "difference", "pattern.png", "attention.png"
 
 
 def save_pictures(
@@ -44,6 +44,13 @@ def pattern_of(pipe: Any, run: Rendering, method: diffpatch.Method) -> Image.Ima
     if plan.at_most or not plan.patterns:
         return None
     return thumbnail(plan.patterns[0])
+
+
+def save_attention(maps: diffpatch.AttentionMaps, stage: Path) -> dict[str, Any]:
+    """Write the picture of where attention looks, and return its figures."""
+    with naming(stage / ATTENTION):
+        maps.draw().save(stage / ATTENTION)
+    return maps.to_dict()
 
 
 def save_pattern(picture: Image.Image | None, stage: Path) -> None:

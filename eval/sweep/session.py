@@ -23,7 +23,12 @@ from diffpatch.eval.processes import Process
 from diffpatch.eval.quality.scores import load_tools
 from diffpatch.eval.sweep.fit import fit_run
 from diffpatch.eval.sweep.paste import arguments
-from diffpatch.eval.sweep.pictures import pattern_of, save_pattern, save_pictures
+from diffpatch.eval.sweep.pictures import (
+    pattern_of,
+    save_attention,
+    save_pattern,
+    save_pictures,
+)
 from diffpatch.eval.sweep.plan import Case, Rendering
 from diffpatch.eval.sweep.scores import has_features, save_features, score
 from diffpatch.eval.sweep.spec import TUNED, Prompt, SweepSpec
@@ -163,7 +168,8 @@ class Session:
         save_pattern(self._patterns.get(_place(run)), stage)
         result["quality"] = self._score(frames, reference, run)
         if run.errors:
-            result["attention_error"] = self._attention_error(run)
+            steps = [n for n, kept in enumerate(facts["report"]["kept_per_step"]) if kept < 1]
+            result |= self._second_pass(run, steps, stage)
         return result
 
     def _compare_seeds(self, run: Rendering) -> dict[str, Any]:
@@ -206,11 +212,21 @@ class Session:
             "report": report.to_dict(),
         }
 
-    def _attention_error(self, run: Rendering) -> dict[str, Any]:
-        with self._applied(run), diffpatch.attention_error(self.pipe) as errors:
+    def _second_pass(self, run: Rendering, steps: list[int], stage: Path) -> dict[str, Any]:
+        """Attention errors, and where attention looks in the middle one of the sparse steps."""
+        with self._applied(run), contextlib.ExitStack() as watched:
+            errors = watched.enter_context(diffpatch.attention_error(self.pipe))
+            maps = None
+            if steps:
+                looked = diffpatch.attention_maps(self.pipe, step=steps[len(steps) // 2])
+                maps = watched.enter_context(looked)
             sampling.sample(self.pipe, self._call(run.case), run.case.seed)
         found = errors.to_dict()
-        return {key: found[key] for key in ("mean", "per_layer", "per_branch", "difference")}
+        shown = ("mean", "per_layer", "per_branch", "difference")
+        result: dict[str, Any] = {"attention_error": {key: found[key] for key in shown}}
+        if maps is not None and maps.grid is not None:
+            result["attention"] = save_attention(maps, stage)
+        return result
 
     def _dense_frames(self, dense: Rendering) -> torch.Tensor:
         """The frames of a dense run, which is rendered here unless somebody did already."""

@@ -40,7 +40,7 @@ def frames(path: Path) -> np.ndarray:
 
 def test_render_writes_everything_it_names(rendered: Path) -> None:
     names = {"dense.apng", "radial.apng", "radial_vs_dense.apng", "radial_vs_dense.png"}
-    names |= {"card.png", "card.webp"}
+    names |= {"card.png", "card.webp", "index.html"}
     with Image.open(rendered / "card.png") as still, Image.open(rendered / "card.webp") as moving:
         assert still.size == moving.size == (1200, 630)
     assert {path.name for path in rendered.iterdir()} == {*names, "render.json"}

@@ -123,6 +123,16 @@ def test_the_output_equals_diffusers_own_attention_with_the_same_mask(
     assert (patched - tiny.run()).abs().max() < 1e-5
 
 
+def test_neighbours_names_work_too() -> None:
+    tiny = wan()
+    assert not diffpatch.is_patched(tiny.pipe) and not diffpatch.is_patched(tiny.pipe.transformer)
+    with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=0):
+        assert diffpatch.is_patched(tiny.pipe) and diffpatch.is_patched(tiny.pipe.transformer)
+        tiny.run()
+        assert diffpatch.summary(tiny.pipe) == diffpatch.report(tiny.pipe)
+    assert not diffpatch.is_patched(tiny.pipe)
+
+
 def test_patching_again_replaces_the_earlier_patch() -> None:
     tiny = wan()
     before, objects = tiny.run(), processors(tiny.pipe)

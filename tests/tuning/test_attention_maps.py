@@ -10,6 +10,7 @@ import torch
 import diffpatch
 from diffpatch import TokenGrid, Window
 from diffpatch.patching.patch import SparseCall
+from diffpatch.patching.run.run import Run
 from diffpatch.tuning.attention_maps import exact_keys, probabilities
 from diffpatch.tuning.attention_picture import edges
 from tests.tiny import wan, wan22
@@ -26,7 +27,18 @@ def call_of(method: diffpatch.Method, grid: TokenGrid, heads: int = 2) -> Sparse
     pattern, state = method.pattern(grid, method.variant(0, 0)).for_heads(heads), {}
     out = method.attend(q, k, v, AttentionCall(pattern, state=state)).out
     return SparseCall(
-        ("transformer", 0, 0, 0), out, lambda: out, q, k, 0.25, None, method, pattern, None, state
+        Run(),
+        ("transformer", 0, 0, 0),
+        out,
+        lambda: out,
+        q,
+        k,
+        0.25,
+        None,
+        method,
+        pattern,
+        None,
+        state,
     )
 
 
@@ -102,7 +114,7 @@ def test_a_run_fills_the_maps() -> None:
 
 def test_what_cannot_be_seen_is_said() -> None:
     tiny = wan22()
-    with pytest.raises(diffpatch.NotPatched), diffpatch.attention_maps(tiny.pipe, 0, 0):
+    with pytest.raises(diffpatch.NotPatched), diffpatch.attention_maps(tiny.pipe, 0, step=0):
         pass
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1, dense_layers=0)
     with diffpatch.attention_maps(tiny.pipe, layer=1, step=0) as maps:

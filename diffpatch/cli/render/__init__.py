@@ -24,6 +24,7 @@ from diffpatch.cli.render.job import (
     plan,
     request,
 )
+from diffpatch.cli.render.page import page
 from diffpatch.eval import media
 from diffpatch.eval.card import thumbnail, write_card
 from diffpatch.eval.environment import environment
@@ -266,6 +267,7 @@ def _write(
                 media.save([sheet], stage / names["contact_sheet"], job.fps)
             dense, fast = (sample.frames for sample in samples.values())
             write_card(stage, dense, fast, summary.card_text(result), pattern, job.fps)
+            (stage / names["page"]).write_text(page(result, names), encoding="utf-8")
         (stage / names["result"]).write_text(to_json(result), encoding="utf-8")
 
 

@@ -101,6 +101,7 @@ class Job:
             pair = f"{stems[self.variants[-1].name]}_vs_dense"
             names["side_by_side"] = sheets.file_name(pair, self.format, video)
             names["card"] = "card.png"
+            names["page"] = "index.html"
             if video:
                 names["contact_sheet"] = f"{pair}.png"
                 names["moving_card"] = "card.webp"

@@ -82,8 +82,8 @@ def card_text(result: dict[str, Any]) -> CardText:
     )
 
 
-def describe(result: dict[str, Any]) -> str:
-    """The result of one prompt as a short table."""
+def lines(result: dict[str, Any]) -> list[list[str]]:
+    """The figures of one prompt: a heading, and a line each."""
     runs: dict[str, Any] = result["runs"]
     gains = result.get("speedup", {})
     rows = [["", *runs] + (["speedup"] if gains else [])]
@@ -97,11 +97,16 @@ def describe(result: dict[str, Any]) -> str:
     for name, digits, unit in _METRICS if "quality" in result else ():
         score = result["quality"][name]["mean"]
         rows.append([f"{name.upper()} to dense", "", f"{score:.{digits}f}{unit}", *blank])
-    lines = [f"“{result['prompt']}”, seed {result['seed']}", table(rows)]
-    fallbacks = _fallbacks(runs)
+    return rows
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result of one prompt as a short table."""
+    head = [f"“{result['prompt']}”, seed {result['seed']}", table(lines(result))]
+    fallbacks = _fallbacks(result["runs"])
     if noise := busy_with(result):
         fallbacks.append(f"The machine was busy ({noise}): these times are unreliable, try again")
-    return "\n".join(lines + fallbacks + [f"wrote {path}" for path in result["files"].values()])
+    return "\n".join(head + fallbacks + [f"wrote {path}" for path in result["files"].values()])
 
 
 _METRICS = (("psnr", 1, " dB"), ("ssim", 3, ""))

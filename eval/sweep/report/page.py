@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from diffpatch.eval.media import TYPES, find_clip
-from diffpatch.eval.sweep.pictures import CLIP, DIFFERENCE, PATTERN
+from diffpatch.eval.sweep.pictures import ATTENTION, CLIP, DIFFERENCE, PATTERN
 from diffpatch.eval.sweep.report.card import NAMES
 from diffpatch.eval.sweep.report.plot import colours, pareto
 from diffpatch.eval.sweep.report.rows import METRICS, Row
@@ -87,6 +87,7 @@ def _setting(summary: Summary, verdict: Verdict, folder: Path, room: _Room) -> d
              "layers": len(row.kept_map[0])}
             for row in rows if row.kept_map and row.kept_map[0]
         ],
+        "looks": _looks(results, folder),
         "errors": _heat([(row.label, row.error_per_layer) for row in rows]),
     }  # fmt: skip
 
@@ -194,6 +195,24 @@ def _map(kept: Sequence[Sequence[float | None]]) -> str:
     stream = io.BytesIO()
     large.save(stream, "PNG", optimize=True)
     return _data(stream.getvalue(), "image/png")
+
+
+def _looks(results: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Attention maps, one a method: where a query looks, and the mass that each head keeps."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        path, mass = folder / "runs" / result["name"] / ATTENTION, result.get("attention")
+        if mass is None or result["label"] in found or not path.is_file():
+            continue
+        heads = list(mass["mass_kept"].values())
+        found[result["label"]] = {
+            "label": result["label"],
+            "picture": _address(path),
+            "heads": _map(heads),
+            "layers": len(heads),
+            "kept": sum(map(sum, heads)) / sum(map(len, heads)),
+        }
+    return list(found.values())
 
 
 def _heat(tables: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Any] | None:

@@ -54,6 +54,10 @@ def test_every_run_is_there_with_what_reproduces_it(swept: Path) -> None:
         assert 0 < error["mean"] < 1 and len(error["per_branch"]) == 2
         assert error["mean"] == pytest.approx(sum(error["per_branch"].values()) / 2)
         assert 0 < error["difference"] < 2
+    for result in errors:
+        assert 0 < result["attention_error"]["mean"] < 1
+        assert all(0 < x < 1 for x in result["attention"]["mass_kept"]["transformer.1"])
+        assert (swept / "runs" / result["name"] / "attention.png").is_file()
 
 
 def test_frames_are_kept_so_that_scores_can_be_computed_again(swept: Path) -> None:
