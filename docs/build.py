@@ -8,12 +8,13 @@ The API reference is made by pdoc from the docstrings of what `diffpatch` offers
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pdoc
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from pdoc.render_helpers import to_html
 
@@ -40,14 +41,10 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     api(folder)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    template = templates.get_template("page.html")
     pages = [{"title": title, "file": file} for title, (_, file) in PAGES.items()]
     for title, (source, file) in PAGES.items():
         body = Markup(to_html(linked(ROOT / source, folder)))
-        page = template.render(title=title, pages=pages, body=body)
+        page = template().render(title=title, pages=pages, body=body)
         (folder / file).write_text(page, encoding="utf-8")
 
 
@@ -58,7 +55,10 @@ def api(folder: Path) -> None:
 
 
 def linked(source: Path, folder: Path) -> str:
-    """The Markdown of a page whose links hold in the folder; its pictures are copied there."""
+    """The Markdown of a page whose links hold in the folder; its pictures are copied there.
+
+    Links to other files lead to where they are, in the repository.
+    """
     files = {(ROOT / name).resolve(): file for name, file in PAGES.values()}
 
     def moved(match: re.Match[str]) -> str:
@@ -69,15 +69,17 @@ def linked(source: Path, folder: Path) -> str:
         if path.suffix in PICTURES:
             shutil.copy(path, folder / path.name)
             return f"{before}{path.name}{after}"
-        return match[0] if not path.exists() else f"{before}{_from(folder, path)}{after}"
+        return match[0] if not path.exists() else f"{before}{os.path.relpath(path, folder)}{after}"
 
     return LINK.sub(moved, source.read_text(encoding="utf-8"))
 
 
-def _from(folder: Path, path: Path) -> str:
-    """A path as the pages see it; it stays where it is, in the repository."""
-    up = "../" * len(folder.resolve().relative_to(ROOT).parts)
-    return up + path.relative_to(ROOT).as_posix()
+def template() -> Template:
+    """Of every page but the reference."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return templates.get_template("page.html")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""The pages that `make docs` builds beside the reference: their links and pictures are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    pytest.importorskip("pdoc")
+    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_has_its_links_and_pictures(build: Any, tmp_path: Path) -> None:
+    pages = {file for _, file in build.PAGES.values()}
+    assert "index.html" in pages
+    for source, _ in build.PAGES.values():
+        text = build.linked(ROOT / source, tmp_path)
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+            assert link in pages or (tmp_path / link).exists(), (source, link)
+
+
+def test_the_template_shows_every_page(build: Any) -> None:
+    pages = [{"title": title, "file": file} for title, (_, file) in build.PAGES.items()]
+    shown = build.template().render(title="Gallery", pages=pages, body="<b>&")
+    assert all(f'href="{page["file"]}"' in shown for page in pages)
+    assert 'aria-current="page">Gallery' in shown and "&lt;b&gt;&amp;" in shown
