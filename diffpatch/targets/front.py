@@ -4,6 +4,8 @@ Its points were rendered (`diffpatch.tuning.front`). Between two of them that di
 fraction of attention alone there are others, predicted on the line between the two: PSNR over the
 logarithm of the fraction, time over the fraction itself.
 
+PSNR above `FINEST` counts as that much: nobody sees the difference, and there prompts differ most.
+
 A prompt is harder or easier than another by about as much at every point, so the spread over
 prompts is pooled over all points, and a point's `low` is what four of five prompts reach.
 """
@@ -21,6 +23,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.targets.settings import Measured
 
 BETWEEN = 8  # parts into which the way between two measured points is cut
+FINEST = 50.0  # dB
 FOUR_OF_FIVE = 0.8416  # standard deviations below the mean that leave one of five below
 
 
@@ -80,11 +83,11 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
         groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
     most = max((len(runs) for runs in groups.values()), default=0)
     whole = {applied: runs for applied, runs in groups.items() if len(runs) == most}
-    spread = _spread([[run.psnr for run in runs] for runs in whole.values()])
+    spread = _spread([[min(run.psnr, FINEST) for run in runs] for runs in whole.values()])
     points = [
         FrontPoint(
             applied,
-            psnr=statistics.fmean(run.psnr for run in runs),
+            psnr=statistics.fmean(min(run.psnr, FINEST) for run in runs),
             spread=spread,
             time=statistics.geometric_mean(run.seconds / run.dense_seconds for run in runs),
             calls=statistics.fmean(run.calls for run in runs),

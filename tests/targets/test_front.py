@@ -10,6 +10,7 @@ import pytest
 from diffpatch import BadParameter
 from diffpatch.targets.choice import chosen_for
 from diffpatch.targets.front import (
+    FINEST,
     FOUR_OF_FIVE,
     Applied,
     FrontPoint,
@@ -59,6 +60,14 @@ def test_points_are_means_and_their_spread_is_that_of_another_prompt() -> None:
 def test_one_prompt_tells_no_spread_and_a_half_done_point_is_left_out() -> None:
     assert all(point.spread == 0 for point in measured_points(runs(only=0.0)))
     assert len(measured_points(runs()[:-1])) == len(RUNS) - 1
+
+
+def test_what_nobody_sees_does_not_count() -> None:
+    fine = [run.model_copy(update={"psnr": 100.0 if run.prompt == "easy" else 52.0})
+            if run.cache == 0.1 and run.sparse == 1 else run for run in runs()]  # fmt: skip
+    points = {point.applied.label: point for point in measured_points(fine)}
+    assert points["cache 0.1"].psnr == FINEST
+    assert points["cache 0.2"].spread < measured_points(runs())[0].spread
 
 
 def test_between_two_kept_fractions_there_are_more_and_none_up_to_dense() -> None:
