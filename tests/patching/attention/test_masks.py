@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffpatch.patching.attention.model_masks import fold_bias, read_mask
 
-Q = torch.randn(2, 7, 3, 20, dtype=torch.float64)
+Q = torch.randn(2, 7, 3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 VALID = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
 
 
