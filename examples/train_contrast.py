@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.distances import frechet
-from diffpatch.eval.quality.networks import contrast
+from diffpatch.eval.quality.networks import contrast, towers
 from diffpatch.pipelines.demo import clips
 
 RECORD = Path(contrast.__file__).parents[2] / "results" / "contrast.json"
@@ -158,7 +158,7 @@ def train(options: argparse.Namespace) -> tuple[contrast.Contrast, dict[str, Any
         decay = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = options.rate * min(1, (step + 1) / 30) * (0.02 + decay)
         specs = clips.sample_specs(options.batch, generator)
-        video = draw(specs, generator, num_frames=contrast.MOMENTS)
+        video = draw(specs, generator, num_frames=towers.MOMENTS)
         loss = loss_of(model, rough, specs, *roughen(video, generator))
         loss.backward()
         optimizer.step()

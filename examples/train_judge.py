@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from diffpatch.eval.quality.distances import frechet
 from diffpatch.eval.quality.networks import judge as judging
+from diffpatch.eval.quality.networks import towers
 from diffpatch.pipelines.demo import clips
 
 
@@ -54,9 +55,7 @@ def train(options: argparse.Namespace) -> judging.Judge:
     for step in range(options.steps):
         decay = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = options.rate * min(1, (step + 1) / 30) * (0.02 + decay)
-        video, specs = draw(
-            options.batch, 64, generator, num_frames=judging.MOMENTS, held_out=False
-        )
+        video, specs = draw(options.batch, 64, generator, num_frames=towers.MOMENTS, held_out=False)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = judge(roughen(video, generator))
         wanted = judging.targets(specs)

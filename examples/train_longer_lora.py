@@ -31,7 +31,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import diffpatch
-from diffpatch.cli.arguments import number
+from diffpatch.cli import scripts
 from diffpatch.eval.files import read_json, write_json
 from diffpatch.eval.quality.scores import Tools, alone, load_tools
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo
@@ -164,7 +164,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count = parser.add_argument, number(int, 1)
+    add, count = parser.add_argument, scripts.number(int, 1)
     add("--out", type=Path, default=Path("runs/longer"), help="folder of what is written")
     add("--model", default="demo", help="a folder or hub id (demo)")
     add("--data", type=Path, help="folder of latents and text, for models other than the demo")
@@ -175,7 +175,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=count, default=8, help="of the corrections (8)")
     add("--rate", type=float, default=1e-4, help="learning rate (1e-4)")
     add("--decay", type=float, default=1.0, help="of radial attention (1.0)")
-    add("--judge", type=number(int, 0), default=2, help="captions judged before and after (2)")
+    add(
+        "--judge",
+        type=scripts.number(int, 0),
+        default=2,
+        help="captions judged (2)",
+    )
     add("--trained", type=count, default=33, help="frames of the model's training (33)")
     add("--sampling-steps", type=count, default=10, help="denoising steps of judged clips (10)")
     return parser.parse_args(argv)

@@ -8,6 +8,7 @@ otherwise.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,3 +63,10 @@ def test_a_violation_is_found(house: Path, file: str, imported: str, contract: s
         path.write_text(before, encoding="utf-8")
     assert code != 0
     assert any(contract in line and "BROKEN" in line for line in said.splitlines()), said
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_use_what_is_public(script: Path) -> None:
+    found = r"(?:from|import) (diffpatch\.cli[\w.]*)(?: import (.*))?"
+    imported = re.findall(found, script.read_text(encoding="utf-8"))
+    assert set(imported) <= {("diffpatch.cli", "scripts"), ("diffpatch.cli", "main")}

@@ -8,8 +8,8 @@ from typing import Any
 
 import diffpatch
 from diffpatch.eval.files import to_json
-from diffpatch.eval.tables import table
 from diffpatch.pipelines.families.info import FamilyInfo
+from diffpatch.tables import table
 
 EXAMPLES = """\
 examples:

@@ -7,8 +7,8 @@ from typing import Any
 
 import diffpatch
 from diffpatch.eval.files import to_json
-from diffpatch.eval.tables import table
 from diffpatch.methods import MethodInfo
+from diffpatch.tables import table
 
 EXAMPLES = """\
 examples:

@@ -14,7 +14,6 @@ from diffpatch.cli.output import check_writable
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
 from diffpatch.eval.files import to_json
-from diffpatch.eval.tables import table
 from diffpatch.eval.tuned.table import answer, describe
 from diffpatch.patterns.drawing import KINDS, draw, tile_picture
 from diffpatch.pipelines.running import loading
@@ -25,6 +24,7 @@ from diffpatch.pipelines.shapes.table import MODELS
 from diffpatch.planning.plan import operations
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.profiles import load_profile, profile_names
+from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
 
 STEPS = 50  # of a model that does not say

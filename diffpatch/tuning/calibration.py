@@ -15,6 +15,7 @@ from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, one_method
 from diffpatch.methods.temporal.method import PHASES, Temporal, third_of
 from diffpatch.patching.api import patched, report, settled
+from diffpatch.tables import table
 from diffpatch.tuning.attention_error import attention_error
 from diffpatch.tuning.trial import Trial
 
@@ -50,13 +51,13 @@ class Calibration:
         return vars(self) | {"method": str(self.method), "threshold": self.threshold}
 
     def __str__(self) -> str:
-        lines = [f"{'':14}threshold    error    bound     kept"]
+        lines = [["", "threshold", "error", "bound", "kept"]]
         rows = zip(NAMES, self.threshold, self.errors, self.bounds, self.kept, strict=True)
         for name, threshold, error, bound, kept in rows:
             found = "dense" if error is None else f"{error:.2%}"
             share = "" if kept is None else f"{kept:.1%}"
-            lines.append(f"{name:14}{threshold:9.1f}{found:>9}{bound:9.2%}{share:>9}")
-        return "\n".join(lines)
+            lines.append([name, f"{threshold:.1f}", found, f"{bound:.2%}", share])
+        return table(lines)
 
 
 def calibrate(

@@ -20,6 +20,7 @@ from diffpatch.patching.api import named_owners, patched, report
 from diffpatch.patching.target import transformers
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import attention_modules
+from diffpatch.pipelines.running.likeness import BEST_PSNR, psnr_by_frame
 from diffpatch.pipelines.running.sampling import Sample, sample
 from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe
@@ -28,7 +29,6 @@ from diffpatch.tuning.unfinished import Unfinished
 SIZES = (0.06, 0.125, 0.25, 0.5)  # kept fractions that every head is tried at
 PAIRS = (0.125, 0.25, 0.5)  # those that are rendered, to learn how errors become pictures
 RULES = ("virtual", "drop")
-BEST_PSNR = 100.0  # dB, of equal pictures
 PACKAGES = ("diffpatch", "torch", "diffusers")
 
 Progress = Callable[[str, int, int], None]  # what was done, how many of how many
@@ -153,8 +153,7 @@ def _pair(
 
 def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean PSNR of the frames (F, 3, H, W) in [0, 1], in dB, equal ones counted as 100."""
-    squares = (frames - reference).double().square().mean((1, 2, 3))
-    return float((-10 * squares.clamp(min=10 ** (-BEST_PSNR / 10)).log10()).mean())
+    return float(psnr_by_frame(frames, reference).mean())
 
 
 def _grid(probe: Probe) -> tuple[int, int, int, int]:

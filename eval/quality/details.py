@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpatch.eval.quality import metrics
-from diffpatch.eval.quality.networks import judge as judging
+from diffpatch.eval.quality.networks import towers
 from diffpatch.eval.quality.scores import Tools
 from diffpatch.pipelines.demo import clips
 
@@ -39,7 +39,7 @@ def details(frames: Tensor, prompt: str, tools: Tools) -> dict[str, float]:
     except ValueError:
         return found
     found["objects"] = objects(frames, clips.COLORS[spec.color], clips.BACKGROUNDS[spec.background])
-    if len(frames) >= judging.MOMENTS:
+    if len(frames) >= towers.MOMENTS:
         with torch.no_grad():
             given = tools.judge(2 * frames.float().to(tools.device).transpose(0, 1)[None] - 1)
         for name in ("motion", "color", "shape"):

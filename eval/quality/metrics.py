@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-PSNR_CAP = 100.0
-"""Decibels given to identical frames, whose PSNR is infinite."""
+from diffpatch.pipelines.running.likeness import psnr_by_frame
 
 WINDOW, SIGMA = 11, 1.5
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2
@@ -49,8 +48,7 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> Score:
         reference: The frames to compare with, of the same shape.
     """
     check_pair(frames, reference)
-    error = (frames.double() - reference.double()).square().mean(dim=(1, 2, 3))
-    return Score.of((-10 * error.log10()).clamp(max=PSNR_CAP))
+    return Score.of(psnr_by_frame(frames, reference))
 
 
 def ssim(frames: torch.Tensor, reference: torch.Tensor) -> Score:

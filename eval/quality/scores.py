@@ -19,6 +19,7 @@ from torch import Tensor
 from diffpatch.eval.quality import metrics
 from diffpatch.eval.quality.distances import FeatureSet, compare
 from diffpatch.eval.quality.networks import judge as judging
+from diffpatch.eval.quality.networks import towers
 from diffpatch.eval.quality.networks.clip import TextImage, load_clip
 from diffpatch.eval.quality.networks.features import Extractor, load_features
 from diffpatch.eval.quality.networks.lpips import SMALLEST, Lpips, load_lpips, lpips
@@ -194,8 +195,8 @@ def _no_caption(prompt: str, frames: Tensor | None) -> str | None:
         parse_caption(prompt)
     except ValueError:
         return "the judge knows the captions of the demo's world only"
-    if frames is not None and len(frames) < judging.MOMENTS:
-        return f"the judge needs {judging.MOMENTS} frames, got {len(frames)}"
+    if frames is not None and len(frames) < towers.MOMENTS:
+        return f"the judge needs {towers.MOMENTS} frames, got {len(frames)}"
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffpatch.errors import BadParameter
-from diffpatch.eval.tables import table
+from diffpatch.tables import table
 from diffpatch.targets.choice import Chosen, choose_for
 from diffpatch.targets.front import (
     FrontPoint,

@@ -14,8 +14,8 @@ from diffpatch.eval.bench.measurements import reason_of
 from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL
 from diffpatch.eval.bench.variants import LAYOUTS, LOADS
 from diffpatch.eval.files import to_json
-from diffpatch.eval.tables import table
 from diffpatch.pipelines.running.loading import DTYPES, choose_device
+from diffpatch.tables import table
 
 EXAMPLES = """\
 examples:

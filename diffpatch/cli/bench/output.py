@@ -11,8 +11,8 @@ from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.eval.files import to_json
-from diffpatch.eval.tables import table
 from diffpatch.methods.registry import parameter_types
+from diffpatch.tables import table
 
 
 def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.tables import table
+from diffpatch.tables import table
 
 SCORES: tuple[tuple[str, str, str], ...] = (
     ("psnr", "PSNR", ".2f"),

@@ -18,7 +18,7 @@ from diffpatch.cli.errors import UsageError
 from diffpatch.eval import files, media
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items, vbench
-from diffpatch.eval.tables import table
+from diffpatch.tables import table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
 from diffpatch.cli.render.resume import is_finished
 from diffpatch.eval.processes import Process
-from diffpatch.eval.tables import table
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import frames_per_second, settings_of, steps_of
+from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
 
 TUNED = "tuned"  # the name of what settings choose

@@ -8,8 +8,8 @@ from diffpatch.eval.card import CardText, machine
 from diffpatch.eval.load import busy, worst
 from diffpatch.eval.quality.metrics import Score, psnr, ssim
 from diffpatch.eval.sweep.paste import arguments, line
-from diffpatch.eval.tables import table
 from diffpatch.pipelines.running.sampling import CLOCKS, Sample
+from diffpatch.tables import table
 
 MEASURED = (
     "Wall-clock seconds, with the device synchronised before every reading. denoising: all steps, "

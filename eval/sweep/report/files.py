@@ -15,7 +15,7 @@ from diffpatch.eval.sweep.report.page import page
 from diffpatch.eval.sweep.report.rows import Row
 from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Summary
 from diffpatch.eval.sweep.report.table import cells, circumstances, columns
-from diffpatch.eval.tables import table
+from diffpatch.tables import table
 
 
 def write_reports(summary: Summary, folder: Path) -> list[Path]:
