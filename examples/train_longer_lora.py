@@ -1,4 +1,4 @@
-"""Trains a LoRA for clips longer than the model knows, with the sparse attention that it will run.
+"""Train a LoRA for clips longer than the model knows, with the sparse attention that it will run.
 
 Radial Attention's recipe (arXiv 2506.19852): the patch is on while low-rank corrections of the
 self-attention learn from longer clips, so that gradients go through the sparse attention and the
@@ -160,7 +160,7 @@ def judged(pipe: Any, frames: int, options: argparse.Namespace, tools: Tools) ->
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
