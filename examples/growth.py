@@ -12,6 +12,7 @@ there before, as Linux counts it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import time
@@ -36,14 +37,14 @@ METHODS: dict[str, Method | None] = {
 COLORS = {"dense": "black", "radial": "royalblue", "longer": "crimson", "linear": "seagreen"}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Growth of attention with the length of a clip.")
     parser.add_argument("-o", "--output", type=Path, default=Path("growth.json"))
     parser.add_argument("--side", type=int, default=16, help="rows and columns of tokens (16)")
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8], help="trained length")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = [
         measure(name, method, TokenGrid(TRAINED * times, args.side, args.side), args.heads)
@@ -88,6 +89,7 @@ def measure(name: str, method: Method | None, grid: TokenGrid, heads: int) -> di
 def peak_memory(reset: bool = False) -> int:
     """The most memory that this process held since the last reset, in bytes (Linux only)."""
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is new
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
