@@ -230,8 +230,8 @@ def _plan(
 def _backend(asked: str) -> str:
     """Whose tiles are counted: the backend asked for, or the one that runs on this machine."""
     if asked == "auto":
-        asked = "torch" if loading.choose_device().type == "cpu" else "triton"
-    return "torch" if asked.startswith("torch") else "triton"
+        return "torch" if loading.choose_device().type == "cpu" else "triton"
+    return asked
 
 
 def _gain(plan: diffpatch.Plan) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffpatch import internals
-from diffpatch.kernels.block_sparse.backends import passed_over
+from diffpatch.kernels.block_sparse.backends import ROWS, passed_over
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
@@ -395,6 +395,9 @@ class PatchedTransformer:
             if self.patch.backend == "auto":
                 over = (f"backend {name!r} is not taken: {x}" for name, x in passed_over(q).items())
                 run.record.notes += [note for note in over if note not in run.record.notes]
+            error = ROWS[backend].error if backend in ROWS else ""
+            if error and backend not in run.record.backends:
+                run.record.notes.append(f"backend {backend!r}: {error}")
             run.record.add(self.name, layer, step, pairs, kept, backend, reason)
 
 

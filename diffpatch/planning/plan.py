@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffpatch import showing
 from diffpatch.checking import COUNT, NATURAL, check
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.backends import check_backend
+from diffpatch.kernels.block_sparse.backends import ROWS, check_backend
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.beyond import beyond
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHOWN = 0.005  # of what is computed: less padding is not worth a line
 BACKEND = "triton"  # assumed where no device profile names a backend
 
 
@@ -215,7 +216,21 @@ class Plan:
             )
         if self.computed is not None:
             parts.append(f"{self.computed:.1%} computed by the {self.backend} backend")
-        return [f"  tiles      {', '.join(parts)}"] if parts else []
+        lines = [f"  tiles      {', '.join(parts)}"] if parts else []
+        if self.padding >= SHOWN:
+            lines.append(
+                f"  padding    {self.padding:.0%} of what is computed fills up blocks, which leaves"
+                f" at most {self.computed_speedup:.2f}× for the transformer"
+            )
+        error = ROWS[self.backend].error
+        return lines + ([f"  8 bits     {error}"] if error else [])
+
+    @property
+    def padding(self) -> float:
+        """Part of the computed pairs that lies in no visited tile: what fills up blocks."""
+        if self.visited is None or not self.computed:
+            return 0.0
+        return max(0.0, 1 - self.visited / self.computed)
 
     def _bound(self) -> str:
         if self.at_most:
@@ -294,8 +309,8 @@ def plan(
         profile: a device to predict times for: a name such as "h100", or a file that
             `diffpatch bench profile --json FILE` wrote; None for bounds alone.
         dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
-        backend: "triton" or "torch": whose padding `Plan.computed` counts; None takes that of the
-            profile, or "triton".
+        backend: a name in `BACKENDS` but "auto", whose padding `Plan.computed` counts; None takes
+            that of the profile, or "triton".
         **params: parameters of the method.
 
     Raises:

@@ -24,7 +24,7 @@ from diffpatch.eval.bench.variants import Variants, variant_calls
 from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
-from diffpatch.kernels.block_sparse.api import block_sparse_attention
+from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.blocks import BlockIndex
 
@@ -89,6 +89,11 @@ def measure(
         "dense_seconds": quartiles(times[dense]),
         "dense_tflops": flops * blocks.num_tokens**2 / median(times[dense]) / 1e12,
         "permuting": quartiles(times[PERMUTING]),
+        "computed": {
+            name: work_of(blocks, name).computed / blocks.num_tokens**2
+            for name in ("triton", "torch", "flex")
+            if name in calls or f"{name} backend" in calls
+        },
         "sparse": entries,
         "unsupported": {
             name: unsupported_reason(qkv[0], blocks, name) for name in ("triton", "gluon")
@@ -153,6 +158,8 @@ def sparse_calls(qkv: Tensors, blocks: BlockIndex) -> dict[str, Call]:
         slower = name == "torch" and calls and qkv[0].device.type == "cuda"
         if unsupported_reason(qkv[0], blocks, name) is None and not slower:
             calls[name] = partial(block_sparse_attention, *qkv, blocks, backend=name)
+    if qkv[0].device.type == "cuda" and unsupported_reason(qkv[0], blocks, "flex") is None:
+        calls["flex backend"] = partial(block_sparse_attention, *qkv, blocks, backend="flex")
     return calls
 
 

@@ -149,7 +149,7 @@ def _compile(case: CompileCase, config: Config) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
-def _said_of(cubin: bytes, *command: str) -> str:
+def said_of(cubin: bytes, *command: str) -> str:
     """What a program says of compiled code, whose file is its last argument."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -160,7 +160,7 @@ def _said_of(cubin: bytes, *command: str) -> str:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes it keeps in memory instead."""
-    text = _said_of(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    text = said_of(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if not found:
         raise RuntimeError(f"cuobjdump says nothing about registers: {text!r}")
@@ -174,7 +174,7 @@ def _overlapped(cubin: bytes) -> int:
     That is between a wait which leaves one product going and the next, which does not: the
     assembler is free to move the second wait up, and to end every product before it goes on.
     """
-    text = _said_of(cubin, knobs.nvidia.nvdisasm.path, "-c")
+    text = said_of(cubin, knobs.nvidia.nvdisasm.path, "-c")
     found, going = [0], False
     for wait, exponential in re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, (0x\w+)|(MUFU\.EX2)", text):
         if wait:

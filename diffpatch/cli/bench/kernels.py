@@ -159,7 +159,7 @@ def _steps(rows: list[Row]) -> str:
 
 
 def _kernels(measured: list[Row]) -> str:
-    rows, reasons = [list(COLUMNS)], []
+    rows, reasons, notes = [list(COLUMNS)], [], []
     for row in measured:
         name = f"{row['shape']}, {row['dtype']}"
         if reason := reason_of(row):
@@ -175,9 +175,14 @@ def _kernels(measured: list[Row]) -> str:
                 reasons.append(f"{name}, {row['kept']:.1%} kept, {backend}: {reason}")
             else:
                 rows.append([*start, backend, *sizes, *_numbers(entry)])
+        computed = (f"{name} {share:.1%}" for name, share in row.get("computed", {}).items())
+        notes.append(
+            f"{name}, {row['kept']:.1%} kept: {row['visited']:.1%} of the pairs lie in visited"
+            f" tiles; with padding {', '.join(computed)} are computed"
+        )
         permuting = f"{1e3 * row['permuting']['median']:.2f}"
         rows.append([*start, "(permuting)", *sizes, permuting, "", "", "", ""])
-    return "\n".join([table(rows, left=3), *reasons]) if measured else ""
+    return "\n".join([table(rows, left=3), *notes, *reasons]) if measured else ""
 
 
 def _numbers(entry: dict[str, Any]) -> list[str]:
