@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 import diffpatch
 from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of
@@ -122,3 +124,18 @@ def test_padding_is_counted(heads: list[int] | None) -> None:
     assert work.pairs == pytest.approx(visited * BLOCK**2 / count)
     assert work.masked == pytest.approx((visited - whole) * BLOCK**2 / count)
     assert work.rows == 4 * 5 * BLOCK
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_torch_asks_of_a_call_for_flash_attention_4(masked: bool) -> None:
+    """The name of the option; lists of full blocks beside those with a mask, whatever is hidden;
+    and no captured numbers, which torch would have to make symbols of."""
+    assert attend.FLASH["BACKEND"] in get_args(flex_attention._Backend)
+    blocks = random_blocks([200, 130, 7], kept=0.6, heads=[0, 1, 1], seed=1)
+    mask = attend._block_mask(
+        blocks, flex_layout(blocks), 2, 3, hidden(blocks) if masked else None, False
+    )
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    assert mask.kv_num_blocks is not None and mask.BLOCK_SIZE == (BLOCK, BLOCK)
+    captured = [cell.cell_contents for cell in mask.mask_mod.__closure__]
+    assert captured and all(isinstance(x, torch.Tensor) for x in captured)
