@@ -133,6 +133,8 @@ def bench_model(
         tried = stage.dense_times(_score_bytes(case))
     fastest = dense or min(tried, key=lambda name: tried[name])
     times, peaks = stage.rounds(fastest, made, repeats, say)
+    say("timing a patch that keeps everything")
+    overhead = quartiles(stage.overheads(repeats))
     for name, entry in entries.items():
         ratios = [d / m for d, m in zip(times["dense"], times[name], strict=True)]
         entry |= {"seconds": quartiles(times[name]), "speedup": quartiles(ratios)}
@@ -147,6 +149,7 @@ def bench_model(
             "seconds": quartiles(times["dense"]),
             "peak_gib": peaks["dense"],
         },
+        "overhead": overhead,
         "methods": entries,
         "environment": environment(case.device),
     }
@@ -267,6 +270,29 @@ class _Stage:
             except RuntimeError:  # no such kernel for this device, dtype, head size or mask
                 continue
         return times
+
+    def overheads(self, repeats: int) -> list[float]:
+        """What a patch costs that leaves nothing out: its time by the unpatched model's, in turns.
+
+        On a CPU that is time of the process, which what else runs on the machine disturbs least.
+        """
+        ratios = []
+        for _ in range(repeats):
+            seconds = []
+            for method in (None, diffpatch.make_method("dense")):
+                with contextlib.nullcontext() if method is None else self._patched(method):
+                    self.seconds()
+                    seconds.append(self._busy())
+            ratios.append(seconds[1] / seconds[0])
+        return ratios
+
+    def _busy(self) -> float:
+        """The time of one forward, that of the process alone on a CPU."""
+        if self.device.type != "cpu":
+            return self.seconds()
+        start = time.process_time()
+        self.seconds()
+        return time.process_time() - start
 
     def rounds(
         self, fastest: str, methods: Mapping[str, diffpatch.Method], repeats: int, say: Say

@@ -49,10 +49,17 @@ def test_a_step_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None
     result = json.loads(capsys.readouterr().out)
     assert result["case"]["grid"] == "4×4×6" and result["case"]["layers"] == 1
     assert result["dense"]["seconds"]["median"] == min(result["dense"]["seconds"].values()) > 0
+    assert 0.1 < result["overhead"]["median"] < 10  # a machine at work proves no more
     for entry in result["methods"].values():
         assert 0 <= entry["error"] < 1e-4 and 0.2 < entry["kept"] < 0.8
         ratio = result["dense"]["seconds"]["median"] / entry["seconds"]["median"]
         assert entry["speedup"]["median"] == pytest.approx(ratio)
+
+
+def test_the_table_shows_what_a_patch_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--method", "window"]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "all kept" in line]
+    assert 0.1 < float(row.split()[4]) < 10 and "100.0%" in row
 
 
 def test_what_needs_several_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

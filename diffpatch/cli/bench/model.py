@@ -85,6 +85,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     dense = result["dense"]
     name = f"dense ({dense['attention'].lower()})"
     rows.append([name, *times(dense["seconds"]), "1.000", "", "", "", _gib(dense)])
+    rows.append(["a patch, all kept", "", "", f"{result['overhead']['median']:.3f}", "", "100.0%"])
     for name, entry in result["methods"].items():
         gain = entry["speedup"]["median"]
         last = [f"{1 / gain:.3f}", f"{gain:.2f}×", f"{entry['kept']:.1%}", f"{entry['error']:.0e}"]
