@@ -98,7 +98,7 @@ class Record:
         """The counts as they are now, with those that were still on a device."""
         with self.lock:
             waiting, self.waiting = self.waiting, []
-        read = [(*place, float(kept)) for *place, kept in waiting]
+        read = [(w, layer, step, pairs, float(kept)) for w, layer, step, pairs, kept in waiting]
         with self.lock:
             for where, layer, step, pairs, kept in read:
                 self._count(where, layer, step, pairs, kept)

@@ -75,6 +75,10 @@ def test_compiled_blocks_over_two_processes(found: dict[str, Any]) -> None:
     assert found["compiled"] < 1e-6
 
 
+def test_two_runs_at_once_over_two_processes(found: dict[str, Any]) -> None:
+    assert found["two runs"] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -195,6 +199,25 @@ def test_a_process_gets_the_patterns_of_the_heads_that_it_is_dealt() -> None:
     dense = pattern.dense()
     kept = [float(dense[int(whole[head])].double().mean()) for head in dealt[4:8]]
     assert mine.kept == pytest.approx(sum(kept) / 4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "shares"),
+    [(5, 2, [[0, 1, 2], [3, 4]]), (5, 3, [[0, 1], [2, 3], [4]]), (4, 2, [[0, 1], [2, 3]])],
+)
+def test_heads_that_do_not_divide_keep_their_own_patterns(
+    heads: int, ranks: int, shares: list[list[int]]
+) -> None:
+    windows = tuple((1, 1, i + 1) for i in range(heads))
+    pattern = Neighborhood(heads=windows, stride=1).pattern(TokenGrid(3, 4, 7)).for_heads(heads)
+    whole, dense = pattern.blocks.head_pattern, pattern.dense()
+    assert whole is not None and len(set(whole.tolist())) == heads
+    for rank, share in enumerate(shares):
+        mine = parallel.of_heads(pattern, len(share), rank, ranks)
+        assert mine.blocks.head_pattern is not None
+        assert mine.blocks.head_pattern.tolist() == [int(whole[head]) for head in share]
+        kept = [float(dense[int(whole[head])].double().mean()) for head in share]
+        assert mine.kept == pytest.approx(sum(kept) / len(kept))
 
 
 def test_heads_that_do_not_differ_stay_where_they_are() -> None:

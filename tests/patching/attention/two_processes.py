@@ -8,6 +8,7 @@ made any threads. Rank 0 writes what it found; an exception in either ends the p
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -106,6 +107,28 @@ def compiled() -> float:
     return difference(model.run(), alone.run())
 
 
+def two_runs() -> float:
+    """A request in the middle of another, each with its scheduler, over both processes."""
+    method, requests = diffpatch.Temporal(over=LOCAL, refresh=3), [{"height": 64}, {"height": 96}]
+    alone, model = videos.wan(), videos.wan()
+    for one in (alone, model):
+        diffpatch.patch(one.pipe, method, dense_steps=1)
+    call = {"width": 64, "num_inference_steps": 4, "output_type": "latent"}
+    expected = [alone.run(**call, **request) for request in requests]
+    cut(model.pipe)
+    other = copy.copy(model.pipe)
+    other.scheduler = copy.deepcopy(model.pipe.scheduler)
+    found: list[torch.Tensor] = []
+
+    def callback(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 1:
+            found.append(Tiny(other, model.call).run(**call, **requests[1]))
+        return {}
+
+    outer = model.run(**call, **requests[0], callback_on_step_end=callback)
+    return max(difference(a, b) for a, b in zip([outer, *found], expected, strict=True))
+
+
 def refusal(change: Callable[[Tiny], Any]) -> str:
     """What a patched model says to a change and a run after it."""
     model = videos.wan()
@@ -170,6 +193,7 @@ def work(rank: int, target: str, meeting: str) -> None:
         ),
         "anything": compare(images.flux, ulysses_degree=2, ulysses_anything=True),
         "compiled": compiled(),
+        "two runs": two_runs(),
         "ring": refusal(ring),
         "fresh processors": refusal(fresh_processors),
         "training": refusal(training),

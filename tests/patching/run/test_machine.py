@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import accelerate
 import diffusers
 import torch
 from hypothesis import settings
@@ -19,6 +20,7 @@ import diffpatch
 from diffpatch import Temporal, Window
 from tests.tiny import Tiny, wan, wan_transformer
 
+CPU = torch.device("cpu")
 LOCAL = Window(window=(-1, 1, 2), shift="none")
 METHODS: dict[str, Any] = {
     "window": LOCAL,
@@ -109,6 +111,7 @@ class Machine(RuleBasedStateMachine):
         self.asked: Asked | None = None  # of the transformer that the pipeline holds
         self.lost: list[Any] = []  # patched transformers that it holds no more
         self.clones: list[tuple[Any, str]] = []
+        self.compiled = False
 
     def check(self, found: torch.Tensor, request: Request, scheduler: str | None = None) -> None:
         """The same as alone."""
@@ -169,6 +172,48 @@ class Machine(RuleBasedStateMachine):
         self.check(mine.run(self.pipe), mine)
         thread.join()
         self.check(found[0], theirs, kind)
+
+    @precondition(lambda self: not self.compiled)  # once an example: it takes its time
+    @rule(request=requests)
+    def compiled_blocks(self, request: Request) -> None:
+        self.compiled = True
+        self.pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        try:
+            found = request.run(self.pipe)
+        finally:
+            for block in self.pipe.transformer.blocks:
+                block._compiled_call_impl = None
+            torch._dynamo.reset()
+        expected = _alone(self.asked, self.scheduler, self.seed, request)
+        assert torch.allclose(found, expected, atol=1e-4)
+
+    @rule(first=requests, changed=requests)
+    def resize_in_the_middle(self, first: Request, changed: Request) -> None:
+        """Whatever comes of it, the next run is what it is alone."""
+
+        def callback(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": values["latents"].transpose(-1, -2)}
+
+        first.run(self.pipe, callback_on_step_end=callback)
+        self.run(changed)
+
+    @rule(request=requests)
+    def offload(self, request: Request) -> None:
+        model = accelerate.cpu_offload(self.pipe.transformer, execution_device=CPU)
+        try:
+            self.run(request)
+        finally:
+            accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+    @rule(request=requests)
+    def cache(self, request: Request) -> None:
+        """A cache that never skips."""
+        model = self.pipe.transformer
+        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+        try:
+            self.run(request)
+        finally:
+            model.disable_cache()
 
     @rule(kind=st.sampled_from(sorted(SCHEDULERS)))
     def exchange_scheduler(self, kind: str) -> None:

@@ -15,8 +15,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux, transformer_wan
 
 import diffpatch
-from diffpatch import DiffpatchError
-from tests.tiny import Tiny, flux, images, videos, wan
+from diffpatch import DiffpatchError, Window
+from tests.tiny import Tiny, flux, images, more, videos, wan
 
 WHOLE: dict[str, Any] = {"window": -1, "dense_steps": 0}  # leaves nothing out: all must stay
 LOCAL: dict[str, Any] = {"window": 0.5, "shift": "none", "dense_steps": 0}
@@ -274,6 +274,17 @@ def test_dense_calls_keep_the_scale_of_the_model(scale: float | None) -> None:
     expected = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)
     out = rebind.dense(model.blocks[0].processor, q, k, v, None, scale)
     assert torch.equal(out, expected.transpose(1, 2))
+
+
+def test_dense_layers_of_lumina_next_keep_its_proportional_attention() -> None:
+    model = more.lumina_next()
+    own = model.run()
+    longer = {"cross_attention_kwargs": {"base_sequence_length": 6}}
+    plain = model.run(**longer)
+    assert float((plain - own).abs().max()) > 1e-4
+    diffpatch.patch(model.pipe, Window(window=(-1, 1, 2)), dense_layers=1.0)
+    assert torch.equal(model.run(**longer), plain)
+    assert diffpatch.report(model.pipe).reasons == {"dense layers": 2}
 
 
 @pytest.fixture(autouse=True)
