@@ -76,7 +76,7 @@ def test_compiled_blocks_over_two_processes(found: dict[str, Any]) -> None:
 
 
 def test_two_runs_at_once_over_two_processes(found: dict[str, Any]) -> None:
-    assert found["two runs"] == 0
+    assert found["two runs"] < 1e-6
 
 
 @pytest.mark.parametrize(
