@@ -207,9 +207,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(request=requests)
     def cache(self, request: Request) -> None:
-        """A cache that never skips."""
+        """A cache that skips at no timestep."""
         model = self.pipe.transformer
-        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+        config = diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(2000, 3000),
+            current_timestep_callback=lambda: 0,
+            spatial_attention_block_identifiers=("blocks",),
+        )
+        model.enable_cache(config)
         try:
             self.run(request)
         finally:
