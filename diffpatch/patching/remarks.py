@@ -9,6 +9,8 @@ from diffpatch.patching.forwards import Forward
 from diffpatch.patching.options import composition
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.patch import Patch
+from diffpatch.patching.run.run import Run
+from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patterns.grid import TokenGrid
 
 
@@ -50,3 +52,20 @@ def of_caches(name: str, model: Any, patch: Patch, forward: Forward, own: bool) 
     if not own and (others := patch.runs.others_than(place.run)):
         what = f"{name} has several runs under way, which have to wait for each other"
         patch.note([place.run, *others], f"{what}: {why}")
+
+
+def on_turns(cache: StepCache, model: Any, patch: Patch, name: str, run: Run) -> None:
+    """Remark on runs that take turns where a step cache remembers one.
+
+    Args:
+        cache: forgets what is of another run than the one that begins.
+        model: a weak reference to the transformer.
+        patch: what is on.
+        name: of the transformer.
+        run: of the forward that begins.
+    """
+    if cache.begin_forward(model(), run):
+        patch.say_once(
+            f"several runs take turns on {name}, and its cache remembers one: steps are computed"
+            " that could be left out; let one run follow the other"
+        )

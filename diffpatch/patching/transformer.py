@@ -30,7 +30,6 @@ from diffpatch.patching.forwards import UNTOLD, Forward, Forwards
 from diffpatch.patching.options import composition
 from diffpatch.patching.patch import Patch, SparseCall
 from diffpatch.patching.run import callers
-from diffpatch.patching.run.run import Run
 from diffpatch.patching.swap import guide, hooks, operator, rebind, rope
 from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patching.swap.gates import Gates
@@ -61,7 +60,7 @@ class PatchedTransformer:
         self.cache = None if cache is None else StepCache(cache, model)
         begun = None
         if self.cache is not None:
-            begun = functools.partial(_take_turns, self.cache, weakref.ref(model), patch, name)
+            begun = functools.partial(remarks.on_turns, self.cache, weakref.ref(model), patch, name)
         self.forwards = Forwards(name, len(self.modules), patch, begun)
         self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
         self.active = False
@@ -399,12 +398,3 @@ class PatchedTransformer:
             if error and backend not in run.record.backends:
                 run.record.notes.append(f"backend {backend!r}: {error}")
             run.record.add(self.name, layer, step, pairs, kept, backend, reason)
-
-
-def _take_turns(cache: StepCache, model: Any, patch: Patch, name: str, run: Run) -> None:
-    """A forward of a run begins, and what is cached may be of another one."""
-    if cache.begin_forward(model(), run):
-        patch.say_once(
-            f"several runs take turns on {name}, and its cache remembers one: steps are computed"
-            " that could be left out; let one run follow the other"
-        )

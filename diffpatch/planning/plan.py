@@ -25,7 +25,7 @@ from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
 from diffpatch.planning.prediction import Prediction, predict
 from diffpatch.planning.profiles import DeviceProfile, load_profile
-from diffpatch.planning.run import PlannedRun
+from diffpatch.planning.run import PlannedRun, grid_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -350,7 +350,7 @@ def plan(
         cross_attention=shape.cross_tokens > 0,
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
-    grid = _grid(shape, (num_frames, height, width), text_tokens)
+    grid = grid_of(shape, (num_frames, height, width), text_tokens)
     used = backend or (BACKEND if device is None else device.backend)
     calls = family is not None and family.guidance == "calls"
     with neutral():
@@ -365,16 +365,6 @@ def plan(
                 steps=num_inference_steps, branches=branches, dtype=dtype,
             )  # fmt: skip
         return _plan_of(run, shape, branches, predicted, trained)
-
-
-def _grid(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
-    """The tokens of a clip of (frames, height, width) pixels."""
-    try:
-        latent = shape.grid(*size)
-    except ValueError as error:
-        raise BadParameter(str(error)) from None
-    text = shape.text_tokens if text_tokens is None else text_tokens
-    return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
 
 
 def _plan_of(

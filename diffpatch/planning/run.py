@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Method
@@ -121,6 +122,16 @@ class PlannedRun:
         """Bytes that one call holds while it decides, the most of all layers."""
         sizes = (self.method.scratch_size(p, shape.heads) for p in self.made.values())
         return max(sizes, default=0)
+
+
+def grid_of(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
+    """The tokens of a clip of (frames, height, width) pixels."""
+    try:
+        latent = shape.grid(*size)
+    except ValueError as error:
+        raise BadParameter(str(error)) from None
+    text = shape.text_tokens if text_tokens is None else text_tokens
+    return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
 
 
 def _visited(blocks: BlockIndex) -> float:

@@ -392,11 +392,3 @@ def test_a_patched_model_reports_what_the_plan_predicts() -> None:
         assert least - 1e-6 <= float(kept) <= most + 1e-6
     diffpatch.unpatch(tiny.pipe)
     assert torch.equal(tiny.run(), before)
-
-
-def test_a_bare_transformer_chooses_in_every_call() -> None:
-    transformer = wan().pipe.transformer
-    with pytest.raises(BadParameter, match="knows no"):
-        diffpatch.patch(transformer, "dynamic")
-    with diffpatch.patched(transformer, "dynamic", refresh=1):
-        pass

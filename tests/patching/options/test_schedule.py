@@ -10,9 +10,11 @@ import diffusers
 import pytest
 import torch
 
+import diffpatch
 from diffpatch.errors import BadParameter
 from diffpatch.patching.options.schedule import Schedule
 from diffpatch.patching.run.tracker import Tracker, track
+from tests.tiny import wan
 
 
 def dense_steps(schedule: Schedule, total: int, evaluations: int = 1) -> list[int]:
@@ -171,3 +173,11 @@ def test_steps_after_forwards_of_an_unknown_model_count(kind: str) -> None:
             assert (tracker.step, tracker.branch, tracker.total) == (step, 0, 4)
         scheduler.step(x, t, x)
     assert not tracker.running
+
+
+def test_a_bare_transformer_chooses_in_every_call() -> None:
+    transformer = wan().pipe.transformer
+    with pytest.raises(BadParameter, match="knows no"):
+        diffpatch.patch(transformer, "dynamic")
+    with diffpatch.patched(transformer, "dynamic", refresh=1):
+        pass
