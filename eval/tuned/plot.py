@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffpatch.eval.sweep.report.plot import ticks
 from diffpatch.eval.tuned.table import Answer
-from diffpatch.targets.front import FrontPoint, measured_points, pareto, with_between
+from diffpatch.targets.front import FINEST, FrontPoint, measured_points, pareto, with_between
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 
@@ -66,7 +66,8 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     wanted = None if found is None else Target.parse(found.target)
     checked = [one for one in settings.checked if found is None or one.target == found.target]
     places = [(1 / point.time, point.psnr) for point in points]
-    places += [(one.dense_seconds / one.seconds, one.psnr) for one in checked]
+    reached = [(one.dense_seconds / one.seconds, min(one.psnr, FINEST)) for one in checked]
+    places += reached
     heights = [psnr for _, psnr in places]
     if wanted is not None and wanted.goal == "psnr":
         heights.append(wanted.value)
@@ -88,12 +89,8 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
         p = found.point
         made.chosen = x.at(1 / p.time), y.at(p.psnr), "chosen: " + _about(p)
     made.checked = [
-        (
-            x.at(one.dense_seconds / one.seconds),
-            y.at(one.psnr),
-            f"“{one.prompt}”: {one.psnr:.1f} dB",
-        )
-        for one in checked
+        (x.at(speed), y.at(quality), f"“{one.prompt}”: {one.psnr:.1f} dB")
+        for one, (speed, quality) in zip(checked, reached, strict=True)
     ]
     return made
 

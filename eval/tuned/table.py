@@ -10,6 +10,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.tables import table
 from diffpatch.targets.choice import Chosen, choose_for
 from diffpatch.targets.front import (
+    FINEST,
     FrontPoint,
     best_within,
     fastest,
@@ -162,7 +163,7 @@ def checked_table(checked: Sequence[Checked]) -> str:
 def summary_of(checked: Sequence[Checked]) -> str:
     """How often predictions held."""
     sure = [one for one in checked if one.predicted is not None and math.isfinite(one.predicted)]
-    near = sum(abs(one.psnr - (one.predicted or 0)) <= 1.5 for one in sure)
+    near = sum(abs(min(one.psnr, FINEST) - (one.predicted or 0)) <= 1.5 for one in sure)
     parts = [f"within ±1.5 dB of the prediction: {near} of {len(sure)}"] if sure else []
     wanted = [(Target.parse(one.target), one) for one in checked]
     decibels = [(target.value, one) for target, one in wanted if target.goal == "psnr"]

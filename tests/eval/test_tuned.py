@@ -60,6 +60,9 @@ def test_what_cannot_be_reached_is_answered_and_what_is_no_target_refused() -> N
 def test_checks_are_counted() -> None:
     told = summary_of([fresh("a", 31.4), fresh("b", 27.1), fresh("c", 26.0)])
     assert told == "within ±1.5 dB of the prediction: 1 of 3; target reached within 1 dB: 2 of 3"
+    assert summary_of([fresh("a", 82.0, predicted=49.0)]).startswith(
+        "within ±1.5 dB of the prediction: 1"
+    )
     assert summary_of([fresh("a", 30.0, predicted=None)]).startswith("target reached")
 
 
