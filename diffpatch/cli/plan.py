@@ -21,9 +21,9 @@ from diffpatch.pipelines.running.calls import preset_call, steps_of
 from diffpatch.pipelines.running.loading import DTYPES
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import MODELS
-from diffpatch.planning.plan import operations
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.profiles import load_profile, profile_names
+from diffpatch.planning.words import operations
 from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
 

@@ -17,7 +17,7 @@ from diffpatch.cli import main
 from diffpatch.patterns.drawing import KINDS, draw, kept_by_distance, seen_by
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import MODELS
-from diffpatch.planning.plan import operations, runs
+from diffpatch.planning.words import operations, runs
 from tests.tiny import flux, wan
 
 WAN_720P: dict[str, Any] = {"height": 720, "width": 1280, "num_frames": 81}
