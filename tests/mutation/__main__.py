@@ -52,8 +52,8 @@ def main() -> None:
     for target, mutant in sample(tree, args.seed, args.part):
         if time.monotonic() > until:
             break
-        session.try_out(target, mutant)
-    write_summary(session.found, args.seed, ROOT)
+        if session.try_out(target, mutant):
+            write_summary(session.found, args.seed, ROOT)  # each time: it may be stopped
 
 
 def make_copy() -> Path:
@@ -113,10 +113,15 @@ class Session:
             for line in file.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # the last may be cut off
                     row = json.loads(line)
-                    self.found[Mutant(*row["mutant"])] = row
+                    if (tree / "diffpatch" / row["mutant"][0]).is_file():
+                        self.found[Mutant(*row["mutant"])] = row
 
-    def try_out(self, target: Target, mutant: Mutant) -> None:
-        """Make the edit, unless it is known what comes of it; run the tests; take it back."""
+    def try_out(self, target: Target, mutant: Mutant) -> bool:
+        """Make the edit, unless it is known what comes of it; run the tests; take it back.
+
+        Returns:
+            Whether anything was found out.
+        """
         path = self._tree / "diffpatch" / target.file
         source = path.read_text(encoding="utf-8")
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -126,10 +131,10 @@ class Session:
             and known["digest"] == digest
             and not (self._again and known["end"] == "unnoticed")
         ):
-            return
+            return False
         edited = mutant.applied(source)
         if edited is None:
-            return
+            return False
         times = self._unedited(target.tests)
         path.write_text(edited, encoding="utf-8")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
@@ -147,6 +152,7 @@ class Session:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{end:10} {target.file}: {before} -> {after}", file=sys.stderr, flush=True)
+        return True
 
     def _end(self, times: dict[str, float]) -> tuple[str, str]:
         order = sorted(times, key=lambda name: times[name])

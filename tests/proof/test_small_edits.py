@@ -33,6 +33,7 @@ from diffpatch.methods.temporal.method import third_of
 from diffpatch.patterns.grid import PackedGrid
 from diffpatch.targets.settings import Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe, sampled_steps
+from tests.brute import gna
 from tests.targets.test_settings import made as made_settings
 
 GRID = TokenGrid(2, 8, 12, text_before=3, text_after=2)
@@ -238,3 +239,15 @@ def test_means_quartiles_and_intervals_of_unequal_numbers() -> None:
     found = paired_interval([0.0, 0.0, 0.0, 4.0])
     assert found["mean"] == 1.0 and found["low"] == 0.0 and found["high"] in (2.0, 3.0)
     assert paired_interval([-2.0, -1.0])["high"] < 0
+
+
+@pytest.mark.parametrize("size", [-1, 0.6, 0.9, 1.0])
+def test_a_dilated_window_is_at_most_what_the_dilation_leaves(size: float) -> None:
+    """All keys of the same remainder: a whole axis, or a fraction above what there is."""
+    for length in (10, 11):
+        grid = TokenGrid(1, length, 1)
+        pattern = Neighborhood(window=size, dilation=(1, 3, 1), stride=1).pattern(grid)
+        most = length // 3
+        expected = [[gna(q, k, length, most, 1, 3, False) for k in range(length)]
+                    for q in range(length)]  # fmt: skip
+        assert torch.equal(pattern.dense()[0], torch.tensor(expected))
