@@ -26,7 +26,7 @@ from diffpatch.pipelines.families.unwrap import bypassing
 from diffpatch.targets.settings import Settings
 
 if TYPE_CHECKING:
-    from diffpatch.patching.patch import Patch
+    from diffpatch.patching.patch import CheckGrid, Patch
     from diffpatch.patching.transformer import PatchedTransformer
 
 Target = TypeVar("Target")
@@ -108,7 +108,8 @@ def patch(
 
     internals.check()
     found = transformers(pipe, _custom_family(grid, modules))
-    check_grid = promise = None
+    check_grid: CheckGrid | None = None
+    promise: str | None = None
     if settings is not None or target is not None:
         given = [*params, *(["cache"] if cache is not None else [])]
         given += [f"method={method!r}"] if method not in ("radial", "dynamic") else []

@@ -152,9 +152,10 @@ def _can_cache(pipe: Any) -> bool:
     """Whether diffusers knows the blocks of every transformer."""
     try:
         with patched(pipe, Dense(), dense_steps=0, dense_layers=0, cache=CACHES[0]):
-            return True
+            pass
     except BadParameter:
         return False
+    return True
 
 
 def _ways(settings: Settings, sparse: Sequence[float], caches: Sequence[float]) -> list[Applied]:

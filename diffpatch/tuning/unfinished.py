@@ -71,7 +71,8 @@ class Unfinished:
             with safe_open(self._tensors, "pt") as file:
                 if file.metadata() != {"name": name, "ties": self._ties}:
                     return None
-                return file.get_tensor("value")
+                value: torch.Tensor = file.get_tensor("value")
+                return value
         except (OSError, ValueError, SafetensorError):
             return None
 

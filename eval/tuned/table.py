@@ -122,16 +122,19 @@ def gains(settings: Settings) -> list[tuple[int, float | None, float | None]]:
     points = measured_points(settings.front)
     alone = [point for point in points if point.applied.sparse >= 1]
     everything = with_between(points)
-    found = []
-    for level in LEVELS:
-        times = time_at(alone, level), time_at(everything, level)
-        found.append((level, *(None if t is None else 1 / t for t in times)))
-    return found
+    return [
+        (level, _speed(time_at(alone, level)), _speed(time_at(everything, level)))
+        for level in LEVELS
+    ]
+
+
+def _speed(time: float | None) -> float | None:
+    return None if time is None else 1 / time
 
 
 def gain_table(settings: Settings) -> str:
     """Caches alone against caches with attention at equal quality; empty without caches."""
-    known = [(level, *both) for level, *both in gains(settings) if both[1] is not None]
+    known = [(level, alone, best) for level, alone, best in gains(settings) if best is not None]
     if not any(run.cache for run in settings.front) or not known:
         return ""
     rows = [["at equal PSNR", *(f"{level} dB" for level, *_ in known)]]
