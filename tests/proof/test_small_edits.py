@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from statistics import median
 from typing import Any
@@ -30,7 +31,10 @@ from diffpatch.methods.base import Attended, AttentionCall
 from diffpatch.methods.linear.distilled import mixed
 from diffpatch.methods.selection import shares
 from diffpatch.methods.temporal.method import third_of
+from diffpatch.patching.options.schedule import Schedule
 from diffpatch.patterns.grid import PackedGrid
+from diffpatch.planning.run import PlannedRun
+from diffpatch.targets.choice import Chosen
 from diffpatch.targets.settings import Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe, sampled_steps
 from tests.brute import gna
@@ -251,3 +255,32 @@ def test_a_dilated_window_is_at_most_what_the_dilation_leaves(size: float) -> No
         expected = [[gna(q, k, length, most, 1, 3, False) for k in range(length)]
                     for q in range(length)]  # fmt: skip
         assert torch.equal(pattern.dense()[0], torch.tensor(expected))
+
+
+def test_a_planned_run_counts_the_tiles_that_need_a_mask() -> None:
+    method = Neighborhood(window=(1, 5, 7), stride=1)
+    grid = TokenGrid(2, 20, 24, text_before=9)
+    run = PlannedRun(method, grid, Schedule(dense_steps=1).bind(4, 2), 4, 2, "torch")
+    pattern = method.pattern(grid)
+    whole, visited = 0, 0
+    starts, order, seen = pattern.blocks.starts.tolist(), pattern.blocks.order, pattern.dense()[0]
+    tiles = [order[a:b] for a, b in itertools.pairwise(starts)]
+    for rows, keys in itertools.product(tiles, repeat=2):
+        part = seen[rows][:, keys]
+        visited, whole = visited + bool(part.any()), whole + bool(part.all())
+    assert 0 < whole < visited
+    assert run.partial_share() == pytest.approx(1 - whole / visited, abs=1e-6)
+    assert run.kept_table()[0].tolist() == [1.0, 1.0]
+    assert run.kept_table()[1:].unique().tolist() == [pattern.kept] == [run.kept_sparse()]
+
+
+def test_a_promise_names_what_was_chosen_and_nothing_else() -> None:
+    def promise(**changes: Any) -> str:
+        nothing: dict[str, Any] = {"psnr": None, "spread": None, "speedup": None}
+        return Chosen("drop", {}, 0.1, 0.25, 0.1, next_kept=0.0, **nothing | changes).promise
+
+    assert promise() == "attention dense"
+    assert promise(cache=0.05) == "cache 0.05, attention dense"
+    assert promise(psnr=30.0) == "attention dense"
+    found = promise(psnr=30.0, spread=1.5, speedup=1.4)
+    assert found == "attention dense, 30.0 ± 1.5 dB, 1.40× predicted"
