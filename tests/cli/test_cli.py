@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.parameters import convert
+from diffpatch.eval.card import card_text
 from tests import tiny
 from tests.tiny import images
 
@@ -48,6 +49,19 @@ def test_render_writes_everything_it_names(rendered: Path) -> None:
     assert {Path(path).name for path in result["files"].values()} == {*names, "render.json"}
     assert frames(rendered / "radial.apng").shape == (17, 32, 32, 3)
     assert len(frames(rendered / "radial_vs_dense.apng")) == 17
+
+
+def test_the_page_shows_both_clips_and_the_line_to_paste(rendered: Path) -> None:
+    page = (rendered / "index.html").read_text(encoding="utf-8")
+    assert page.index('src="dense.apng"') < page.index('src="radial.apng"')
+    assert "diffpatch.patch(pipe, &#34;radial&#34;, dense_layers=0)" in page
+    assert "https://" not in page and "card.webp" in page
+    said = card_text(rendered / "card.png")
+    result = json.loads((rendered / "render.json").read_text())
+    assert said == card_text(rendered / "card.webp")
+    assert (said.speedup, said.kept) == (
+        result["speedup"]["total"], result["runs"]["radial"]["kept"],
+    )  # fmt: skip
 
 
 def test_render_reports_times_quality_and_circumstances(rendered: Path) -> None:
