@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -217,7 +218,7 @@ def exact_keys(call: SparseCall, token: int) -> torch.Tensor:
     heads = range(1 if of_heads is None else len(of_heads))
     seen = torch.stack([
         pattern.once(("seen by", token, int(of_heads[head]) if of_heads is not None else 0),
-                     lambda head=head: seen_by(pattern, token, head)) for head in heads
+                     functools.partial(seen_by, pattern, token, head)) for head in heads
     ])  # fmt: skip
     chosen = call.method.selection_of(pattern, call.state)
     if chosen is None:

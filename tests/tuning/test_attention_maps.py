@@ -24,7 +24,8 @@ def call_of(method: diffpatch.Method, grid: TokenGrid, heads: int = 2) -> Sparse
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, grid.num_tokens, heads, 16).unbind()
-    pattern, state = method.pattern(grid, method.variant(0, 0)).for_heads(heads), {}
+    pattern = method.pattern(grid, method.variant(0, 0)).for_heads(heads)
+    state: dict[str, Any] = {}
     out = method.attend(q, k, v, AttentionCall(pattern, state=state)).out
     return SparseCall(
         Run(),

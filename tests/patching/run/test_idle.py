@@ -88,8 +88,13 @@ def test_a_backend_by_name_that_cannot_run_is_refused_in_the_first_step() -> Non
     tiny = wan()
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1, backend="triton")
     steps: list[int] = []
+
+    def ended(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        steps.append(step)
+        return {}
+
     with pytest.raises(diffpatch.BackendUnavailable, match=r"'triton' cannot run: .*GPU.*'auto'"):
-        tiny.run(callback_on_step_end=lambda pipe, step, *_: steps.append(step) or {})
+        tiny.run(callback_on_step_end=ended)
     assert steps == []
 
 
