@@ -77,7 +77,7 @@ def test_the_wheel_holds_every_module_and_all_weights(wheel: Path) -> None:
     read = [report / name for name in ("page.html", "page.css", "page.js", "plot.svg")]
     read += (ROOT / "eval" / "weights").glob("*.safetensors")
     weights |= {f"diffpatch/{path.relative_to(ROOT).as_posix()}" for path in read}
-    weights |= {"diffpatch/eval/results/profile_cpu.json"}
+    weights |= {"diffpatch/eval/results/profile_cpu.json", "diffpatch/cli/render/page.html"}
     assert modules | weights | {"diffpatch/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"diffpatch"}
 
