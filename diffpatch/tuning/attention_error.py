@@ -45,6 +45,7 @@ class AttentionErrors:
         self._sums: defaultdict[Where, list[torch.Tensor]] = defaultdict(list)
         self._first: dict[tuple[str, int], tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._apart: list[torch.Tensor] = []
+        self._slopes: list[torch.Tensor] = []
 
     def add(self, where: Where, out: torch.Tensor, dense: torch.Tensor) -> None:
         """One call: its output and the dense one, of the same shape."""
@@ -53,6 +54,8 @@ class AttentionErrors:
             torch.stack([(out.float() - exact).abs().sum(), exact.abs().sum()])
         )
         self._compare_branches(where, out, exact)
+        found, wanted = (x - x.mean(1, keepdim=True) for x in (out.float(), exact))
+        self._slopes.append(torch.stack([(found * wanted).sum(), wanted.square().sum()]))
 
     def _compare_branches(self, where: Where, out: torch.Tensor, exact: torch.Tensor) -> None:
         """Against the first branch of the step, whose outputs wait for the others; a sample of the
@@ -108,6 +111,19 @@ class AttentionErrors:
         """
         return float(torch.stack(self._apart).double().mean()) if self._apart else None
 
+    @property
+    def slope(self) -> float:
+        """How much of what differs from token to token is left: 1 where errors are only noise.
+
+        The regression of the outputs, less their mean over the tokens, on the dense ones. Below 1
+        an attention is smoother than dense, in every layer and step alike, so that it adds up where
+        noise of the same size does not. Virtual tokens do that: they miss s·Cov(v, k)·q of a run.
+        """
+        if not self._slopes:
+            return 1.0
+        both, own = torch.stack(self._slopes).double().unbind(1)
+        return float((both[own > 0] / own[own > 0]).mean())
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
@@ -115,6 +131,7 @@ class AttentionErrors:
             "per_layer": self.per_layer,
             "per_branch": {str(branch): error for branch, error in self.per_branch.items()},
             "difference": self.difference,
+            "slope": self.slope,
             "per_step": {str(step): error for step, error in self.per_step.items()},
             "calls": [vars(where) | {"error": e} for where, e in self.per_call.items()],
         }

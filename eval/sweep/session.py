@@ -222,7 +222,7 @@ class Session:
                 maps = watched.enter_context(looked)
             sampling.sample(self.pipe, self._call(run.case), run.case.seed)
         found = errors.to_dict()
-        shown = ("mean", "per_layer", "per_branch", "difference")
+        shown = ("mean", "per_layer", "per_branch", "difference", "slope")
         result: dict[str, Any] = {"attention_error": {key: found[key] for key in shown}}
         if maps is not None and maps.grid is not None:
             result["attention"] = save_attention(maps, stage)

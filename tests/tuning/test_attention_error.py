@@ -62,6 +62,17 @@ def test_errors_of_branches_and_what_guidance_multiplies(monkeypatch: pytest.Mon
     assert few.to_dict()["per_branch"] == pytest.approx({"0": 0.3, "1": 0.05})
 
 
+def test_smoothing_is_told_from_noise() -> None:
+    dense = torch.randn(2, 400, 2, 8, generator=torch.Generator().manual_seed(0)) + 3
+    noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    mean = dense.mean(1, keepdim=True)
+    smooth, noisy = AttentionErrors(), AttentionErrors()
+    smooth.add(Where("transformer", 0, 0, 0), mean + 0.8 * (dense - mean) + 1, dense)
+    noisy.add(Where("transformer", 0, 0, 0), dense + 0.5 * noise, dense)
+    assert smooth.slope == pytest.approx(0.8) and noisy.slope == pytest.approx(1.0, abs=0.02)
+    assert AttentionErrors().slope == 1.0 and smooth.to_dict()["slope"] == smooth.slope
+
+
 def test_measuring_changes_nothing_and_ends_with_the_block() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "window", dense_steps=0, **LOCAL)

@@ -63,6 +63,7 @@ class Row:
         each: the speedup and PSNR of every run, with its prompt.
         attention_error: mean relative L1 distance of attention outputs to dense, if measured.
         error_per_branch: the same of each guidance branch.
+        slope: of attention outputs on dense ones, below 1 where they are smoother.
         error_between: how far these errors of two branches are apart, which guidance multiplies.
         kept_per_layer: layer -> mean kept fraction.
         error_per_layer: layer -> mean attention error.
@@ -107,6 +108,7 @@ class Row:
     behind: Mapping[str, float] | None = None
     error_per_branch: Mapping[str, float] = field(default_factory=dict)
     error_between: float | None = None
+    slope: float | None = None
 
     @property
     def gain(self) -> float:
@@ -132,6 +134,7 @@ def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row
     reports = [result["report"] for result in group if "report" in result]
     errors = [result["attention_error"] for result in group if "attention_error" in result]
     between = [x for error in errors if (x := error.get("difference")) is not None]
+    slopes = [error["slope"] for error in errors if "slope" in error]
     peaks = [peak for r in timed if (peak := r["seconds"]["peak_gib"]) is not None]
     layers = _by_key(fmean, [report["kept_per_layer"] for report in reports])
     quality = [_numbers(result["quality"]) for result in group]
@@ -164,6 +167,7 @@ def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row
         by_prompt=_psnr_by_prompt(group),
         error_per_branch=_by_key(fmean, [error.get("per_branch", {}) for error in errors]),
         error_between=fmean(between) if between else None,
+        slope=fmean(slopes) if slopes else None,
     )
 
 

@@ -10,7 +10,7 @@ from diffpatch.eval.sweep.report.summary import Summary
 
 DENSE, WORST, BUSY = "dense beside", "worst PSNR", "busy"
 BEHIND = "dB to the best"
-BRANCHES, BETWEEN = "by branch", "between branches"
+BRANCHES, BETWEEN, SLOPE = "by branch", "between branches", "slope"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -26,6 +26,8 @@ def columns(rows: Sequence[Row]) -> list[str]:
         found.append("attention error")
     if any(len(row.error_per_branch) > 1 for row in rows):
         found += [BRANCHES, BETWEEN]
+    if any(row.slope is not None for row in rows):
+        found.append(SLOPE)
     known = {key for row in rows for key in row.quality}
     found += [metric.heading for key, metric in METRICS.items() if key in known]
     if "psnr" in known and any(row.runs > 1 for row in rows):
@@ -53,6 +55,7 @@ def cells(row: Row, headings: Sequence[str]) -> list[str]:
         "attention error": _number(row.attention_error, "{:.1%}"),
         BRANCHES: " / ".join(f"{error:.1%}" for error in row.error_per_branch.values()),
         BETWEEN: _number(row.error_between, "{:.1%}"),
+        SLOPE: _number(row.slope, "{:.2f}"),
         BEHIND: ""
         if row.behind is None
         else "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**row.behind),
