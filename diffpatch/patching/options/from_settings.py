@@ -52,7 +52,7 @@ def from_settings(
     loaded.check_model(models)
     if target is not None:
         return loaded, choose_for(loaded, Target.parse(target))
-    if quality not in QUALITIES:
+    if quality is None or quality not in QUALITIES:
         raise BadParameter(f"unknown quality {quality!r}: {choices(str(quality), QUALITIES)}")
     return loaded, chosen_for(
         loaded, Applied(QUALITIES[quality], loaded.measured_on.dense_steps, None)
