@@ -36,7 +36,7 @@ picture: demo
 	@$(BIN)/python examples/readme_card.py out/
 
 docs: $(VENV)/.ready-test
-	@$(BIN)/python docs/build.py build/docs
+	@$(BIN)/python examples/docs/build.py build/docs
 	@echo "open build/docs/index.html"
 
 test: lint

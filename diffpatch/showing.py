@@ -10,7 +10,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from diffpatch.errors import DiffpatchError
 
@@ -38,7 +38,7 @@ def axes(ax: Axes | None = None, **options: Any) -> tuple[Figure, Axes]:
         return plt.subplots(layout="constrained", **options)
     figure = ax.get_figure()
     assert figure is not None
-    return cast("Figure", figure.figure), ax  # of a part of a figure, the whole
+    return figure.figure, ax  # of a part of a figure, the whole
 
 
 def heat(

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def build() -> Any:
     pytest.importorskip("pdoc")
-    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    path = ROOT / "examples" / "docs" / "build.py"
+    spec = importlib.util.spec_from_file_location("build_docs", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

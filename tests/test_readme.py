@@ -15,7 +15,7 @@ from diffpatch.cli import build_parser, main
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDERS = ("eval/results", "examples", "kernels", "pipelines")
-PAGES = (README, ROOT / "docs" / "own_models.md", *(ROOT / n / "README.md" for n in FOLDERS))
+PAGES = (README, ROOT / "examples" / "own_models.md", *(ROOT / n / "README.md" for n in FOLDERS))
 QUICK = ("methods", "families", "plan")
 COMMANDS = ("diffpatch", "make", "pip", "git", "cd", "python", "source")
 

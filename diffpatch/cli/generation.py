@@ -193,7 +193,7 @@ def _trained_pixels(source: Source) -> tuple[int, int] | None:
         shape = find_shape(source.name)
     except DiffpatchError:
         return None
-    family = next((f for f in list_families() if f.transformer == shape.family), None)
+    family = next((f for f in list_families() if f.transformer == shape.transformer), None)
     trained = None if family is None else family.trained_at(shape.heads, shape.patch[0])
     if trained is None or trained.height is None or trained.width is None:
         return None

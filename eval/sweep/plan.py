@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -167,9 +167,11 @@ def _runs(spec: SweepSpec, model: str) -> list[Rendering]:
             call["num_inference_steps"] = steps
         total = steps_of(call, source)
         _check_steps(variants, total)
-        pairs = itertools.product(enumerate(spec.prompts), spec.seeds)
+        pairs: Iterable[tuple[tuple[int, Prompt], int]]
         if spec.seeds_in_turn:
             pairs = zip(enumerate(spec.prompts), itertools.cycle(spec.seeds), strict=False)
+        else:
+            pairs = itertools.product(enumerate(spec.prompts), spec.seeds)
         for (number, prompt), seed in pairs:
             case = Case(
                 model, spec.dtype, prompt, number, seed, call, total, spec.offload, spec.vae_tiling

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -141,7 +141,7 @@ def check_spec(data: Any, folder: Path) -> SweepSpec:
         seeds=tuple(file.seeds),
         seeds_in_turn=file.seeds_in_turn,
         call=file.call,
-        sizes=tuple(dict(size) for size in file.sizes),  # type: ignore[misc]
+        sizes=tuple(dict(cast(Mapping[str, int], size)) for size in file.sizes),
         steps=tuple(file.steps) or (None,),
         schedules=tuple(dict(schedule) for schedule in file.schedules),
         methods=_methods(file.methods, folder),

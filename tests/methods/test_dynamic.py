@@ -190,13 +190,15 @@ def test_the_first_branch_of_a_step_chooses_for_all() -> None:
         assert not unused and not torch.equal(states[0]["bits"], states[1]["bits"])
     # A branch with tokens of its own chooses for itself and leaves the others their choice.
     state, before = dict[str, Any](), shared["bits"].clone()
-    method.attend(*inputs(ODD), AttentionCall(method.pattern(ODD), state=state, shared=shared))
+    q, k, v = inputs(ODD)
+    method.attend(q, k, v, AttentionCall(method.pattern(ODD), state=state, shared=shared))
     assert "bits" in state and torch.equal(shared["bits"], before)
 
 
 def chosen_bits(method: Dynamic, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     state: dict[str, Any] = {}
-    method.attend(*tensors, AttentionCall(method.pattern(GRID), state=state))  # type: ignore[arg-type]
+    q, k, v = tensors
+    method.attend(q, k, v, AttentionCall(method.pattern(GRID), state=state))
     bits: torch.Tensor = state["bits"]
     return bits
 

@@ -27,6 +27,7 @@ from diffpatch.eval.sweep import drive
 from diffpatch.eval.sweep.plan import Rendering, plan_sweep
 from diffpatch.eval.sweep.spec import SweepSpec, check_spec
 from diffpatch.eval.sweep.store import Store
+from diffpatch.targets.settings import Settings
 from diffpatch.tuning import tune as tuning
 from tests.proof.faults import At, full, killed_at, read_only
 from tests.tiny import wan
@@ -318,7 +319,7 @@ def test_a_tuning_killed_at_any_operation_loses_one_prompt_at_most(
         path = tmp_path / f"{number}.json"
         killed = killed_at(number, functools.partial(tune, path))
         assert tune(path).curves == expected
-        assert tuning.Settings.load(path).curves == expected
+        assert Settings.load(path).curves == expected
         assert not path.with_name(f"{path.name}.part").exists()
         if not killed:
             break

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchmetrics.functional as tm
+import torchmetrics.functional.image as tm_image
 
 from diffpatch.eval.media import load_frames, save_frames, to_pixels
 from diffpatch.eval.quality.metrics import psnr, ssim
@@ -141,18 +141,17 @@ def frames(seed: int, shape: tuple[int, ...] = (3, 3, 24, 30)) -> torch.Tensor:
 def test_metrics_are_those_of_torchmetrics_off_the_lattice() -> None:
     one, two = frames(0), (frames(0) * 0.9 + 0.1 * frames(1)).clamp(0, 1)
     each = [
-        float(tm.image.peak_signal_noise_ratio(a[None], b[None], data_range=1.0))
+        float(tm_image.peak_signal_noise_ratio(a[None], b[None], data_range=1.0))
         for a, b in zip(two, one, strict=True)
     ]
     found = psnr(two, one)
     assert found.mean == pytest.approx(sum(each) / 3, abs=1e-3)
     assert len(set(each)) == 3, "frames that are alike tell a mean from nothing"
-    likeness = float(
-        tm.image.structural_similarity_index_measure(
-            two, one, data_range=1.0, gaussian_kernel=True, sigma=1.5, kernel_size=11
-        )
+    likeness = tm_image.structural_similarity_index_measure(
+        two, one, data_range=1.0, gaussian_kernel=True, sigma=1.5, kernel_size=11
     )
-    assert float(ssim(two, one).mean) == pytest.approx(likeness, abs=2e-3)
+    assert isinstance(likeness, torch.Tensor)
+    assert float(ssim(two, one).mean) == pytest.approx(float(likeness), abs=2e-3)
 
 
 def test_frames_are_rounded_to_the_nearest_level(tmp_path: Path) -> None:

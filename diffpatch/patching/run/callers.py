@@ -126,7 +126,8 @@ def _look(frame: types.FrameType, running: Callable[[Any], bool], deep: bool) ->
 
 def calls_of(modules: Iterable[Any]) -> int:
     """How many calls of some modules this thread is in the middle of."""
-    code, frame, count = torch.nn.Module._call_impl.__code__, sys._getframe(1), 0
+    code, count = torch.nn.Module._call_impl.__code__, 0
+    frame: types.FrameType | None = sys._getframe(1)
     ids = {id(module) for module in modules}
     while frame is not None:
         if frame.f_code is code and id(_locals(frame).get("self")) in ids:

@@ -109,11 +109,12 @@ def compiled() -> float:
 
 def two_runs() -> float:
     """A request in the middle of another, each with its scheduler, over both processes."""
-    method, requests = diffpatch.Temporal(over=LOCAL, refresh=3), [{"height": 64}, {"height": 96}]
+    method = diffpatch.Temporal(over=LOCAL, refresh=3)
+    requests: list[dict[str, Any]] = [{"height": 64}, {"height": 96}]
     alone, model = videos.wan(), videos.wan()
     for one in (alone, model):
         diffpatch.patch(one.pipe, method, dense_steps=1)
-    call = {"width": 64, "num_inference_steps": 4, "output_type": "latent"}
+    call: dict[str, Any] = {"width": 64, "num_inference_steps": 4, "output_type": "latent"}
     expected = [alone.run(**call, **request) for request in requests]
     cut(model.pipe)
     other = copy.copy(model.pipe)

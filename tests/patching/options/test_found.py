@@ -22,7 +22,7 @@ def test_dynamic_finds_what_the_model_was_trained_with(tmp_path: Path) -> None:
     diffpatch.patch(pipe, "dynamic", kept=0.5)
     method = pipe.transformer._diffpatch.patch.method
     assert method.weights == str(folder) and method.kept == 0.5
-    assert diffpatch.settled(pipe, "dynamic")[0].weights == str(folder)
+    assert vars(diffpatch.settled(pipe, "dynamic")[0])["weights"] == str(folder)
     diffpatch.unpatch(pipe)
     model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
     diffpatch.patch(model, "dynamic")

@@ -9,7 +9,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -43,7 +43,7 @@ def test_a_scheduler_behind_a_stand_in_is_found() -> None:
 
 def loop(
     pipe: Any, scheduler: Any, shape: tuple[int, int], steps: int, seed: int = 0
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """A denoising loop of somebody's own, with two branches; gives its latents after every step."""
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 16, 3, *shape, generator=random)

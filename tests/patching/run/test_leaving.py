@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -201,7 +202,7 @@ def test_latents_may_change_their_size_in_the_middle(method: str, change: str) -
         return {"latents": LATENTS[change](values["latents"])}
 
     def run(fresh: bool = False) -> torch.Tensor:
-        return tiny.run(**FOUR, callback_on_step_end=lambda *a: callback(*a, fresh))
+        return tiny.run(**FOUR, callback_on_step_end=functools.partial(callback, fresh=fresh))
 
     plain = run()
     diffpatch.patch(tiny.pipe, chosen, dense_steps=0)

@@ -30,7 +30,8 @@ def hooks(model: Any) -> list[str]:
 
 def threshold(model: Any) -> float | None:
     """Of the cache that is on."""
-    return None if model._cache_config is None else float(model._cache_config.threshold)
+    config: Any = model._cache_config
+    return None if config is None else float(config.threshold)
 
 
 def test_steps_leave_out_all_blocks_but_the_first(tiny: Tiny) -> None:

@@ -279,7 +279,7 @@ def test_dense_calls_keep_the_scale_of_the_model(scale: float | None) -> None:
 def test_dense_layers_of_lumina_next_keep_its_proportional_attention() -> None:
     model = more.lumina_next()
     own = model.run()
-    longer = {"cross_attention_kwargs": {"base_sequence_length": 6}}
+    longer: dict[str, Any] = {"cross_attention_kwargs": {"base_sequence_length": 6}}
     plain = model.run(**longer)
     assert float((plain - own).abs().max()) > 1e-4
     diffpatch.patch(model.pipe, Window(window=(-1, 1, 2)), dense_layers=1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig
 
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError, Larger
@@ -141,7 +141,8 @@ def test_two_sizes_at_once() -> None:
     pipes = [type(tiny.pipe)(**_own_scheduler(tiny.pipe)) for _ in sizes]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-    latent = {"output_type": "latent"}  # the autoencoder of Wan holds state while it decodes
+    # The autoencoder of Wan holds state while it decodes.
+    latent: dict[str, Any] = {"output_type": "latent"}
     alone = [
         Tiny(p, tiny.call).run(height=h, width=w, **latent)
         for p, (h, w) in zip(pipes, sizes, strict=True)

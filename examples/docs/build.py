@@ -1,6 +1,6 @@
 """The documentation as pages: README, measurements, the map of the house, the gallery, the API.
 
-    make docs           # or: python docs/build.py build/docs
+    make docs           # or: python examples/docs/build.py build/docs
 
 The API reference is made by pdoc from the docstrings of what `diffpatch` offers.
 """
@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from pdoc.render_helpers import to_html
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {  # title -> (source, page)
     "diffpatch": ("README.md", "index.html"),
-    "Own models, servers": ("docs/own_models.md", "own_models.html"),
+    "Own models, servers": ("examples/own_models.md", "own_models.html"),
     "Gallery": ("examples/README.md", "gallery.html"),
     "Measurements": ("eval/results/README.md", "measurements.html"),
     "Models": ("pipelines/README.md", "models.html"),
