@@ -19,13 +19,7 @@ from diffpatch.patching import remarks
 from diffpatch.patching.attention import model_masks as masks
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.attention.decision import Decider, Decision, Question
-from diffpatch.patching.attention.layout import (
-    NO_GRID,
-    Numbers,
-    call_shape,
-    numbers,
-    with_silent,
-)
+from diffpatch.patching.attention.layout import NO_GRID, Numbers, call_shape, numbers, with_silent
 from diffpatch.patching.forwards import UNTOLD, Forward, Forwards
 from diffpatch.patching.options import composition
 from diffpatch.patching.patch import Patch, SparseCall
@@ -336,7 +330,8 @@ class PatchedTransformer:
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
         place, method = forward.place, self.patch.method
-        state, shared = place.run.states(self.name, layer, place.branch, sample)
+        key, of_all = (self.name, layer, place.branch, sample), method.shares_state
+        state, shared = place.run.states(*key, of_all)
         learned = self._gates.gate(self._on(q.device, layer), noted, q)
         call = AttentionCall(
             pattern, scale, seen.keys, self.patch.backend, place.step, place.total, state, learned,

@@ -17,7 +17,7 @@ from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.choose import Counts
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.selection import always, memory, remembered
+from diffpatch.methods.selection import always, remembered
 from diffpatch.patterns.pattern import BlockPattern
 
 RULE = "error"
@@ -35,7 +35,7 @@ def attend(
     keep_frames: int,
 ) -> Attended:
     """The chosen tiles; every `refresh` steps they are chosen anew, from this step's tensors."""
-    state, blocks = memory(call, per_branch=False), call.pattern.on(q.device)
+    state, blocks = call.state, call.pattern.on(q.device)
     bits, table = remembered(call, state, q), tile_table(blocks)
     if bits is None or call.step - state["step"] >= refresh:
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -175,10 +175,6 @@ class Temporal(Wrapper):
             return pattern.grid.num_tokens * heads * (2 * head_dim + 4)
         return heads * -(-tile_table(pattern.blocks).length // 8)
 
-    @property
-    def shares_state(self) -> bool:
-        return self.mode == "mask"
-
     def state_limit(self) -> float:
         return self.budget_gib * 2**30
 

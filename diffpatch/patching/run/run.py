@@ -69,13 +69,11 @@ class Run:
         self._forget()
 
     def states(
-        self, transformer: str, layer: int, branch: int, sample: int
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a method keeps for a layer: of one guidance branch, and of all of them."""
-        return (
-            self.state[transformer, layer, branch, sample],
-            self.state[transformer, layer, ALL_BRANCHES, sample],
-        )
+        self, transformer: str, layer: int, branch: int, sample: int, shared: bool
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a method keeps for a layer: of one guidance branch, and, if `shared`, of all."""
+        of_all = self.state[transformer, layer, ALL_BRANCHES, sample] if shared else None
+        return self.state[transformer, layer, branch, sample], of_all
 
     def note_state(self) -> None:
         """Count the memory that is held now."""
