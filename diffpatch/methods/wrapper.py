@@ -125,6 +125,11 @@ class Wrapper(Method):
     def state_limit(self) -> float:
         return self.over.state_limit()
 
+    def selection_of(
+        self, pattern: BlockPattern, state: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int] | None:
+        return self.over.selection_of(pattern, state)
+
     def learned_from(self) -> str | None:
         return self.over.learned_from()
 

@@ -78,6 +78,6 @@ class Unfinished:
 
     def forget(self) -> None:
         """The result is written."""
-        for file in (self._file, self._tensors):
+        for file in (self._tensors, self._file):  # what is finished is known to the end
             if file is not None:
                 file.unlink(missing_ok=True)

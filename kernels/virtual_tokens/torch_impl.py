@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
@@ -143,7 +145,7 @@ def _fused(
     x = q.index_select(1, blocks.order).transpose(1, 2).to(k.dtype).contiguous()
     out, lse = torch.empty_like(x), x.new_empty(batch, heads, length)
     second = x.new_zeros(min(rows, length), k.shape[2])
-    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
+    for b, h in itertools.product(range(batch), range(heads)):
         for begin in range(0, length, rows):
             piece = slice(begin, min(begin + rows, length))
             y = x[b, h, piece]

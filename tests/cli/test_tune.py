@@ -112,7 +112,7 @@ def test_a_sweep_takes_settings_and_caches(tuned: Path, model: str, tmp_path: Pa
     assert main(["sweep", str(sweep), "-o", str(out), "--quiet"]) == 0
     rows = json.loads((out / "summary.json").read_text(encoding="utf-8"))["rows"]
     labels = {row["label"] for row in rows}
-    assert labels == {"dense", "dense cache=1000", "kept 0.8 (wan.json)"}
+    assert labels == {"dense", "dense cache=1000.0", "kept 0.8 (wan.json)"}
 
 
 def test_killed_at_any_moment_it_goes_on(model: str, tmp_path: Path) -> None:

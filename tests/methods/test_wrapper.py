@@ -59,7 +59,8 @@ def test_a_wrapper_that_says_nothing_is_what_it_wraps(method: Method) -> None:
 def test_every_public_method_of_a_method_is_passed_on() -> None:
     """Whoever gives `Method` something to override gives it to `Wrapper`, too."""
     own = {n for n in vars(Method) if not n.startswith("_") and n not in ("name", "complete")}
-    assert own - {"check", "validate"} <= vars(Wrapper).keys()
+    # `plot` draws what `pattern` gives.
+    assert own - {"check", "validate", "plot"} <= vars(Wrapper).keys()
 
 
 @pytest.mark.parametrize(

@@ -243,5 +243,5 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=12, stateful_step_count=14, deadline=None, derandomize=True, database=None
+    max_examples=8, stateful_step_count=12, deadline=None, derandomize=True, database=None
 )
