@@ -11,13 +11,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("DIFFPATCH_CHOOSER", "off")  # tests that measure backends say so
 torch.set_num_threads(1)
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("same", derandomize=True, deadline=None, database=None)
+# To explain a failure hypothesis traces every line of many examples: on models that takes minutes.
+quick = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("same", derandomize=True, deadline=None, database=None, phases=quick)
 settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=slow)
 settings.load_profile(os.environ.get("DIFFPATCH_EXAMPLES", "same"))
 

@@ -194,7 +194,8 @@ class Machine(RuleBasedStateMachine):
         def callback(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
             return {"latents": values["latents"].transpose(-1, -2)}
 
-        first.run(self.pipe, callback_on_step_end=callback)
+        with contextlib.suppress(RuntimeError):  # schedulers that remember results of the old size
+            first.run(self.pipe, callback_on_step_end=callback)
         self.run(changed)
 
     @rule(request=requests)
@@ -243,5 +244,5 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=8, stateful_step_count=12, deadline=None, derandomize=True, database=None
+    max_examples=12, stateful_step_count=14, deadline=None, derandomize=True, database=None
 )
