@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 JUDGED = Path(__file__).with_name("judged.json")
+ENOUGH = 30  # edits of a part, before their share says anything
 
 
 def judged() -> dict[tuple[str, str, str], str]:
@@ -58,5 +59,7 @@ def _page(parts: Mapping[str, Mapping[str, Any]], seed: int, survivors: int) -> 
     for part, row in parts.items():
         ends = [str(row.get(end, 0)) for end in ("noticed", "hung", "equal", "unnoticed")]
         lines.append(f"| {part} | {row['tried']} | {' | '.join(ends)} | {row['share']:.0%} |")
+    if any(row["tried"] < ENOUGH for row in parts.values()):
+        lines += ["", f"Fewer than {ENOUGH} tried in a part say nothing about it."]
     lines += ["", f"The {survivors} unnoticed ones are listed in `mutants.json`.", ""]
     return "\n".join(lines)
