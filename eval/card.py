@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffpatch import BlockPattern
-from diffpatch.eval.files import naming
 from diffpatch.eval.media import save_animation, to_images
+from diffpatch.files import naming
 
 SIZE = WIDTH, HEIGHT = 1200, 630
 STAGE = 40, 32, 700, 372  # left, top, width and height of what the clip may take

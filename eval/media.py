@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffpatch.eval.files import naming
+from diffpatch.files import naming
 
 CLIP_SIDES = 256, 960  # pixels: smaller clips are enlarged, so that labels and details stay
 CLIP_CRF, CRF = 18, 10  # of x264: for a page, and for a result (nearly lossless)

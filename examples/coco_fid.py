@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
+from diffpatch import files
 from diffpatch.cli import scripts
-from diffpatch.eval import files, media
+from diffpatch.eval import media
 from diffpatch.eval.environment import environment
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items

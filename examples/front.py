@@ -16,8 +16,8 @@ from typing import Any
 
 from diffpatch.cli import main
 from diffpatch.eval.environment import environment
-from diffpatch.eval.files import write_json, write_text
 from diffpatch.eval.tuned.table import answer, describe, gains
+from diffpatch.files import write_json, write_text
 from diffpatch.targets.front import measured_points
 from diffpatch.targets.settings import Settings
 

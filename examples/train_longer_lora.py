@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 
 import diffpatch
 from diffpatch.cli import scripts
-from diffpatch.eval.files import read_json, write_json
 from diffpatch.eval.quality.scores import Tools, alone, load_tools
+from diffpatch.files import read_json, write_json
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo
 from diffpatch.pipelines.running.calls import fitted_call
 from diffpatch.pipelines.running.loading import load_pipeline

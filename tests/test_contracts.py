@@ -48,8 +48,8 @@ def test_the_contracts_hold(house: Path) -> None:
         ("kernels/merge.py", "diffpatch.patterns.grid", "kernels know tensors"),
         ("methods/dense.py", "diffpatch.pipelines.families.grids", "floors"),
         ("pipelines/families/grids.py", "diffpatch.methods.dense", "floors"),
-        ("patching/options/schedule.py", "diffpatch.eval.files", "floors"),
-        ("eval/files.py", "diffpatch.cli.output", "floors"),
+        ("patching/options/schedule.py", "diffpatch.eval.media", "floors"),
+        ("eval/media.py", "diffpatch.cli.output", "floors"),
         ("kernels/blocks.py", "diffpatch.kernels.block_sparse.api", "no circles"),
     ],
 )

@@ -106,7 +106,7 @@ def _fail(error: Exception) -> int:
         UnknownFamily,
         UnknownMethod,
     )
-    from diffpatch.eval.files import is_full
+    from diffpatch.files import is_full
 
     message = " ".join(str(error).split())
     if is_full(error):

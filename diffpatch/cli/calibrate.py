@@ -13,7 +13,7 @@ import diffpatch
 from diffpatch.cli import arguments, generation, progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import fitted_call
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffpatch
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.pipelines.families.info import FamilyInfo
 from diffpatch.tables import table
 

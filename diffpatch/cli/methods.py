@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 import diffpatch
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.methods import MethodInfo
 from diffpatch.tables import table
 

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffpatch import files
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval import files
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from diffpatch.cli.errors import UsageError
 from diffpatch.cli.output import check_writable
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
-from diffpatch.eval.files import to_json
 from diffpatch.eval.tuned.table import answer, describe
+from diffpatch.files import to_json
 from diffpatch.patterns.drawing import KINDS, draw, tile_picture
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, steps_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpatch.cli import arguments, progress
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call
 from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS

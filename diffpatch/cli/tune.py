@@ -12,10 +12,10 @@ from typing import Any
 import diffpatch
 from diffpatch.cli import arguments, generation, output, progress
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval.files import write_text
 from diffpatch.eval.tuned.page import page
 from diffpatch.eval.tuned.plot import front_svg
 from diffpatch.eval.tuned.table import Answer, answer, describe
+from diffpatch.files import write_text
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call, steps_of
 from diffpatch.targets.settings import Settings

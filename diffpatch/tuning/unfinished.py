@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffpatch.files import write_text
+
 
 class Unfinished:
     """The finished units of a job, each written whole or not at all.
@@ -44,10 +46,7 @@ class Unfinished:
         self._done[unit] = value
         if self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f".{self._file.name}.writing")
-        partial.write_text(json.dumps({"ties": self._ties, "done": self._done}), encoding="utf-8")
-        partial.replace(self._file)
+        write_text(self._file, json.dumps({"ties": self._ties, "done": self._done}))
 
     def keep_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Keep one tensor, in half precision, in the place of an earlier one.

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpatch.eval.files import DamagedFile, DiskFull, read_json, write_json
 from diffpatch.eval.processes import Process
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.schema import BadSweep
 from diffpatch.eval.sweep.session import Session
 from diffpatch.eval.sweep.spec import SweepSpec
 from diffpatch.eval.sweep.store import Store
+from diffpatch.files import DamagedFile, DiskFull, read_json, write_json
 
 Say = Callable[[str], None]
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 import diffpatch
 from diffpatch.eval.card import thumbnail
-from diffpatch.eval.files import naming
 from diffpatch.eval.media import difference, save_clip
 from diffpatch.eval.sweep.fit import plan_run
 from diffpatch.eval.sweep.plan import Rendering
+from diffpatch.files import naming
 
 CLIP, DIFFERENCE, PATTERN, ATTENTION = "clip", "difference", "pattern.png", "attention.png"
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 import diffpatch
-from diffpatch.eval.files import write_text
 from diffpatch.eval.sweep.schema import BadSweep
+from diffpatch.files import write_text
 from diffpatch.pipelines.running.calls import preset_call, steps_of
 from diffpatch.pipelines.running.loading import Source
 

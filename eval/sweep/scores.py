@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffpatch.eval.files import read_json, write_json
 from diffpatch.eval.media import load_frames
 from diffpatch.eval.quality.details import details
 from diffpatch.eval.quality.distances import compare
 from diffpatch.eval.quality.scores import Tools, alone, load_tools, paired
+from diffpatch.files import read_json, write_json
 from diffpatch.pipelines.running.loading import DEMOS
 
 FEATURES = "features.npy"

@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.eval.environment import environment
-from diffpatch.eval.files import DiskFull
 from diffpatch.eval.load import load_of
 from diffpatch.eval.media import load_frames, save_frames
 from diffpatch.eval.processes import Process
@@ -33,6 +32,7 @@ from diffpatch.eval.sweep.plan import Case, Rendering
 from diffpatch.eval.sweep.scores import has_features, save_features, score
 from diffpatch.eval.sweep.spec import TUNED, Prompt, SweepSpec
 from diffpatch.eval.sweep.store import Store
+from diffpatch.files import DiskFull
 from diffpatch.patching.api import owners
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call, frames_per_second, settings_of

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from diffpatch.eval.files import DamagedFile, naming, read_json, write_json
 from diffpatch.eval.media import load_frames
 from diffpatch.eval.sweep.plan import Rendering
 from diffpatch.eval.sweep.schema import BadSweep
+from diffpatch.files import DamagedFile, naming, read_json, write_json
 
 SLOTS = 64  # processes that can be told apart; their bytes follow those of all runs
 FIRST_SLOT = 2**52

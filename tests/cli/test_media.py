@@ -13,7 +13,7 @@ from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.render import sheets
 from diffpatch.eval import media
-from diffpatch.eval.files import staged
+from diffpatch.files import staged
 
 
 def frames(count: int = 5, height: int = 36, width: int = 50) -> torch.Tensor:

@@ -20,13 +20,13 @@ import diffpatch
 from diffpatch import Dense, Temporal
 from diffpatch.cli.render.resume import is_finished
 from diffpatch.errors import DiffpatchError
-from diffpatch.eval.files import DamagedFile, DiskFull, read_json, staged, write_json
 from diffpatch.eval.media import save_frames
 from diffpatch.eval.processes import Process
 from diffpatch.eval.sweep import drive
 from diffpatch.eval.sweep.plan import Rendering, plan_sweep
 from diffpatch.eval.sweep.spec import SweepSpec, check_spec
 from diffpatch.eval.sweep.store import Store
+from diffpatch.files import DamagedFile, DiskFull, read_json, staged, write_json
 from diffpatch.targets.settings import Settings
 from diffpatch.tuning import tune as tuning
 from tests.proof.faults import At, full, killed_at, read_only

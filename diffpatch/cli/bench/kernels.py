@@ -13,7 +13,7 @@ from diffpatch.eval.bench.kernels import PARTS, bench_kernels
 from diffpatch.eval.bench.measurements import reason_of
 from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL
 from diffpatch.eval.bench.variants import LAYOUTS, LOADS
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.pipelines.running.loading import DTYPES, choose_device
 from diffpatch.tables import table
 

@@ -10,7 +10,7 @@ from typing import Any
 from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.methods.registry import parameter_types
 from diffpatch.tables import table
 

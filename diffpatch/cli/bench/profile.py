@@ -8,7 +8,7 @@ from typing import Any
 
 from diffpatch.cli import arguments, output, progress
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval.files import to_json
+from diffpatch.files import to_json
 from diffpatch.pipelines.running import loading
 from diffpatch.tables import table
 

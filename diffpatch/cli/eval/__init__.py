@@ -13,8 +13,8 @@ from diffpatch.cli import arguments, bench, generation, output, progress
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.cli.eval import vbench as eval_vbench
 from diffpatch.cli.eval.table import describe
-from diffpatch.eval.files import to_json
 from diffpatch.eval.processes import Process
+from diffpatch.files import to_json
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import (
     DEMO_FPS,

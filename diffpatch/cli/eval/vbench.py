@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from diffpatch import files
 from diffpatch.cli import arguments, output
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval import files, media
+from diffpatch.eval import media
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items, vbench
 from diffpatch.tables import table

@@ -28,9 +28,9 @@ from diffpatch.cli.render.page import page
 from diffpatch.eval import media
 from diffpatch.eval.card import thumbnail, write_card
 from diffpatch.eval.environment import environment
-from diffpatch.eval.files import staged, to_json
 from diffpatch.eval.load import load_of
 from diffpatch.eval.processes import Process
+from diffpatch.files import staged, to_json
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running import two_stages as two_stage
 from diffpatch.pipelines.running.calls import fitted_call

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.cli.errors import UsageError
-from diffpatch.eval.files import DamagedFile, read_json, to_json
+from diffpatch.files import DamagedFile, read_json, to_json
 
 
 def is_finished(

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.files import write_json, write_text
 from diffpatch.eval.sweep.report.card import sweep_card
 from diffpatch.eval.sweep.report.page import page
 from diffpatch.eval.sweep.report.rows import Row
 from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Summary
 from diffpatch.eval.sweep.report.table import cells, circumstances, columns
+from diffpatch.files import write_json, write_text
 from diffpatch.tables import table
 
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.files import read_json
 from diffpatch.eval.sweep.report.rows import Row, behind, row
 from diffpatch.eval.sweep.report.verdict import Verdict, verdict
 from diffpatch.eval.sweep.scores import set_distances
+from diffpatch.files import read_json
 
 MEASURED = (
     "Times are wall-clock seconds of whole pipeline calls (total) or of their denoising steps, the"

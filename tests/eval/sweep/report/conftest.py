@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffpatch.eval.files import write_json
 from diffpatch.eval.media import save_clip
 from diffpatch.eval.sweep.report.files import write_reports
 from diffpatch.eval.sweep.report.summary import Summary, summarize
 from diffpatch.eval.sweep.scores import FEATURES
+from diffpatch.files import write_json
 from tests.eval.sweep.report.tiny_report import (
     HOSTILE,
     METHODS,

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from diffpatch.eval.files import write_json
 from diffpatch.eval.sweep.report.summary import Summary, summarize
+from diffpatch.files import write_json
 
 HOSTILE = '<script>alert("x")</script> & a "cat" | dog'
 
