@@ -1,4 +1,4 @@
-"""Tiles cut into pieces: runs of neighbouring tokens that stand together in tile order."""
+"""Tiles cut into pieces: neighbouring tokens that stand together in tile order."""
 
 from __future__ import annotations
 

@@ -68,11 +68,11 @@ def remembered(
 class Levels:
     """How pairs of tiles are computed: some exactly, others by virtual tokens, or not at all.
 
-    Level 0 is exact; the strips of level l are read as runs of ``sizes[l]`` tokens. Each level
+    Level 0 is exact; the strips of level l are read as pieces of ``sizes[l]`` tokens. Each level
     takes the best that those before it left over, and what is left by all is dropped.
 
     Attributes:
-        sizes: tokens of a run, one a level; 1 is exact.
+        sizes: tokens of a piece, one a level; 1 is exact.
         counts: strips of each row in all levels so far, level by level; the last level takes all
             that is left where there is one count less than there are sizes.
     """
@@ -91,8 +91,8 @@ def shares(kept: float, quotas: tuple[tuple[int, float], ...], rest: float | Non
 
     Args:
         kept: fraction of the pairs, a virtual token counted as one key.
-        quotas: (tokens of a run, part of the strips) of each level, to be scaled alike.
-        rest: tokens of a run of what is left over, None to drop it.
+        quotas: (tokens of a piece, part of the strips) of each level, to be scaled alike.
+        rest: tokens of a piece of what is left over, None to drop it.
 
     >>> shares(0.25, ((1, 1.0),), None), shares(0.25, ((1, 1.0),), 32)
     ([0.25], [0.22580645161290322])
@@ -166,7 +166,7 @@ def cost_bounds(
 
 
 def price(table: TileTable, size: int) -> torch.Tensor:
-    """fp64 (P, E): query-key pairs of each pair of tiles if keys are read in runs of `size`."""
+    """fp64 (P, E): query-key pairs of each pair of tiles if keys are read in pieces of `size`."""
     length = table.strips.first.diff().long()
-    runs = -(-length // size)
-    return table.area.double() / length[table.key] * runs[table.key]
+    pieces = -(-length // size)
+    return table.area.double() / length[table.key] * pieces[table.key]

@@ -117,7 +117,7 @@ class AttentionErrors:
 
         The regression of the outputs, less their mean over the tokens, on the dense ones. Below 1
         an attention is smoother than dense, in every layer and step alike, so that it adds up where
-        noise of the same size does not. Virtual tokens do that: they miss s·Cov(v, k)·q of a run.
+        noise of the same size does not. Virtual tokens do that: they miss s·Cov(v, k)·q of a piece.
         """
         if not self._slopes:
             return 1.0

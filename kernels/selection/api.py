@@ -34,7 +34,7 @@ def tile_scores(
     strip: int = 0,
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
-    run: int = 0,
+    piece: int = 0,
     guard: float = -0.1,
     stride: int = 8,
 ) -> torch.Tensor:
@@ -51,14 +51,15 @@ def tile_scores(
         strip: most keys of a strip; 0 for whole tiles.
         key_mask: bool (B, S), True where a key counts; None counts all.
         backend: "auto", "triton", "torch" or "reference" (which is torch), of the tiles' moments.
-        run: tokens that stand for one query, and for one key; 0 for whole tiles ("error", "mass").
+        piece: most tokens that stand for one query, and for one key; 0 for whole tiles ("mass" and
+            "error").
         guard: self-similarity below which tiles are always in ("sparge").
         stride: of "xattention".
 
     Returns:
         fp32 (fp64 for fp64) (B, H, N, n) [query tile, strip]; anything where a pair is not seen.
     """
-    options = Options(rest, run, guard, stride)
+    options = Options(rest, piece, guard, stride)
     tiles = Tiles(q, k, v, blocks, strip, scale, key_mask, backend, options)
     return RULES[rule].score(tiles)
 

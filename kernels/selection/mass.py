@@ -45,18 +45,18 @@ def logits(tiles: Tiles, queries: Moments, keys: Moments) -> torch.Tensor:
 def mass(tiles: Tiles) -> torch.Tensor:
     """(B, H, N, n): rows sum to 1 where anything is seen.
 
-    With ``run=0`` a tile and a strip are a point each. Otherwise they are runs of that many tokens,
-    which at ``run=1`` makes it the mean of the softmax itself (SparseD, arXiv 2509.24014).
+    With ``piece=0`` a tile and a strip are a point each. Otherwise they are cut into pieces of that
+    many tokens; ``piece=1`` gives the mean of the softmax itself (SparseD, arXiv 2509.24014).
     """
-    run = tiles.options.run
-    if not run:
+    size = tiles.options.piece
+    if not size:
         whole = logits(tiles, tiles.queries, tiles.keys)
         return whole.masked_fill_(~tiles.seen, -torch.inf).softmax(-1).nan_to_num_()
-    of_queries, of_keys = cut(tiles.blocks, run), cut(tiles.blocks, run, tiles.strip)
+    of_queries, of_keys = cut(tiles.blocks, size), cut(tiles.blocks, size, tiles.strip)
     queries, keys = tiles.of_queries(of_queries), tiles.of_keys(of_keys)
 
-    def scores(piece: slice) -> torch.Tensor:
-        some = Moments(queries.mean[:, :, piece], queries.variance[:, :, piece], queries.count)
+    def scores(rows: slice) -> torch.Tensor:
+        some = Moments(queries.mean[:, :, rows], queries.variance[:, :, rows], queries.count)
         return logits(tiles, some, keys)
 
     return _summed(tiles, scores, of_queries.tile, of_queries.first.diff(), of_keys.whole)
@@ -65,8 +65,8 @@ def mass(tiles: Tiles) -> torch.Tensor:
 def mass_of_points(tiles: Tiles, queries: Points, keys: Points, scale: float) -> torch.Tensor:
     """(B, H, N, n): the softmax over points of the keys, summed by strip and averaged by tile."""
 
-    def scores(piece: slice) -> torch.Tensor:
-        found = (queries.vectors[:, :, piece] @ keys.vectors.mT).mul_(scale)
+    def scores(rows: slice) -> torch.Tensor:
+        found = (queries.vectors[:, :, rows] @ keys.vectors.mT).mul_(scale)
         return found.add_(keys.weight[:, None, None])
 
     return _summed(tiles, scores, queries.owner, queries.weight, keys.owner)
@@ -95,12 +95,12 @@ def _summed(
     out: torch.Tensor | None = None
     step = max(1, MAX_SCORES // (len(tiles.q) * tiles.heads * len(key)))
     for first in range(0, len(query), step):
-        piece = slice(first, first + step)
-        found = scores(piece)
+        rows = slice(first, first + step)
+        found = scores(rows)
         if not tiles.table.complete:
-            found.masked_fill_(~tiles.visited[:, query[piece]][:, :, key], -torch.inf)
+            found.masked_fill_(~tiles.visited[:, query[rows]][:, :, key], -torch.inf)
         weights = found.softmax(-1).nan_to_num_() @ to_strip.to(found.dtype)
-        part = share[piece].T.to(found.dtype) @ weights
+        part = share[rows].T.to(found.dtype) @ weights
         out = part if out is None else out.add_(part)
     assert out is not None
     return out

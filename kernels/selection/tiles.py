@@ -19,13 +19,13 @@ class Options:
 
     Attributes:
         rest: what becomes of the tiles that are not chosen: "drop" or "virtual".
-        run: most neighbouring tokens that count as one query, and as one key; 0 for a whole tile.
+        piece: most neighbouring tokens that count as one query, and as one key; 0 for a whole tile.
         guard: self-similarity below which SpargeAttn keeps a tile in every case.
         stride: XAttention's.
     """
 
     rest: str = "virtual"
-    run: int = 0
+    piece: int = 0
     guard: float = -0.1
     stride: int = 8
 

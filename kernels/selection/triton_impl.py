@@ -51,7 +51,7 @@ def scores(tiles: Tiles, rule: str) -> torch.Tensor | None:
 
     Scores of pairs that are not seen mean nothing.
     """
-    if rule not in SCORED or (rule != "pooled" and tiles.options.run):
+    if rule not in SCORED or (rule != "pooled" and tiles.options.piece):
         return None
     dropped = rule == "error" and tiles.options.rest == "drop"
     queries, keys = _aligned(tiles.queries), _aligned(tiles.keys)

@@ -1,6 +1,6 @@
-"""Virtual tokens: runs of keys stand for themselves by their mean, in the same softmax.
+"""Virtual tokens: pieces of tiles are represented by the mean of their keys, in the same softmax.
 
-With k̄, v̄ the means and n the count of a run, its keys together contribute
+With k̄, v̄ the means and n the count of a piece, its keys together contribute
 ``exp(s q·k̄ + log n + w) v̄``, the expansion of their exponentials around the mean: the first order
 cancels, and ``w = ½ s² Σ_c q_c² var_c`` is the (diagonal) second order, capped at log n because
 outlier channels would otherwise blow it up (PISA, arXiv 2602.01077; the cap and the second order:
@@ -32,7 +32,7 @@ def pool(
     strip: int = 0,
     backend: str = "auto",
 ) -> VirtualTokens:
-    """Pool keys and values over runs of at most `size` tokens of each tile, in tile order.
+    """Pool keys and values over pieces of at most `size` tokens of each tile, in tile order.
 
     Args:
         k: (B, S, K, D), after any rotary embedding.
@@ -41,20 +41,20 @@ def pool(
         size: most tokens a virtual token stands for.
         second_order: whether to keep the variance of the keys.
         key_mask: bool (B, S), True where a key counts.
-        strip: most keys of a strip, as in `active_tiles.attend`: no run crosses its border.
+        strip: most keys of a strip, as in `active_tiles.attend`: no piece crosses its border.
         backend: "triton", "torch", "reference", or "auto".
     """
-    runs = cut(blocks, size, strip)
+    pieces = cut(blocks, size, strip)
 
     def compute(name: str) -> VirtualTokens:
         if name == "reference":
-            return reference.pool(k, v, runs, second_order, key_mask)
+            return reference.pool(k, v, pieces, second_order, key_mask)
         if name == "triton":
             from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-            pooled = kernels.pool(k, v, blocks, runs.first, second_order, key_mask)
-            return VirtualTokens(*pooled, runs)
-        return torch_impl.pool(k, v, runs, second_order, key_mask)
+            pooled = kernels.pool(k, v, blocks, pieces.first, second_order, key_mask)
+            return VirtualTokens(*pooled, pieces)
+        return torch_impl.pool(k, v, pieces, second_order, key_mask)
 
     return run(VIRTUAL_TOKENS, backend, blocks, (k, v), compute)[0]
 
@@ -93,25 +93,25 @@ def attend_virtual(
         if name == "triton":
             from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
-            seen = _shown_runs(tokens, blocks, shown)
+            seen = _shown_pieces(tokens, blocks, shown)
             return kernels.attend(q, tokens, blocks, scale, near, seen)
-        far = torch_impl.attend(q, tokens, blocks, scale, _shown_runs(tokens, blocks, shown))
+        far = torch_impl.attend(q, tokens, blocks, scale, _shown_pieces(tokens, blocks, shown))
         return far if near is None else merge(*near, *far)
 
     return run(VIRTUAL_TOKENS, backend, blocks, (q, tokens.keys, tokens.values), compute)[0]
 
 
-def _shown_runs(
+def _shown_pieces(
     tokens: VirtualTokens, blocks: BlockIndex, shown: torch.Tensor | None
 ) -> torch.Tensor:
-    """bool (B or 1, H or 1, N, V): which runs each query tile of each head attends to."""
-    runs = tokens.runs
+    """bool (B or 1, H or 1, N, V): which pieces each query tile of each head attends to."""
+    pieces = tokens.pieces
     if shown is not None:
-        return shown if shown.shape[-1] == len(runs) else shown[..., runs.whole]
+        return shown if shown.shape[-1] == len(pieces) else shown[..., pieces.whole]
 
     def build(index: BlockIndex) -> torch.Tensor:
-        left_out = (index.mask_map() == NOTHING)[None, :, :, runs.tile]  # (1, P, N, V)
+        left_out = (index.mask_map() == NOTHING)[None, :, :, pieces.tile]  # (1, P, N, V)
         heads = index.head_pattern
         return left_out if heads is None else left_out[:, heads.long()]
 
-    return blocks.derived(("runs left out", runs.sizes), build)
+    return blocks.derived(("pieces left out", pieces.sizes), build)

@@ -1,4 +1,4 @@
-"""Virtual tokens by their definition: one run, then one head and one query tile at a time."""
+"""Virtual tokens by their definition: one piece, then one head and one query tile at a time."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 def pool(
     k: torch.Tensor,
     v: torch.Tensor,
-    runs: Pieces,
+    pieces: Pieces,
     second_order: bool,
     key_mask: torch.Tensor | None,
 ) -> VirtualTokens:
     """As `virtual_tokens.pool`, in fp32 (fp64 for fp64), rounded to the dtype of the inputs."""
     wide = torch.promote_types(k.dtype, torch.float32)
-    shape = (k.shape[0], len(runs), *k.shape[2:])
+    shape = (k.shape[0], len(pieces), *k.shape[2:])
     keys, values, variance = (k.new_zeros(shape) for _ in range(3))
     log_count = k.new_full(shape[:2], -torch.inf, dtype=torch.float32)
     largest = torch.finfo(k.dtype).max
-    for b, run in itertools.product(range(shape[0]), range(len(runs))):
-        token = runs.index[run][runs.valid[run]]
+    for b, piece in itertools.product(range(shape[0]), range(len(pieces))):
+        token = pieces.index[piece][pieces.valid[piece]]
         token = token if key_mask is None else token[key_mask[b, token]]
         if not len(token):
             continue
         own = k[b, token].to(wide)
-        keys[b, run], values[b, run] = own.mean(0), v[b, token].to(wide).mean(0)
-        variance[b, run] = (own - own.mean(0)).square().mean(0).clamp(max=largest)
-        log_count[b, run] = math.log(len(token))
+        keys[b, piece], values[b, piece] = own.mean(0), v[b, token].to(wide).mean(0)
+        variance[b, piece] = (own - own.mean(0)).square().mean(0).clamp(max=largest)
+        log_count[b, piece] = math.log(len(token))
     spread = variance if second_order else None
-    return VirtualTokens(keys, values, spread, log_count, runs)
+    return VirtualTokens(keys, values, spread, log_count, pieces)
 
 
 def attend(
@@ -56,8 +56,8 @@ def attend(
     of_head = of_head if blocks.head_pattern is None else blocks.head_pattern.long()
     tiles = [blocks.order[a:b] for a, b in itertools.pairwise(blocks.starts.tolist())]
     for b, h, i in itertools.product(range(q.shape[0]), range(q.shape[2]), range(len(tiles))):
-        seen = left_out[of_head[h], i, tokens.runs.tile]
-        seen = seen if shown is None else shown[b, h, i, tokens.runs.whole]
+        seen = left_out[of_head[h], i, tokens.pieces.tile]
+        seen = seen if shown is None else shown[b, h, i, tokens.pieces.whole]
         x = q[b, tiles[i], h].to(wide)
         count = tokens.log_count[b, seen].to(wide)
         scores = scale * x @ tokens.keys[b, seen, h // groups].to(wide).T + count

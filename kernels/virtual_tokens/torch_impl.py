@@ -21,14 +21,14 @@ TINY = 1e-30
 def pool(
     k: torch.Tensor,
     v: torch.Tensor,
-    runs: Pieces,
+    pieces: Pieces,
     second_order: bool,
     key_mask: torch.Tensor | None,
 ) -> VirtualTokens:
     """As `virtual_tokens.pool`."""
-    weight = runs.valid.expand(k.shape[0], *runs.valid.shape)
+    weight = pieces.valid.expand(k.shape[0], *pieces.valid.shape)
     if key_mask is not None:
-        weight = weight & key_mask[:, runs.index]
+        weight = weight & key_mask[:, pieces.index]
     count = weight.sum(-1).float()  # (B, V)
     wide = torch.promote_types(k.dtype, torch.float32)
     share = (weight / count.clamp(min=1)[..., None]).to(wide)[..., None, :]  # (B, V, 1, L)
@@ -37,7 +37,7 @@ def pool(
         return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
 
     def gathered(x: torch.Tensor) -> torch.Tensor:
-        x = x[:, runs.index].to(wide)  # (B, V, L, K, D)
+        x = x[:, pieces.index].to(wide)  # (B, V, L, K, D)
         return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
 
     keys = gathered(k)
@@ -48,7 +48,7 @@ def pool(
         variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
     values = mean(gathered(v))[:, :, 0].to(v.dtype)
     keys = centre[:, :, 0].to(k.dtype)
-    return VirtualTokens(keys, values, variance, count.log(), runs)
+    return VirtualTokens(keys, values, variance, count.log(), pieces)
 
 
 def attend(
@@ -66,7 +66,7 @@ def attend(
         tokens: K heads, K divides H.
         blocks: the tiles.
         scale: the factor on q·k.
-        seen: bool (B or 1, H or 1, N, V), which runs each query tile of each head attends to.
+        seen: bool (B or 1, H or 1, N, V), which pieces each query tile of each head attends to.
 
     Returns:
         The output (B, S, H, D) and its log-sum-exp (B, S, H).
@@ -104,12 +104,12 @@ def _written_out(
     hidden.masked_fill_(~seen, float("-inf"))
     tile_of = blocks.tile_of_place[blocks.place]
     held = SCORE_BYTES.get(q.device.type, SCORE_BYTES_ELSEWHERE)
-    rows = max(1, held // (k.dtype.itemsize * batch * heads * v.shape[2]))
+    step = max(1, held // (k.dtype.itemsize * batch * heads * v.shape[2]))
     out, lse = torch.empty_like(q), q.new_empty(batch, length, heads, dtype=k.dtype)
-    for begin in range(0, length, rows):
-        piece = slice(begin, min(begin + rows, length))
-        x = q[:, piece].transpose(1, 2).to(k.dtype)  # (B, H, R, D)
-        bias = hidden[:, :, tile_of[piece]]  # (B or 1, H or 1, R, V)
+    for begin in range(0, length, step):
+        rows = slice(begin, min(begin + step, length))
+        x = q[:, rows].transpose(1, 2).to(k.dtype)  # (B, H, R, D)
+        bias = hidden[:, :, tile_of[rows]]  # (B or 1, H or 1, R, V)
         scores = x @ k
         if spread is not None:
             scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
@@ -118,8 +118,8 @@ def _written_out(
         top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        out[:, piece] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
-        lse[:, piece] = (total.log() + top)[..., 0].transpose(1, 2)
+        out[:, rows] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
+        lse[:, rows] = (total.log() + top)[..., 0].transpose(1, 2)
     return out, lse
 
 
@@ -140,32 +140,32 @@ def _fused(
     bias = bias.masked_fill(blind[..., None], 0.0)
     cap = count.clamp(min=0)
     even, tile_of = cut(blocks).even, blocks.tile_of_place
-    rows = max(1, FUSED_BYTES // (k.dtype.itemsize * k.shape[2]))
-    rows = max(1, rows // blocks.max_tile) * blocks.max_tile
+    step = max(1, FUSED_BYTES // (k.dtype.itemsize * k.shape[2]))
+    step = max(1, step // blocks.max_tile) * blocks.max_tile
     x = q.index_select(1, blocks.order).transpose(1, 2).to(k.dtype).contiguous()
     out, lse = torch.empty_like(x), x.new_empty(batch, heads, length)
-    second = x.new_zeros(min(rows, length), k.shape[2])
+    second = x.new_zeros(min(step, length), k.shape[2])
     for b, h in itertools.product(range(batch), range(heads)):
-        for begin in range(0, length, rows):
-            piece = slice(begin, min(begin + rows, length))
-            y = x[b, h, piece]
+        for begin in range(0, length, step):
+            rows = slice(begin, min(begin + step, length))
+            y = x[b, h, rows]
             scores = second[: len(y)]
             if spread is not None:
                 torch.matmul(y.square(), spread[b, h], out=scores)
                 torch.minimum(scores, cap[b], out=scores)
             else:
                 scores.zero_()
-            if even:  # the tiles of a piece are whole
+            if even:  # the tiles of these rows are whole
                 first = begin // blocks.max_tile
                 of_tiles = scores.view(-1, blocks.max_tile, scores.shape[1])
                 of_tiles += bias[b, h, first : first + len(of_tiles), None]
             else:
-                scores += bias[b, h, tile_of[piece]]
+                scores += bias[b, h, tile_of[rows]]
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 y[None, None], k[b, h, None, None], v[b, h, None, None],
                 attn_mask=scores[None, None], scale=scale,
             )  # fmt: skip
-            out[b, h, piece], lse[b, h, piece] = found[0][0, 0], found[1][0, 0]
+            out[b, h, rows], lse[b, h, rows] = found[0][0, 0], found[1][0, 0]
     if bool(blind.any()):
         of_tokens = blind[:, :, tile_of]
         out.masked_fill_(of_tokens[..., None], 0.0)

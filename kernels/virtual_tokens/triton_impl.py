@@ -2,7 +2,7 @@
 
 The second goes on with the softmax of the exact part: it begins with that part's output and
 log-sum-exp, so that near and far share one softmax and nothing has to be merged afterwards. All
-queries of a program lie in one tile, so that which runs they attend to is a byte for each run.
+queries of a program lie in one tile, so that which pieces they attend to is a byte for each piece.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -64,20 +64,20 @@ def padded(size: int) -> int:
 def pool_kernel(
     K, V, KEYS, VALUES, VARIANCE, LOG_COUNT, ORDER, FIRST, ALLOWED,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    tokens, heads, runs,
+    tokens, heads, pieces,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the means, the variance and the count of one run, one head, one batch entry.
+    """One program: the means, the variance and the count of one piece, one head, one batch entry.
 
     KEYS, VALUES and VARIANCE (B, V, heads, SIZE) and LOG_COUNT (B, V) are contiguous; FIRST (V + 1)
-    says where in ORDER each run begins. Without V there are no values.
+    says where in ORDER each piece begins. Without V there are no values.
     """
-    run = tl.program_id(0)
+    piece = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     channel = tl.arange(0, SIZE_PADDED)
     row = tl.arange(0, ROWS)
-    begin, end = tl.load(FIRST + run), tl.load(FIRST + run + 1)
+    begin, end = tl.load(FIRST + piece), tl.load(FIRST + piece + 1)
     key = tl.zeros([SIZE_PADDED], tl.float32)
     value = tl.zeros([SIZE_PADDED], tl.float32)
     count = 0.0
@@ -96,12 +96,13 @@ def pool_kernel(
         count += tl.sum(held.to(tl.float32), 0)
     share = 1.0 / tl.maximum(count, 1.0)
     key = key * share
-    at = ((batch * runs + run) * heads + head) * SIZE + channel
+    at = ((batch * pieces + piece) * heads + head) * SIZE + channel
     tl.store(KEYS + at, key.to(KEYS.dtype.element_ty), mask=channel < SIZE)
     if V is not None:
         tl.store(VALUES + at, (value * share).to(VALUES.dtype.element_ty), mask=channel < SIZE)
     if head == 0:
-        tl.store(LOG_COUNT + batch * runs + run, tl.where(count > 0, tl.log(count), -float("inf")))
+        log_count = tl.where(count > 0, tl.log(count), -float("inf"))
+        tl.store(LOG_COUNT + batch * pieces + piece, log_count)
     if VARIANCE is not None:
         spread = tl.zeros([SIZE_PADDED], tl.float32)
         for start in range(begin, end, ROWS):
@@ -123,7 +124,7 @@ def virtual_kernel(
     Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SHOWN, COUNTS, NEAR, NEAR_LSE, OUT, LSE,
     ORDER, STARTS,
     scale, scale_log2, log2_e, stride_qb, stride_qs, stride_qh, stride_sb, stride_sh,
-    tokens, heads, group, tiles, parts, runs,
+    tokens, heads, group, tiles, parts, pieces,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +132,8 @@ def virtual_kernel(
 
     KEYS, VALUES and VARIANCE (B, V, heads / group, SIZE), LOG_COUNT (B, V), NEAR and OUT
     (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H) are contiguous, and so are the channels of Q. A byte
-    of SHOWN (B or 1, H or 1, tiles, V) says whether a tile attends to a run; COUNTS, laid out alike
-    without its last axis, holds V, or 0 where it attends to none.
+    of SHOWN (B or 1, H or 1, tiles, V) says whether a tile attends to a piece; COUNTS, laid out
+    alike without its last axis, holds V, or 0 where it attends to none.
     """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -163,16 +164,16 @@ def virtual_kernel(
 
     key_heads = heads // group
     offsets = tl.arange(0, BLOCK_N)
-    base = (batch * runs * key_heads + head // group) * SIZE + channel[None, :]
-    SHOWN += row * runs
+    base = (batch * pieces * key_heads + head // group) * SIZE + channel[None, :]
+    SHOWN += row * pieces
     for start in tl.range(0, tl.load(COUNTS + row), BLOCK_N, num_stages=STAGES):
-        run = start + offsets
-        inside = run < runs
+        piece = start + offsets
+        inside = piece < pieces
         read = inside[:, None] & (channel < SIZE)[None, :]
-        at = base + run[:, None].to(tl.int64) * (key_heads * SIZE)
+        at = base + piece[:, None].to(tl.int64) * (key_heads * SIZE)
         k = tl.load(KEYS + at, mask=read, other=0.0)
-        log_count = tl.load(LOG_COUNT + batch * runs + run, mask=inside, other=-float("inf"))
-        shown = tl.load(SHOWN + run, mask=inside, other=0) != 0
+        log_count = tl.load(LOG_COUNT + batch * pieces + piece, mask=inside, other=-float("inf"))
+        shown = tl.load(SHOWN + piece, mask=inside, other=0) != 0
         log_count = tl.where(shown, log_count * log2_e, -float("inf"))
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + log_count[None, :]
         if VARIANCE is not None:
@@ -208,7 +209,7 @@ def pool(
         k: (B, S, K, D), fp32, bf16 or fp16.
         v: (B, S, K, D).
         blocks: the tiles.
-        first: int32 (V + 1,), where each run begins in tile order.
+        first: int32 (V + 1,), where each piece begins in tile order.
         second_order: whether to make the variance.
         key_mask: bool (B, S), True where a key counts; or None.
 
@@ -218,15 +219,15 @@ def pool(
     """
     batch, tokens, heads, size = k.shape
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    runs = first.shape[0] - 1
-    keys, values = (torch.empty(batch, runs, heads, size, dtype=k.dtype, device=k.device)
+    pieces = first.shape[0] - 1
+    keys, values = (torch.empty(batch, pieces, heads, size, dtype=k.dtype, device=k.device)
                     for _ in range(2))  # fmt: skip
     variance = torch.empty_like(keys) if second_order else None
-    log_count = torch.empty(batch, runs, dtype=torch.float32, device=k.device)
+    log_count = torch.empty(batch, pieces, dtype=torch.float32, device=k.device)
     allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    pool_kernel[(runs, batch * heads)](
+    pool_kernel[(pieces, batch * heads)](
         k, v, keys, values, variance, log_count, blocks.order, first, allowed,
-        *k.stride()[:3], *v.stride()[:3], tokens, heads, runs,
+        *k.stride()[:3], *v.stride()[:3], tokens, heads, pieces,
         SIZE=size, SIZE_PADDED=padded(size), ROWS=POOLED_ROWS, num_warps=4,
     )  # fmt: skip
     return keys, values, variance, log_count
@@ -235,23 +236,23 @@ def pool(
 def moments(
     x: torch.Tensor, blocks: BlockIndex, first: torch.Tensor, key_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means and variances (B, V, K, D) of every run of tokens, and log counts (B, V), in fp32.
+    """Means and variances (B, V, K, D) of every piece of tokens, and log counts (B, V), in fp32.
 
     Args:
         x: (B, S, K, D), fp32, bf16 or fp16; read twice.
         blocks: the tiles.
-        first: int32 (V + 1,), where each run begins in tile order.
+        first: int32 (V + 1,), where each piece begins in tile order.
         key_mask: bool (B, S), True where a token counts; or None.
     """
     batch, tokens, heads, size = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
-    runs = first.shape[0] - 1
-    mean = torch.empty(batch, runs, heads, size, dtype=torch.float32, device=x.device)
-    variance, log_count = torch.empty_like(mean), mean.new_empty(batch, runs)
+    pieces = first.shape[0] - 1
+    mean = torch.empty(batch, pieces, heads, size, dtype=torch.float32, device=x.device)
+    variance, log_count = torch.empty_like(mean), mean.new_empty(batch, pieces)
     allowed = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    pool_kernel[(runs, batch * heads)](
+    pool_kernel[(pieces, batch * heads)](
         x, None, mean, None, variance, log_count, blocks.order, first, allowed,
-        *x.stride()[:3], 0, 0, 0, tokens, heads, runs,
+        *x.stride()[:3], 0, 0, 0, tokens, heads, pieces,
         SIZE=size, SIZE_PADDED=padded(size), ROWS=POOLED_ROWS, num_warps=4,
     )  # fmt: skip
     return mean, variance, log_count
@@ -283,9 +284,9 @@ def attend(
     q = q if q.stride(3) == 1 else q.contiguous()
     shown = shown.contiguous()
     # A head or batch entry that shares the flags of another one begins where that one does.
-    runs, by_head = shown.shape[3], shown.shape[1] > 1
+    pieces, by_head = shown.shape[3], shown.shape[1] > 1
     by_entry = shown.shape[1] * blocks.num_tiles if shown.shape[0] > 1 else 0
-    counts = shown.any(-1).int() * runs
+    counts = shown.any(-1).int() * pieces
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     begun, begun_lse = (None, None) if near is None else (x.contiguous() for x in near)
@@ -296,7 +297,7 @@ def attend(
         blocks.order, blocks.starts,
         scale, scale * LOG2_E, LOG2_E, *q.stride()[:3],
         by_entry, blocks.num_tiles if by_head else 0,
-        length, heads, heads // tokens.keys.shape[2], blocks.num_tiles, parts, runs,
+        length, heads, heads // tokens.keys.shape[2], blocks.num_tiles, parts, pieces,
         SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages,

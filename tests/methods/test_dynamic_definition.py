@@ -37,7 +37,7 @@ def by_definition(
     method: Dynamic, tensors: list[torch.Tensor], grid: TokenGrid, mask: torch.Tensor,
     exact: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """One softmax over the keys of exact strips and the means of the runs of all others.
+    """One softmax over the keys of exact strips and the means of the pieces of all others.
 
     Args:
         method: with tile, strip and pool given.
@@ -55,8 +55,8 @@ def by_definition(
         x, g = q[b, tiles[i], h], h * k.shape[2] // q.shape[2]
         scores, values = [], []
         for j, strip in enumerate(strips):
-            for run in [strip] if exact[b, h, i, j] else cut(strip, method.pool):
-                alive = run[mask[b, run]]
+            for piece in [strip] if exact[b, h, i, j] else cut(strip, method.pool):
+                alive = piece[mask[b, piece]]
                 key, value = k[b, alive, g], v[b, alive, g]
                 if exact[b, h, i, j]:
                     scores.append(scale * x @ key.T)

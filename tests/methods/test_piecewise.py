@@ -57,20 +57,20 @@ def by_formula(
                 parts = -(-(end - start) // method.pool)
                 cuts = [start + (end - start) * p // parts for p in range(parts + 1)]
                 for first, last in itertools.pairwise(cuts):
-                    run = order[first:last]
-                    seen = keep[:, run].any(1)
-                    run = run[alive[run]]
-                    if not len(run):
+                    piece = order[first:last]
+                    seen = keep[:, piece].any(1)
+                    piece = piece[alive[piece]]
+                    if not len(piece):
                         continue
-                    mean = k[b, run, h].mean(0)
-                    bias = torch.tensor(math.log(len(run)), dtype=q.dtype)
+                    mean = k[b, piece, h].mean(0)
+                    bias = torch.tensor(math.log(len(piece)), dtype=q.dtype)
                     score = q[b, :, h] @ mean * scale + bias
                     if method.second_order:
-                        spread = (k[b, run, h] - mean).square().mean(0)
+                        spread = (k[b, piece, h] - mean).square().mean(0)
                         second = 0.5 * scale**2 * (q[b, :, h].square() @ spread)
                         score = score + second.clamp(max=float(bias))
                     columns.append(score.masked_fill(seen, -math.inf)[:, None])
-                    values.append(v[b, run, h].mean(0)[None])
+                    values.append(v[b, piece, h].mean(0)[None])
             out[b, :, h] = torch.cat(columns, 1).softmax(1) @ torch.cat(values)
     return out
 

@@ -184,16 +184,16 @@ def test_importance_is_exact_without_pooling_and_close_with_it() -> None:
     seen = block_sparse_reference.dense_mask(blocks)[0]
     exact = tile_masses(q.double(), k.double(), blocks, _whole_tiles(blocks))
     assert seen.any()
-    single = tile_importance(q, k, blocks, 0.3, run=1)
+    single = tile_importance(q, k, blocks, 0.3, piece=1)
     assert torch.allclose(single.double(), exact, atol=1e-5)
-    pooled = tile_importance(q, k, blocks, 0.3, run=4)
+    pooled = tile_importance(q, k, blocks, 0.3, piece=4)
     fixed = always(blocks, grid, 0)
     chosen, best = (temporal_mask.choose(x.float(), blocks, fixed, 0.6) for x in (pooled, exact))
     table = tile_table(blocks)
     mass = exact[..., table.query[0], table.key[0]]
     assert (mass * chosen).sum() > 0.97 * (mass * best).sum()
     key_mask = torch.rand(2, grid.num_tokens, generator=random) < 0.5
-    hidden = tile_importance(q, k, blocks, 0.3, run=1, key_mask=key_mask)
+    hidden = tile_importance(q, k, blocks, 0.3, piece=1, key_mask=key_mask)
     masked = _whole_tiles(blocks) & key_mask[:, None, None]
     assert torch.allclose(
         hidden.double(), tile_masses(q.double(), k.double(), blocks, masked), atol=1e-5

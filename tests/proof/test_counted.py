@@ -96,12 +96,12 @@ def test_dynamic_counts_what_it_computes(grid: TokenGrid, options: dict[str, Any
     for b, h in itertools.product(range(2), range(4)):
         for rows, (n, length) in itertools.product(enumerate(tiles(pattern)), enumerate(strips)):
             row, queries = rows
-            runs = next(
+            size = next(
                 (size for size, level in zip(sizes, maps[b, h], strict=True) if level[row, n]),
                 method.pool if method.rest == "virtual" else None,
             )
-            if runs is not None:
-                pairs += len(queries) * -(-length // runs)
+            if size is not None:
+                pairs += len(queries) * -(-length // size)
     assert float(done.kept) == pytest.approx(pairs / (8 * grid.num_tokens**2), abs=1e-9)
 
 

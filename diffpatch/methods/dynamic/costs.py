@@ -29,14 +29,14 @@ def work(pattern: BlockPattern, strip: int, levels: Levels, backend: str, chosen
     rows = levels.counts[0].rows.double().mean(0)  # strips of each tile
     mean = tokens / len(table.strips)
     pairs = float(rows @ blocks.sizes.double()) * mean
-    runs = sum(len(cut(blocks, size, strip)) for size in levels.sizes[1:])
+    pieces = sum(len(cut(blocks, size, strip)) for size in levels.sizes[1:])
     pools = len(levels.sizes) - 1
     maps = PRODUCTS * table.num_tiles * len(table.strips) if chosen else 0
     total = Work(
         calls=1 + pools,
         keys=float(tokens),
         rows=2.0 * tokens * (1 + pools),
-        virtual=float(tokens * runs + maps),
+        virtual=float(tokens * pieces + maps),
         pooled=float(tokens * (pools + 3 * chosen)),
     )
     if backend == "triton":

@@ -95,7 +95,7 @@ class Dynamic(Method):
     )
     keep_frames: int = param(0, "first latent frames whose keys are always computed")
     pyramid: tuple[tuple[int, float], ...] = param(
-        PYRAMID, "rest='pyramid': tokens of a run and part of the strips, level by level"
+        PYRAMID, "rest='pyramid': tokens of a piece and part of the strips, level by level"
     )
     guard: float = param(-0.1, "sparge: self-similarity below which a tile is always exact")
     budgets: Any = param(
@@ -125,7 +125,7 @@ class Dynamic(Method):
         sizes = [size for size, _ in self.pyramid]
         rising = all(a < b for a, b in zip([0, *sizes], sizes, strict=False))
         parts = rising and sizes[:1] == [1] and all(part > 0 for _, part in self.pyramid)
-        self.check(parts, "pyramid", "(1, part), (run, part), ... with rising runs")
+        self.check(parts, "pyramid", "(1, part), (tokens, part), ... with rising tokens")
         object.__setattr__(self, "budgets", _budgets(self.budgets))
         kind = None if self.weights is None else checkpoint.kind_of(self.weights)
         object.__setattr__(self, "_trained", kind)  # what the weights were trained with
@@ -340,7 +340,7 @@ class Dynamic(Method):
     def _virtual(
         self, maps: list[torch.Tensor], table: TileTable
     ) -> list[tuple[int, torch.Tensor]]:
-        """Tokens of a run, and where such runs are shown, bool (B, H, N, n)."""
+        """Tokens of a piece, and where such pieces are shown, bool (B, H, N, n)."""
         if self.rest == "virtual":
             left = ~maps[0]
             return [(self.pool, left if table.complete else left & table.map(table.valid()))]

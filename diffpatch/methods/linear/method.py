@@ -36,16 +36,18 @@ NEAR = 1024  # tokens of a window of fixed size
 @register
 @dataclass(frozen=True)
 class Linear(Method):
-    """Near tiles exactly and all text; nothing is dropped, the far is summarised.
+    """Exact attention to text and to tiles nearby; tiles far away are summarised, none is dropped.
 
-    With ``far="pool"`` every other run of `pool` tokens is one virtual token. With ``far="state"``
-    all far tokens together are one state of the moments of their keys and values, and the window
-    holds a fixed number of tokens instead of a share of them: cost and memory are then strictly
-    linear in the tokens. At equal cost both stay closer to dense attention than dropping the far.
+    With ``far="pool"`` every `pool` far tokens become one virtual token. With ``far="state"`` all
+    far tokens together become one state, the moments of their keys and values, and the window
+    nearby holds a fixed number of tokens instead of a fraction of them: cost and memory are then
+    strictly linear in the tokens. At equal cost both stay closer to dense attention than dropping
+    what is far.
 
     Both can be distilled, and so can a window mixed with feature-map linear attention (SLA2): far
-    "elu", "relu", "softmax" or "hedgehog", with ``near=0`` for that alone. `weights` names the file
-    of what was learned (examples/distill_linear.py writes it), which says all other parameters too.
+    "elu", "relu", "softmax" or "hedgehog", with ``near=0`` for feature maps alone. `weights` names
+    the file of learned parameters (examples/distill_linear.py writes it), which also fixes all
+    other parameters.
     Without one a feature map is refused: a model that was not trained for it falls apart.
     """
 
@@ -58,7 +60,7 @@ class Linear(Method):
 
     kept: float = param(0.125, "fraction of the tiles that each query sees exactly")
     pool: int = param(64, "tokens that one virtual token stands for")
-    second_order: bool = param(True, "count the spread of the keys within a run, capped")
+    second_order: bool = param(True, "count the spread of the keys within a piece, capped")
     far: str = param("pool", "'pool' (virtual tokens), 'state' (strictly linear), or a feature map")
     near: int | None = param(
         None, "tokens seen exactly, instead of a share; 1024 unless far is 'pool'"
@@ -120,8 +122,8 @@ class Linear(Method):
         if pattern.kept >= 1:
             return pattern
         if self.far == "pool":
-            runs = -(-tiling.visual_sizes // self.pool)
-            pairs = (tiling.visual_sizes @ (~keep).long() @ runs).item()
+            pieces = -(-tiling.visual_sizes // self.pool)
+            pairs = (tiling.visual_sizes @ (~keep).long() @ pieces).item()
         else:
             pairs = grid.visual_tokens
         return dataclasses.replace(pattern, kept=pattern.kept + pairs / grid.num_tokens**2)
@@ -131,8 +133,8 @@ class Linear(Method):
         if self.far != "pool":
             return None
         tokens = pattern.blocks.num_tokens
-        runs = -(-pattern.blocks.sizes // self.pool)
-        count = float(runs.sum())  # runs are gathered filled up to their full length
+        pieces = -(-pattern.blocks.sizes // self.pool)
+        count = float(pieces.sum())  # they are gathered filled up to their full length
         far = Work(calls=1, rows=tokens, virtual=tokens * count, pooled=self.pool * count)
         return work_of(pattern.blocks, backend) + far
 

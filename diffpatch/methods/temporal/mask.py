@@ -1,7 +1,7 @@
 """Temporal attention, mode "mask": the tiles that matter are chosen once for some steps.
 
 The choice is that of `dynamic` (see `kernels.selection`) with rule "error" and the rest dropped,
-from the tiles that the wrapped method visits. Masses come from runs of 16 tokens, as in SparseD.
+from the tiles that the wrapped method visits. Masses come from pieces of 16 tokens, as in SparseD.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffpatch.methods.selection import always, remembered
 from diffpatch.patterns.pattern import BlockPattern
 
 RULE = "error"
-RUN = 16  # neighbouring tokens that count as one
+PIECE = 16  # neighbouring tokens that count as one
 
 
 def attend(
@@ -39,7 +39,7 @@ def attend(
     bits, table = remembered(call, state, q), tile_table(blocks)
     if bits is None or call.step - state["step"] >= refresh:
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        options = Options("drop", RUN)
+        options = Options("drop", PIECE)
         tiles = Tiles(q, k, v, blocks, 0, scale, call.key_mask, beside(call.backend), options)
         fixed = always(blocks, call.pattern.grid, keep_frames)
         counts = call.pattern.once(

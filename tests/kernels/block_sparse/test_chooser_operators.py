@@ -39,7 +39,7 @@ from diffpatch.kernels.selection.rules import RULES
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.kernels.virtual_tokens import torch_impl as virtual_torch
 from diffpatch.kernels.virtual_tokens import triton_impl as virtual_triton
-from diffpatch.kernels.virtual_tokens.trial import RUN
+from diffpatch.kernels.virtual_tokens.trial import PIECE
 from tests import tiny
 from tests.kernels.random_blocks import random_blocks, random_qkv
 
@@ -131,7 +131,7 @@ def _weighted(x: Any, y: Any, v: Any, blocks: BlockIndex, mask: Any) -> Any:
 
 
 def _pool(k: Any, v: Any, blocks: BlockIndex, first: Any, *rest: Any) -> Any:
-    made = virtual_torch.pool(k, v, cut(blocks, RUN), *rest)
+    made = virtual_torch.pool(k, v, cut(blocks, PIECE), *rest)
     return made.keys, made.values, made.variance, made.log_count
 
 

@@ -127,7 +127,7 @@ def test_virtual_tokens_alone_with_patterns_by_head() -> None:
     assert tokens.variance is not None
     wide = VirtualTokens(
         tokens.keys.double(), tokens.values.double(), tokens.variance.double(),
-        tokens.log_count.double(), tokens.runs,
+        tokens.log_count.double(), tokens.pieces,
     )  # fmt: skip
     expected, expected_lse = virtual_tokens.attend_virtual(
         q.double(), wide, blocks, 0.2, backend="torch"

@@ -136,22 +136,22 @@ def test_a_sink_is_scored_by_what_it_says() -> None:
         assert chosen[..., 0].all() and (chosen[:, :, 1:].sum(-1) == 2).all()
 
 
-@pytest.mark.parametrize("run", [1, 4])
-def test_mass_by_runs_is_the_softmax_to_second_order(run: int) -> None:
+@pytest.mark.parametrize("piece", [1, 4])
+def test_mass_by_pieces_is_the_softmax_to_second_order(piece: int) -> None:
     grid = TokenGrid(2, 5, 9, text_after=4)
     blocks = Window(window=(1, 5, 9)).pattern(grid).blocks
     (q, k, v), mask = inputs(grid)
-    found = tile_scores(q, k, v, blocks, SCALE, rule="mass", run=run, key_mask=mask)
+    found = tile_scores(q, k, v, blocks, SCALE, rule="mass", piece=piece, key_mask=mask)
     table = tile_table(blocks)
     visited = table.map(table.valid())[0]
     tiles, _ = pieces(blocks, 0)
     k = k.repeat_interleave(2, 2)
     expected = torch.zeros_like(found)
     for b, h, i in itertools.product(range(2), range(4), range(len(tiles))):
-        for own in equal_parts(tiles[i], run):
+        for own in equal_parts(tiles[i], piece):
             x, logit, owner = q[b, own, h], [], []
             for j, tile in enumerate(tiles):
-                for part in equal_parts(tile, run) if visited[i, j] else []:
+                for part in equal_parts(tile, piece) if visited[i, j] else []:
                     alive = part[mask[b, part]]
                     if not len(alive):
                         continue

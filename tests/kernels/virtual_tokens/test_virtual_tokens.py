@@ -45,7 +45,7 @@ def by_formula(
     scale: float,
     key_mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over the keys of active strips and the runs of strips shown, query by query."""
+    """One softmax over the keys of active strips and the pieces of strips shown, query by query."""
     q, k, v = (x.double() for x in tensors)
     table = tile_table(blocks, STRIP)
     borders = table.strips.first.tolist()
@@ -66,15 +66,15 @@ def by_formula(
                     parts = math.ceil((z - a) / POOL)
                     cuts = [a + (z - a) * p // parts for p in range(parts + 1)]
                     for first, last in itertools.pairwise(cuts):
-                        run = blocks.order[first:last]
-                        run = run[key_mask[b, run]]
-                        if not len(run):
+                        piece = blocks.order[first:last]
+                        piece = piece[key_mask[b, piece]]
+                        if not len(piece):
                             continue
-                        mean = k[b, run, g].mean(0)
-                        second = 0.5 * (x.square() @ (k[b, run, g] - mean).square().mean(0))
-                        bound = torch.tensor(math.log(len(run)))
+                        mean = k[b, piece, g].mean(0)
+                        second = 0.5 * (x.square() @ (k[b, piece, g] - mean).square().mean(0))
+                        bound = torch.tensor(math.log(len(piece)))
                         scores.append(x @ mean + bound + torch.minimum(second, bound))
-                        values.append(v[b, run, g].mean(0))
+                        values.append(v[b, piece, g].mean(0))
             if scores:
                 together = torch.stack(scores)
                 lse[b, token, h] = together.logsumexp(0)
@@ -151,13 +151,12 @@ def test_the_kernel_shows_what_it_is_told(dtype: torch.dtype) -> None:
 def test_runs_never_cross_the_border_of_a_strip() -> None:
     blocks = index()
     tokens = virtual_tokens.pool(*random_qkv(1, GRID.num_tokens, 1, 8)[1:], blocks, 7, strip=STRIP)
-    runs, strips = tokens.runs, tile_table(blocks, STRIP).strips
-    assert set(strips.first.tolist()) <= set(runs.first.tolist())
-    for run, strip in enumerate(runs.whole.tolist()):
-        assert strips.first[strip] <= runs.first[run] and runs.first[run + 1] <= strips.first[
-            strip + 1
-        ]  # fmt: skip
-    assert runs.first.diff().max() <= 7 and strips.first.diff().max() <= STRIP
+    pieces, strips = tokens.pieces, tile_table(blocks, STRIP).strips
+    assert set(strips.first.tolist()) <= set(pieces.first.tolist())
+    for piece, strip in enumerate(pieces.whole.tolist()):
+        assert strips.first[strip] <= pieces.first[piece]
+        assert pieces.first[piece + 1] <= strips.first[strip + 1]
+    assert pieces.first.diff().max() <= 7 and strips.first.diff().max() <= STRIP
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
