@@ -14,7 +14,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
-from diffpatch.methods.learned import Layer, Learned, load
+from diffpatch.methods.learned.files import Layer, Learned, load
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
@@ -303,7 +303,7 @@ class Method:
         return float("inf")
 
     def learned_from(self) -> str | None:
-        """The file of what the layers of a model learned, or None (see `methods.learned`)."""
+        """The file of what the layers of a model learned, or None (see `methods.learned.files`)."""
         return None
 
     def read_learned(self, component: str, family: str, layers: Sequence[Layer]) -> list[Learned]:

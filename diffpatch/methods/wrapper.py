@@ -10,7 +10,7 @@ import torch
 
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.base import Attended, AttentionCall, Method
-from diffpatch.methods.learned import Layer, Learned
+from diffpatch.methods.learned.files import Layer, Learned
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 

@@ -13,8 +13,8 @@ import torch
 from diffpatch import internals
 from diffpatch.kernels.block_sparse.backends import ROWS, passed_over
 from diffpatch.kernels.gpu.device import on_device_of
-from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
+from diffpatch.methods.learned import files as adapter
 from diffpatch.patching import remarks
 from diffpatch.patching.attention import model_masks as masks
 from diffpatch.patching.attention import parallel

@@ -20,8 +20,8 @@ import torch
 
 from diffpatch.errors import BadParameter, UnknownFamily
 from diffpatch.kernels.dense import attend_dense
-from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Attended, AttentionCall
+from diffpatch.methods.learned import files as adapter
 from diffpatch.methods.linear import distilled
 from diffpatch.methods.linear.method import Linear
 from diffpatch.methods.wrapper import Wrapper

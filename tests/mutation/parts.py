@@ -28,25 +28,26 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("methods/axis.py", "methods/test_static_methods.py methods/test_neighborhood.py"),
         ("methods/base.py", "methods/test_methods.py methods/test_wrapper.py"),
         ("methods/disc.py", "methods/test_static_methods.py methods/test_fit_on_grids.py"),
-        ("methods/dynamic/*.py", "methods/test_dynamic.py methods/test_trained.py"),
-        ("methods/learned.py", "tuning/test_distill.py methods/test_linear.py"),
-        ("methods/linear/*.py", "methods/test_linear.py methods/test_piecewise.py"
+        ("methods/dynamic/*.py", "methods/dynamic/test_dynamic.py methods/dynamic/test_trained.py"),
+        ("methods/learned/files.py", "tuning/test_distill.py methods/linear/test_linear.py"),
+        ("methods/linear/*.py", "methods/linear/test_linear.py methods/linear/test_piecewise.py"
          " tuning/test_distill.py"),
         ("methods/longer.py", "methods/test_longer.py"),
         ("methods/neighborhood.py", "methods/test_neighborhood.py methods/test_static_methods.py"
          " methods/test_fit_on_grids.py"),
         ("methods/radial/*.py", "methods/test_methods.py methods/test_static_methods.py"
          " methods/test_fit_on_grids.py"),
-        ("methods/selection.py", "methods/test_dynamic.py methods/test_temporal_tiles.py"),
+        ("methods/selection.py", "methods/dynamic/test_dynamic.py"
+         " methods/temporal/test_temporal_tiles.py"),
         ("methods/sliding_tile.py", "methods/test_static_methods.py methods/test_fit_on_grids.py"),
-        ("methods/temporal/*.py", "methods/test_temporal_tiles.py"
+        ("methods/temporal/*.py", "methods/temporal/test_temporal_tiles.py"
          " patching/run/test_temporal_state.py"),
         ("methods/window.py", "methods/test_window.py methods/test_static_methods.py"),
-        ("methods/wrapper.py", "methods/test_wrapper.py methods/test_temporal_tiles.py"),
+        ("methods/wrapper.py", "methods/test_wrapper.py methods/temporal/test_temporal_tiles.py"),
     ],
     "kernels": [
         ("kernels/active_tiles/[art]*.py", "kernels/active_tiles/test_active_tiles.py"
-         " methods/test_temporal_tiles.py"),
+         " methods/temporal/test_temporal_tiles.py"),
         ("kernels/block_sparse/[arw][pe]*.py", "kernels/block_sparse/test_block_sparse.py"),
         ("kernels/block_sparse/int8/[lr]*.py", "kernels/block_sparse/test_int8.py"),
         ("kernels/block_sparse/torch_plan/*.py", "kernels/block_sparse/test_block_sparse.py"
@@ -54,14 +55,14 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("kernels/blocks.py", "kernels/block_sparse/test_block_sparse.py patterns"),
         ("kernels/dense.py", "kernels/block_sparse/test_block_sparse.py"
          " patching/attention/test_masks.py"),
-        ("kernels/linear/[agfr][a-z]*.py", "methods/test_linear.py"
+        ("kernels/linear/[agfr][a-z]*.py", "methods/linear/test_linear.py"
          " kernels/linear/test_linear_triton.py"),
         ("kernels/merge.py", "kernels/test_merge.py"),
         ("kernels/pieces.py", "kernels/virtual_tokens/test_virtual_tokens.py"
-         " methods/test_piecewise.py"),
+         " methods/linear/test_piecewise.py"),
         ("kernels/selection/*.py", "kernels/selection"),
         ("kernels/virtual_tokens/[ar]*.py", "kernels/virtual_tokens/test_virtual_tokens.py"
-         " methods/test_piecewise.py"),
+         " methods/linear/test_piecewise.py"),
     ],
     "quality": [
         ("eval/quality/distances.py", "eval/test_metrics_distances.py"),

@@ -23,7 +23,7 @@ from diffpatch.eval.sweep.report.files import comma_separated, markdown
 from diffpatch.eval.sweep.report.page import page
 from diffpatch.eval.sweep.report.summary import summarize
 from diffpatch.eval.sweep.spec import MethodSpec, Prompt, check_spec, read_spec
-from diffpatch.methods import learned
+from diffpatch.methods.learned import files as learned
 from diffpatch.pipelines.running.loading import ModelError
 from diffpatch.targets.settings import Settings
 from tests.eval.sweep.report.tiny_report import PROMPTS, made, write

@@ -18,8 +18,8 @@ from diffpatch.cli import main
 from diffpatch.kernels.linear import api as linear_attention
 from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.linear import reference as linear_attention_reference
-from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import AttentionCall
+from diffpatch.methods.learned import files as adapter
 from diffpatch.methods.linear import distilled
 from diffpatch.tuning.distill import Distiller, recording
 from tests.kernels.random_blocks import random_qkv

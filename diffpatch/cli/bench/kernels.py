@@ -9,10 +9,10 @@ from typing import Any
 
 from diffpatch.cli import output, progress
 from diffpatch.cli.arguments import fraction, number
-from diffpatch.eval.bench.kernels import PARTS, bench_kernels
-from diffpatch.eval.bench.measurements import reason_of
-from diffpatch.eval.bench.shapes import KEPT, LARGE, SHAPES, SMALL
-from diffpatch.eval.bench.variants import LAYOUTS, LOADS
+from diffpatch.eval.bench.kernels.bench import PARTS, bench_kernels
+from diffpatch.eval.bench.kernels.measurements import reason_of
+from diffpatch.eval.bench.kernels.shapes import KEPT, LARGE, SHAPES, SMALL
+from diffpatch.eval.bench.kernels.variants import LAYOUTS, LOADS
 from diffpatch.files import to_json
 from diffpatch.pipelines.running.loading import DTYPES, choose_device
 from diffpatch.tables import table

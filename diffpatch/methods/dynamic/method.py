@@ -19,11 +19,12 @@ from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.rules import RULES
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
-from diffpatch.methods import checkpoint, selection
+from diffpatch.methods import selection
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import LARGE, Dense
 from diffpatch.methods.dynamic import costs, trained
-from diffpatch.methods.learned import Layer, Learned
+from diffpatch.methods.learned import checkpoint
+from diffpatch.methods.learned.files import Layer, Learned
 from diffpatch.methods.registry import register
 from diffpatch.methods.selection import Levels, always, memory, remembered
 from diffpatch.patterns.grid import Grid, TokenGrid

@@ -17,7 +17,7 @@ from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.checkpoint import SLA, VSA
+from diffpatch.methods.learned.checkpoint import SLA, VSA
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern

@@ -20,8 +20,8 @@ from diffpatch.kernels.linear import features as linear_features
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods import axis
-from diffpatch.methods import learned as adapter
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
+from diffpatch.methods.learned import files as adapter
 from diffpatch.methods.linear import distilled
 from diffpatch.methods.registry import register
 from diffpatch.patterns.build import from_tiles

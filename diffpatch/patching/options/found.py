@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpatch.methods import checkpoint
+from diffpatch.methods.learned import checkpoint
 from diffpatch.methods.registry import MethodLike
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from diffpatch.methods.checkpoint import VSA
 from diffpatch.methods.dynamic import trained
+from diffpatch.methods.learned.checkpoint import VSA
 
 UNTOLD = "the input of compiled layers, of which their gate is made, is not known"
 

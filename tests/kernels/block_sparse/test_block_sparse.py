@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffpatch.eval.bench import rivals as bench_rivals
+from diffpatch.eval.bench.kernels import rivals as bench_rivals
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.kernels.block_sparse.reference import dense_mask

@@ -9,8 +9,8 @@ import diffusers
 import pytest
 
 import diffpatch
-from diffpatch.methods import checkpoint
-from tests.methods.test_trained import released
+from diffpatch.methods.learned import checkpoint
+from tests.methods.dynamic.test_trained import released
 from tests.tiny import wan
 
 

@@ -20,15 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
 from diffpatch.eval import environment
-from diffpatch.eval.bench import kernels as bench_kernels
-from diffpatch.eval.bench import measurements as bench_measurements
-from diffpatch.eval.bench import rivals as bench_rivals
-from diffpatch.eval.bench import row as bench_row
 from diffpatch.eval.bench import timing as bench_timing
-from diffpatch.eval.bench import variants as bench_variants
-from diffpatch.eval.bench import watch as bench_watch
 from diffpatch.eval.bench.case import Tensors
-from diffpatch.eval.bench.shapes import SHAPES, Shape
+from diffpatch.eval.bench.kernels import bench as bench_kernels
+from diffpatch.eval.bench.kernels import measurements as bench_measurements
+from diffpatch.eval.bench.kernels import rivals as bench_rivals
+from diffpatch.eval.bench.kernels import row as bench_row
+from diffpatch.eval.bench.kernels import variants as bench_variants
+from diffpatch.eval.bench.kernels import watch as bench_watch
+from diffpatch.eval.bench.kernels.shapes import SHAPES, Shape
 from diffpatch.eval.bench.timing import Call
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from tests.kernels.random_blocks import random_blocks

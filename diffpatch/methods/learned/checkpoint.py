@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffpatch.errors import BadParameter
-from diffpatch.methods.learned import Layer, Learned
+from diffpatch.methods.learned.files import Layer, Learned
 
 VSA, SLA = "to_gate_compress", "proj_l"
 _NAME = re.compile(

@@ -16,12 +16,12 @@ import torch
 import diffpatch
 from diffpatch.eval.bench.case import Tensors
 from diffpatch.eval.bench.checking import TOLERANCE, exact_rows
-from diffpatch.eval.bench.measurements import failure
-from diffpatch.eval.bench.rivals import flex_call, natten_call
-from diffpatch.eval.bench.shapes import Shape
+from diffpatch.eval.bench.kernels.measurements import failure
+from diffpatch.eval.bench.kernels.rivals import flex_call, natten_call
+from diffpatch.eval.bench.kernels.shapes import Shape
+from diffpatch.eval.bench.kernels.variants import Variants, variant_calls
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.eval.bench.timing import DENSE, Call, dense_call, interleaved
-from diffpatch.eval.bench.variants import Variants, variant_calls
-from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.kernels.block_sparse.api import block_sparse_attention, work_of

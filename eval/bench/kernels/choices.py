@@ -12,9 +12,9 @@ import torch
 import diffpatch
 from diffpatch.eval.bench.case import Tensors
 from diffpatch.eval.bench.checking import CHECKED_ROWS, TOLERANCE, attention_of_rows
-from diffpatch.eval.bench.measurements import Result
+from diffpatch.eval.bench.kernels.measurements import Result
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.eval.bench.timing import dense_call, interleaved
-from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import relative_l1
 from diffpatch.kernels.active_tiles import api as active_tiles

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 import diffpatch
 from diffpatch import BadParameter, TokenGrid
-from diffpatch.methods import checkpoint
 from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.dynamic import Dynamic, trained
-from diffpatch.methods.learned import Layer
+from diffpatch.methods.learned import checkpoint
+from diffpatch.methods.learned.files import Layer
 from tests.pipelines.test_families import error
 from tests.tiny import Tiny, wan, wan22
 

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 
 from diffpatch.eval.bench.case import Tensors
-from diffpatch.eval.bench.choices import CHOICES, ChosenCall, measure_choice
-from diffpatch.eval.bench.correctness import check_backends
-from diffpatch.eval.bench.measurements import Measurements, Result, Say
-from diffpatch.eval.bench.row import dense_times, measure
-from diffpatch.eval.bench.shapes import SHAPES, Shape
-from diffpatch.eval.bench.steps import STEPS, add_step
+from diffpatch.eval.bench.kernels.choices import CHOICES, ChosenCall, measure_choice
+from diffpatch.eval.bench.kernels.correctness import check_backends
+from diffpatch.eval.bench.kernels.measurements import Measurements, Result, Say
+from diffpatch.eval.bench.kernels.row import dense_times, measure
+from diffpatch.eval.bench.kernels.shapes import SHAPES, Shape
+from diffpatch.eval.bench.kernels.steps import STEPS, add_step
+from diffpatch.eval.bench.kernels.variants import Variants
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.eval.bench.timing import DENSE
-from diffpatch.eval.bench.variants import Variants
-from diffpatch.eval.bench.watch import Watch
 from diffpatch.eval.environment import environment
 from diffpatch.eval.medians import quartiles
 from diffpatch.pipelines.running.loading import DTYPES, choose_device

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.eval.bench.watch import Watch
+from diffpatch.eval.bench.kernels.watch import Watch
 
 Result = dict[str, Any]
 Say = Callable[[str], None]

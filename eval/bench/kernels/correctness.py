@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from diffpatch.eval.bench.measurements import Measurements, Result
-from diffpatch.eval.bench.watch import Watch
+from diffpatch.eval.bench.kernels.measurements import Measurements, Result
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.kernels.block_sparse import chooser
 from diffpatch.kernels.block_sparse.backends import ROWS, Backend
 from diffpatch.kernels.block_sparse.chooser import Setting

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffpatch.eval.bench.measurements import Measurements, Result
+from diffpatch.eval.bench.kernels.measurements import Measurements, Result
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.eval.bench.model import ModelCase, bench_model
-from diffpatch.eval.bench.watch import Watch
 from diffpatch.pipelines.running.loading import DTYPES
 from diffpatch.pipelines.shapes.table import shape_of
 

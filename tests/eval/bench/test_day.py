@@ -18,15 +18,15 @@ pytest.importorskip("triton")
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
 from diffpatch.cli.bench import kernels as command
-from diffpatch.eval.bench import choices, steps
-from diffpatch.eval.bench import kernels as bench_kernels
-from diffpatch.eval.bench import measurements as bench_measurements
 from diffpatch.eval.bench import timing as bench_timing
-from diffpatch.eval.bench.choices import ChosenCall
-from diffpatch.eval.bench.measurements import Measurements
-from diffpatch.eval.bench.shapes import LARGE, SHAPES, Shape
-from diffpatch.eval.bench.steps import STEPS, Step
-from diffpatch.eval.bench.watch import Watch
+from diffpatch.eval.bench.kernels import bench as bench_kernels
+from diffpatch.eval.bench.kernels import choices, steps
+from diffpatch.eval.bench.kernels import measurements as bench_measurements
+from diffpatch.eval.bench.kernels.choices import ChosenCall
+from diffpatch.eval.bench.kernels.measurements import Measurements
+from diffpatch.eval.bench.kernels.shapes import LARGE, SHAPES, Shape
+from diffpatch.eval.bench.kernels.steps import STEPS, Step
+from diffpatch.eval.bench.kernels.watch import Watch
 from diffpatch.kernels.block_sparse import backends, chooser
 from diffpatch.kernels.block_sparse.gpu import triton_forward
 from diffpatch.kernels.block_sparse.operators import OPERATORS
