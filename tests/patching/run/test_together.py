@@ -41,7 +41,6 @@ TWO: list[dict[str, Any]] = [
 
 def at_once(tiny: Tiny, requests: list[dict[str, Any]]) -> list[Any]:
     """The requests, step by step in turn, each by a clone in a thread of its own."""
-    tiny.run(**LATENT)  # a tokenizer's first call is not for threads
     turns, pipes = Turns(len(requests)), [clone(tiny) for _ in requests]
     return together([lambda i=i: turns.run(pipes[i], i, requests[i]) for i in range(len(requests))])
 

@@ -14,6 +14,7 @@ from diffusers import FirstBlockCacheConfig
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError, Larger
 from tests import tiny as tiny_models
+from tests.patching.run.test_runs import clone
 from tests.tiny import Tiny, flux, videos, wan
 from tests.tiny.images import dit, pixart
 
@@ -138,20 +139,15 @@ def test_two_sizes_at_once() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "larger", trained=SMALL)
     sizes = [(32, 64), (48, 32), (48, 64)]
-    pipes = [type(tiny.pipe)(**_own_scheduler(tiny.pipe)) for _ in sizes]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
+    pipes = [clone(tiny) for _ in sizes]
     # The autoencoder of Wan holds state while it decodes.
     latent: dict[str, Any] = {"output_type": "latent"}
-    alone = [
-        Tiny(p, tiny.call).run(height=h, width=w, **latent)
-        for p, (h, w) in zip(pipes, sizes, strict=True)
-    ]
+    alone = [one.run(height=h, width=w, **latent) for one, (h, w) in zip(pipes, sizes, strict=True)]
     together: dict[int, torch.Tensor] = {}
 
     def work(i: int) -> None:
         height, width = sizes[i]
-        together[i] = Tiny(pipes[i], tiny.call).run(height=height, width=width, **latent)
+        together[i] = pipes[i].run(height=height, width=width, **latent)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(sizes))]
     for thread in threads:
@@ -159,10 +155,6 @@ def test_two_sizes_at_once() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(together[i], alone[i]) for i in range(len(sizes)))
-
-
-def _own_scheduler(pipe: Any) -> dict[str, Any]:
-    return {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
 
 
 def test_what_goes_around_a_guide_is_refused() -> None:
