@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+PIECE = 1 << 16  # elements that a CPU widens at a time, so that they stay in its cache
+
 
 def merge(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
@@ -32,4 +34,23 @@ def merge_outputs(
     total = torch.logaddexp(lse, other_lse)
     safe = total.masked_fill(total == float("-inf"), 0.0)
     a, b = ((x - safe).exp()[..., None] for x in (lse, other_lse))
-    return (out * a + other * b).to(out.dtype)
+    tensors = (out, a, other, b)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if out.device.type != "cpu" or out.dtype == a.dtype or needs_grad:
+        return (out * a + other * b).to(out.dtype)
+    return _in_pieces(*tensors)
+
+
+def _in_pieces(
+    out: torch.Tensor, a: torch.Tensor, other: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """``out * a + other * b`` in the dtype of a, rounded to that of `out`, some tokens at a time.
+
+    Widened as a whole, 16-bit outputs would cost several passes over fresh memory.
+    """
+    joint = torch.empty_like(out)
+    tokens = max(1, PIECE // max(1, out[:, :1].numel()))
+    pieces = (x.split(tokens, 1) for x in (out, a, other, b, joint))
+    for x, y, z, w, target in zip(*pieces, strict=True):
+        target.copy_(x.to(a.dtype).mul_(y).add_(z.to(a.dtype).mul_(w)))
+    return joint

@@ -37,7 +37,8 @@ def pool(
         return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
 
     def gathered(x: torch.Tensor) -> torch.Tensor:
-        x = x[:, pieces.index].to(wide)  # (B, V, L, K, D)
+        # (Indexing by the table itself would be several times slower on a CPU.)
+        x = x.index_select(1, pieces.index.flatten()).unflatten(1, pieces.index.shape).to(wide)
         return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
 
     keys = gathered(k)
@@ -58,8 +59,7 @@ def attend(
     scale: float,
     seen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to virtual tokens alone, in fp32 (fp64 for fp64): scores are few, and 16-bit
-    products would be converted again anyway.
+    """Attention to virtual tokens alone, in fp32 (fp64 for fp64); a CPU multiplies bf16 as it is.
 
     Args:
         q: (B, S, H, D).
@@ -133,7 +133,11 @@ def _fused(
     scale: float,
     seen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts and second order as the bias of SDPA calls, for one head and some tiles each."""
+    """Counts and second order as the bias of SDPA calls, for one head and some tiles each.
+
+    Products of bf16 are left to the CPU's matrix units, the bias stays wide. The second order is
+    then rounded to 8 bits of at most log n, and most of it is far below that.
+    """
     batch, length, heads, _ = q.shape
     bias = torch.where(seen, count[:, None, None], -torch.inf).expand(batch, heads, -1, -1)
     blind = bias.amax(-1) == -torch.inf  # (B, H, N)
@@ -142,16 +146,20 @@ def _fused(
     even, tile_of = cut(blocks).even, blocks.tile_of_place
     step = max(1, FUSED_BYTES // (k.dtype.itemsize * k.shape[2]))
     step = max(1, step // blocks.max_tile) * blocks.max_tile
+    out = q.new_empty(batch, heads, length, v.shape[3])
+    lse, second = k.new_empty(out.shape[:3]), k.new_empty(min(step, length), k.shape[2])
+    if q.dtype == torch.bfloat16:  # what the rest was widened from
+        k, v, spread = k.to(q.dtype), v.to(q.dtype), None if spread is None else spread.to(q.dtype)
     x = q.index_select(1, blocks.order).transpose(1, 2).to(k.dtype).contiguous()
-    out, lse = torch.empty_like(x), x.new_empty(batch, heads, length)
-    second = x.new_zeros(min(step, length), k.shape[2])
+    rounded = second if second.dtype == k.dtype else torch.empty_like(second, dtype=k.dtype)
     for b, h in itertools.product(range(batch), range(heads)):
         for begin in range(0, length, step):
             rows = slice(begin, min(begin + step, length))
             y = x[b, h, rows]
             scores = second[: len(y)]
             if spread is not None:
-                torch.matmul(y.square(), spread[b, h], out=scores)
+                products = scores if rounded is second else rounded[: len(y)]
+                scores.copy_(torch.matmul(y.square(), spread[b, h], out=products))
                 torch.minimum(scores, cap[b], out=scores)
             else:
                 scores.zero_()
@@ -172,6 +180,6 @@ def _fused(
         lse.masked_fill_(of_tokens, -torch.inf)
     back = blocks.place
     return (
-        out.to(q.dtype).transpose(1, 2).index_select(1, back),
+        out.transpose(1, 2).index_select(1, back),
         lse.transpose(1, 2).index_select(1, back),
     )

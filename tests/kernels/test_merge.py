@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffpatch.kernels.merge import merge
+from diffpatch.kernels.merge import PIECE, merge
 
 
 def attended(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,3 +51,14 @@ def test_gradients_of_merging_are_those_of_one_softmax() -> None:
         grads.append(torch.autograd.grad(loss, (x, y)))
     for found, expected in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_merging_in_pieces_gives_the_bits_of_merging_at_once() -> None:
+    random = torch.Generator().manual_seed(0)
+    shape = (2, PIECE // 8 + 3, 2, 8)
+    a, b = (torch.randn(shape, generator=random).bfloat16() for _ in range(2))
+    x, y = (torch.randn(shape[:3], generator=random) for _ in range(2))
+    out, _ = merge(a.requires_grad_(), x, b, y)  # with gradients there are no pieces
+    pieces, _ = merge(a.detach().transpose(0, 1).contiguous().transpose(0, 1), x, b, y)
+    assert pieces.dtype == torch.bfloat16
+    assert torch.equal(out, pieces)

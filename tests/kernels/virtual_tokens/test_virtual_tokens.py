@@ -148,6 +148,20 @@ def test_the_kernel_shows_what_it_is_told(dtype: torch.dtype) -> None:
     assert torch.equal(lse.isinf(), expected[1].isinf())
 
 
+@pytest.mark.parametrize("sharp", [0.1, 0.4, 1.0])
+def test_products_of_bf16_lose_no_more_than_the_output_is_rounded_by(sharp: float) -> None:
+    """The bias (counts and second order) is not rounded with them, or only its small part."""
+    blocks = index()
+    tensors, key_mask = inputs(torch.bfloat16)
+    active, shown = chosen(blocks, 4)
+    exact = by_formula(tensors, blocks, active, shown, sharp, key_mask)
+    found = both(tensors, blocks, active, shown, sharp, key_mask, "torch")
+    rounding = (exact[0].bfloat16().double() - exact[0]).norm()
+    assert (found[0].double() - exact[0]).norm() < 3 * rounding
+    seen = exact[1].isfinite()
+    assert (found[1].double() - exact[1])[seen].abs().max() < 0.02
+
+
 def test_runs_never_cross_the_border_of_a_strip() -> None:
     blocks = index()
     tokens = virtual_tokens.pool(*random_qkv(1, GRID.num_tokens, 1, 8)[1:], blocks, 7, strip=STRIP)
