@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from annotated_types import Ge
 
 from diffpatch.errors import BadParameter, choices
 
-COUNT = Annotated[int, Ge(1)]  # of things of which there must be one
-NATURAL = Annotated[int, Ge(0)]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Count = Annotated[int, Ge(1)]  # of things of which there must be one
+Natural = Annotated[int, Ge(0)]
 
 PLAIN = (type(None), bool, int, float, str)
 WORDS = {
@@ -29,6 +34,7 @@ WORDS = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    Path: "a path",
 }
 MANY = {bool: "times true or false", int: "whole numbers", float: "numbers", str: "texts"}
 NUMERALS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -42,7 +48,7 @@ def check(owner: str, name: str, value: Any, hint: Any) -> Any:
         name: of the parameter.
         value: what was given.
         hint: its type, as annotated. A text in ``Annotated[int, "a prime number"]`` is what is
-            said to be expected; bounds, such as those of `COUNT`, are checked too.
+            said to be expected; bounds, such as those of `Count`, are checked too.
 
     Raises:
         BadParameter: it does not fit; names parameter, value and what was expected.
@@ -53,6 +59,44 @@ def check(owner: str, name: str, value: Any, hint: Any) -> Any:
         place = f"{owner}: {name}" if owner else name
         raise BadParameter(f"{place}={shown(value)} must be {problem}")
     return value
+
+
+def checked(*elsewhere: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check the arguments of a function by their annotations before it begins (see `check`).
+
+    It gets them as they are kept, paths aside.
+
+    Args:
+        *elsewhere: parameters that the function itself has more to say about.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        places = list(inspect.signature(function).parameters)
+        own = {n: function.__annotations__[n] for n in places if n in function.__annotations__}
+
+        @functools.cache  # at the first call: it needs what annotations name
+        def hints() -> dict[str, Any]:
+            asked = types.SimpleNamespace(__annotations__=own)
+            names = inspect.unwrap(function).__globals__
+            found = typing.get_type_hints(asked, names, include_extras=True)
+            return {name: found[name] for name in own if name not in elsewhere}
+
+        def kept(name: str, value: Any) -> Any:
+            hint = hints().get(name, Any)  # Any, too, for what goes to **parameters
+            if hint is Any or isinstance(hint, TypeVar):
+                return value
+            found = check(function.__name__, name, value, hint)
+            return value if isinstance(value, os.PathLike) else found
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> R:
+            placed = [kept(*pair) for pair in zip(places, args, strict=False)]
+            named = {name: kept(name, value) for name, value in kwargs.items()}
+            return function(*placed, *args[len(placed) :], **named)
+
+        return wrapper
+
+    return decorate
 
 
 def check_fields(instance: Any, owner: str) -> None:
@@ -132,6 +176,12 @@ def _words(hint: Any) -> str:
         return _either([repr(option) for option in options])
     if origin is tuple:
         return _words_of_tuple(options)
+    if origin is Sequence:
+        return _words_of_tuple((*options, Ellipsis))
+    if origin is Mapping:
+        return "a mapping"
+    if origin is Callable:
+        return "a function"
     if isinstance(hint, type):
         return WORDS.get(hint, f"a {hint.__name__}")
     return "something else"

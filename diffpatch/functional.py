@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffpatch.checking import Natural, checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import neutral
@@ -20,12 +21,15 @@ from diffpatch.patterns.grid import Grid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 
 
-@functools.lru_cache(maxsize=8)  # few: a pattern keeps its copies on devices, and nobody frees them
+# Few, because a pattern keeps its copies on devices: some megabytes each for a long clip. They go
+# with the pattern, once eight others were used after it.
+@functools.lru_cache(maxsize=8)
 def made_pattern(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
     with neutral():
         return pattern_on(method, grid, variant)
 
 
+@checked("grid", "method")
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -34,9 +38,9 @@ def attention(
     method: MethodLike = "radial",
     *,
     scale: float | None = None,
-    layer: int = 0,
-    step: int = 0,
-    branch: int = 0,
+    layer: Natural = 0,
+    step: Natural = 0,
+    branch: Natural = 0,
     backend: str = "auto",
     state: dict[str, Any] | None = None,
     **params: Any,
@@ -64,8 +68,7 @@ def attention(
         (B, S, H, D) like q; under autocast in its dtype, as from torch's own attention.
 
     Raises:
-        DiffpatchError: the method or a parameter cannot work.
-        ValueError: a tensor does not fit the grid.
+        DiffpatchError: the method or a parameter cannot work, or a tensor does not fit the grid.
     """
     method, grid = make_method(method, **params), as_grid(grid)
     composition.check_method(method)

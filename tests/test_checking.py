@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter
-from diffpatch.checking import COUNT, NATURAL, check, expected, field_types
+from diffpatch.checking import Count, Natural, check, expected, field_types
 from diffpatch.cli import main
 from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.methods.base import Method
@@ -34,6 +35,11 @@ NAN = float("nan")
 def planned(**changes: Any) -> Any:
     size = {"height": 480, "width": 832, "num_frames": 81} | changes
     return diffpatch.plan("wan-1.3b", "window", **size)
+
+
+def attended(**changes: Any) -> Any:
+    given = dict.fromkeys("qkv", torch.zeros(1, 32, 1, 8)) | changes
+    return diffpatch.attention(**given, grid=GRID, method="window")
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
@@ -71,10 +77,18 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: planned(text_tokens=-1), "plan: text_tokens=-1 must be at least 0"),
     (lambda: planned(dense_steps="2"), "dense_steps='2' must be a count ≥ 0 or a fraction"),
     (lambda: planned(dense_layers=["a"]), "dense_layers=('a',) must be a count ≥ 0, a fraction"),
-    (lambda: planned(quality=3), "unknown quality 3"),
+    (lambda: planned(quality=3), "plan: quality=3 must be text or none"),
+    (lambda: planned(quality="best"), "unknown quality 'best'"),
     (lambda: planned(radius=3), "window has no parameter 'radius'"),
     (lambda: diffpatch.patch(tiny.wan().pipe, dense_steps=True), "dense_steps=True must be a cou"),
     (lambda: diffpatch.patch(tiny.wan().pipe, Radial(), decay=1.0), "give decay=1.0 inside it"),
+    (lambda: planned().draw("a.png"), "kind='a.png'"),
+    (lambda: Radial().pattern(GRID).draw("a.png"), "draw: size='a.png' must be a whole number"),
+    (lambda: Radial().pattern(GRID).draw(pattern=1), "pattern=1 must be below 1"),
+    (lambda: Radial().plot(grid=(4, 8)), "grid=(4, 8) must be a TokenGrid"),
+    (lambda: attended(step=-1), "attention: step=-1 must be at least 0"),
+    (lambda: attended(scale=-1.0), "scale is -1.0, expected a positive number"),
+    (lambda: attended(k=torch.zeros(1, 32, 1, 8).bool()), "k is torch.bool on cpu but q is torch"),
     (lambda: as_grid([4, 8]), "grid=[4, 8] must be a TokenGrid, a PackedGrid, or (num_frames, h"),
 ]  # fmt: skip
 
@@ -99,6 +113,26 @@ def test_every_parameter_of_every_method_is_checked(name: str) -> None:
         for wrong in (object(), {"a": 1}, b"x", 1j):
             with pytest.raises(BadParameter, match=f"{name}: {field.name}="):
                 cls(**{field.name: wrong})
+
+
+# What a function says more about itself, or what may be anything: a pipeline, a transformer, ...
+ELSEWHERE = {
+    "pipe", "target", "method", "grid", "dense_steps", "dense_layers", "dense_last_steps", "cls",
+    "params", "options", "call of enlarge",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in diffpatch.__all__ if inspect.isfunction(getattr(api, n))]
+)
+def test_every_argument_of_every_function_is_checked(name: str) -> None:
+    function = getattr(api, name)
+    for parameter in inspect.signature(function).parameters:
+        if {parameter, f"{parameter} of {name}"} & ELSEWHERE:
+            continue
+        for wrong in (object(), 1j, b"x"):
+            with pytest.raises(BadParameter, match=f"{name}: {parameter}="):
+                function(**{parameter: wrong})
 
 
 def test_numbers_of_numpy_lists_and_paths_are_what_they_stand_for(tmp_path: Path) -> None:
@@ -156,8 +190,8 @@ def test_three_numbers_are_a_grid() -> None:
     [
         ("a", int | None, "a whole number or none"),
         ("c", Literal["a", "b"], "'a' or 'b'"),
-        (0, COUNT, "at least 1"),
-        (-2, NATURAL | None, "at least 0"),
+        (0, Count, "at least 1"),
+        (-2, Natural | None, "at least 0"),
         (1.5, tuple[int, ...], "a list of whole numbers"),
         ((1, "b"), tuple[int, str, int], "a list of 3: a whole number, text, a whole number"),
     ],

@@ -15,7 +15,7 @@ from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned.files import Layer, Learned, load
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import TokenGrid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 
 if TYPE_CHECKING:
@@ -153,7 +153,9 @@ class Method:
         Raises:
             DiffpatchError: matplotlib is not installed, or the method does not fit the grid.
         """
-        tokens = TokenGrid(*grid) if isinstance(grid, tuple) else grid
+        tokens = as_grid(grid)
+        if not isinstance(tokens, TokenGrid):
+            raise BadParameter(f"grid={tokens} holds several grids: plot one of them")
         figure, ax = self.pattern(tokens, self.variant(0, 0)).plot(ax)
         ax.set_title(f"{self.name} on {tokens}")
         return figure, ax

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param
@@ -172,6 +173,7 @@ class Neighborhood(Method):
         return min(stride, window)
 
 
+@checked()
 def entropy_scale(tokens: int, trained: int) -> float:
     """sqrt(log(tokens) / log(trained)), the factor on the softmax scale that keeps its entropy.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
@@ -33,6 +34,7 @@ Target = TypeVar("Target")
 Grid = TokenGrid | PackedGrid | Callable[..., TokenGrid | PackedGrid]
 
 
+@checked("method", "dense_steps", "dense_layers", "dense_last_steps", "grid")
 def patch(
     pipe: Target,
     method: MethodLike = "radial",
@@ -142,6 +144,7 @@ def patch(
     return pipe
 
 
+@checked("method", "grid")
 def settled(
     target: Any,
     method: MethodLike = "radial",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from diffpatch import showing
+from diffpatch.checking import Count, Natural, checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.memo import Memo
@@ -104,9 +105,21 @@ class BlockPattern:
         ax.set_aspect("equal")
         return figure, ax
 
-    def draw(self, size: int = 512, pattern: int = 0) -> Image.Image:
-        """A picture of the tile map: rows are query tiles, columns key tiles, white is kept."""
+    @checked()
+    def draw(self, size: Count = 512, pattern: Natural = 0) -> Image.Image:
+        """A picture of the tile map: rows are query tiles, columns key tiles, white is kept.
+
+        Args:
+            size: about so many pixels wide, and at least one for each tile.
+            pattern: which, where groups of heads have patterns of their own.
+
+        Raises:
+            BadParameter: there is no such pattern.
+        """
         from PIL import Image
+
+        if pattern >= self.blocks.num_patterns:
+            raise BadParameter(f"pattern={pattern} must be below {self.blocks.num_patterns}")
 
         grey = (self.tile_map()[pattern] * 255).round().to(torch.uint8)
         picture = Image.fromarray(grey.numpy())

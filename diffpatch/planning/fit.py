@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any
 
-from diffpatch.checking import check
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
@@ -18,6 +18,7 @@ TRIES = 12
 ROUNDS = range(4)  # layers and steps to look at: methods that alternate do so within these
 
 
+@checked("method", "grid")
 def fit_kept(
     method: MethodLike, grid: TokenGrid | tuple[int, int, int], kept: float, **params: Any
 ) -> Method:
@@ -38,7 +39,7 @@ def fit_kept(
     Raises:
         UnknownMethod, BadParameter: the method, the budget or a parameter cannot work.
     """
-    if not 0 < check("", "kept", kept, float) <= 1:
+    if not 0 < kept <= 1:
         raise BadParameter(f"kept={kept} must be a fraction of the pairs in (0, 1]")
     place = as_grid(grid)
     if not isinstance(place, TokenGrid):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpatch import showing
-from diffpatch.checking import COUNT, NATURAL, check
+from diffpatch.checking import Count, Natural, checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.backends import ROWS, check_backend
 from diffpatch.kernels.memo import neutral
@@ -123,7 +123,8 @@ class Plan:
         predicted = None if self.predicted is None else asdict(self.predicted)
         return fields | {"grid": asdict(self.grid), "predicted": predicted}
 
-    def draw(self, kind: str = "tiles", query: Sequence[int] | None = None) -> Any:
+    @checked()
+    def draw(self, kind: str = "tiles", query: Sequence[Natural] | None = None) -> Any:
         """A picture of the first pattern, as a PIL image.
 
         Args:
@@ -245,20 +246,21 @@ class Plan:
         )
 
 
+@checked("method", "dense_steps", "dense_layers", "dense_last_steps")
 def plan(
     target: Any,
     method: MethodLike = "radial",
     *,
-    height: int,
-    width: int,
-    num_frames: int = 1,
-    num_inference_steps: int = 50,
+    height: Count,
+    width: Count,
+    num_frames: Count = 1,
+    num_inference_steps: Count = 50,
     dense_steps: Amount | None = None,
     dense_layers: Amount | None = None,
     dense_last_steps: Amount = 0,
     quality: str | None = None,
-    text_tokens: int | None = None,
-    branches: int = 2,
+    text_tokens: Natural | None = None,
+    branches: Count = 2,
     profile: str | Path | DeviceProfile | None = None,
     dtype: str | None = None,
     backend: str | None = None,
@@ -292,18 +294,6 @@ def plan(
         UnknownFamily: the target is not a known model.
         ModelError: the target names a model that cannot be read.
     """
-    height, width, num_frames, num_inference_steps, branches = (
-        check("plan", name, value, COUNT)
-        for name, value in (
-            ("height", height),
-            ("width", width),
-            ("num_frames", num_frames),
-            ("num_inference_steps", num_inference_steps),
-            ("branches", branches),
-        )
-    )
-    text_tokens = check("plan", "text_tokens", text_tokens, NATURAL | None)
-    dtype = check("plan", "dtype", dtype, str | None)
     if backend is not None:
         check_backend(backend)
     shape = find_shape(target)

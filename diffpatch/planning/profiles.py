@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.work import KINDS, Work
 
@@ -120,6 +121,7 @@ def profile_names() -> list[str]:
     return sorted({device.name for device in DEVICES} | _measured().keys())
 
 
+@checked()
 def load_profile(name: str | Path | DeviceProfile) -> DeviceProfile:
     """A shipped profile by name (a measured one before published peaks), or a file's.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffpatch import showing
+from diffpatch.checking import Natural, checked
 from diffpatch.errors import BadParameter, DiffpatchError, NotPatched
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.patching.api import named_owners
@@ -65,13 +66,19 @@ class AttentionMaps:
         grid = self._seen()
         return self._frames(self.mass).sum((2, 3)).reshape(-1, grid.num_frames)
 
-    def frames(self, head: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    @checked()
+    def frames(self, head: Natural | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense mass fp32 and what is exact, both (num_frames, height, width).
 
         Args:
             head: None takes the mean over heads, and as exact what is so in most of them.
+
+        Raises:
+            BadParameter: there is no such head.
         """
         self._seen()
+        if head is not None and head >= len(self.mass):
+            raise BadParameter(f"head={head} must be below {len(self.mass)}")
         heads = slice(None) if head is None else slice(head, head + 1)
         exact = self._frames(self.exact[heads].float()).mean(0) >= 0.5
         return self._frames(self.mass[heads]).mean(0), exact
@@ -243,9 +250,14 @@ def _inside(query: Sequence[int] | None, grid: TokenGrid) -> tuple[int, int, int
     return chosen
 
 
+@checked()
 @contextlib.contextmanager
 def attention_maps(
-    target: Any, layer: int | None = None, *, step: int, query: tuple[int, int, int] | None = None
+    target: Any,
+    layer: Natural | None = None,
+    *,
+    step: Natural,
+    query: tuple[int, int, int] | None = None,
 ) -> Iterator[AttentionMaps]:
     """Look at what dense attention does in one step of a run, and what of it a method computes::
 

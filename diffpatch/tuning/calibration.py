@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike, one_method
@@ -60,6 +61,7 @@ class Calibration:
         return table(lines)
 
 
+@checked("method")
 def calibrate(
     pipe: Any,
     method: MethodLike = "radial+temporal",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
 from diffpatch.methods.dense import Dense
 from diffpatch.patching.api import patched, report
@@ -47,6 +48,7 @@ class Advance:
 OnAdvance = Callable[[Advance], None]
 
 
+@checked()
 def measure_front(
     pipe: Any,
     settings: Settings,
@@ -104,6 +106,7 @@ def measure_front(
     return found
 
 
+@checked()
 def check_prompts(
     pipe: Any,
     settings: Settings,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffpatch.checking import Natural, checked
 from diffpatch.errors import BadParameter
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic import Dynamic
@@ -48,6 +49,7 @@ class _Found:
         return math.fsum(near) / len(near)
 
 
+@checked()
 def tune(
     pipe: Any,
     prompts: Sequence[str],
@@ -55,7 +57,7 @@ def tune(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     dense_steps: float = 0.15,
-    pairs: int = 2,
+    pairs: Natural = 2,
     path: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Settings:
@@ -83,12 +85,10 @@ def tune(
         UnknownFamily: the pipeline holds no transformer of a known family.
     """
     prompts = list(dict.fromkeys(prompts))
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    if not prompts:
         raise BadParameter(f"prompts={prompts!r} must be a list of at least one text")
-    if not 0 <= dense_steps < 1 or pairs < 0:
-        raise BadParameter(
-            f"dense_steps={dense_steps} must be a fraction below 1, and pairs={pairs} at least 0"
-        )
+    if not 0 <= dense_steps < 1:
+        raise BadParameter(f"dense_steps={dense_steps} must be a fraction of the run, below 1")
     call = dict(call or {})
     model = _model(pipe)
     ties = json.dumps([model, call, seed, dense_steps, SIZES], sort_keys=True, default=str)

@@ -10,6 +10,7 @@ from typing import Any
 
 import platformdirs
 
+from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
 from diffpatch.patching.target import transformers
 from diffpatch.targets.settings import Settings, fingerprint
@@ -17,6 +18,7 @@ from diffpatch.tuning.front import OnAdvance, measure_front
 from diffpatch.tuning.tune import Progress, tune
 
 
+@checked()
 def tuned(
     pipe: Any,
     prompts: Sequence[str],

@@ -23,7 +23,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 import diffpatch
-from diffpatch.checking import COUNT, NATURAL, shown
+from diffpatch.checking import Count, Natural, shown
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.patching.options.schedule import Schedule
@@ -131,9 +131,9 @@ def _prompt_entries(value: Any) -> list[Any]:
 class Size(TypedDict, total=False):
     """Height and width in pixels, and frames; the pipeline's own where they are left out."""
 
-    height: COUNT
-    width: COUNT
-    num_frames: COUNT
+    height: Count
+    width: Count
+    num_frames: Count
 
 
 @with_config(STRICT)
@@ -241,11 +241,11 @@ class SweepFile(BaseModel):
         list[Annotated[PromptEntry, _passing(_check_prompt)]], BeforeValidator(_prompt_entries)
     ] = []
     prompt_file: str | None = None
-    seeds: Annotated[list[NATURAL], LISTED, DIFFERENT] = [0]
+    seeds: Annotated[list[Natural], LISTED, DIFFERENT] = [0]
     seeds_in_turn: bool = False
     call: Annotated[dict[str, Any], AfterValidator(_call)] = {}
     sizes: Annotated[list[Size], LISTED, DIFFERENT] = [{}]
-    steps: Annotated[list[COUNT], LISTED, DIFFERENT] = []
+    steps: Annotated[list[Count], LISTED, DIFFERENT] = []
     schedules: Annotated[list[ScheduleOptions], LISTED, DIFFERENT] = [{}]
     methods: Annotated[list[AnyMethod], BeforeValidator(_some_methods)] = Field(
         default=[], validate_default=True
@@ -256,9 +256,9 @@ class SweepFile(BaseModel):
     )
     # Of how many prompts; None, which the file writes as true, is all of them.
     attention_error: Annotated[
-        NATURAL | None, BeforeValidator(lambda value: None if value is True else value or 0)
+        Natural | None, BeforeValidator(lambda value: None if value is True else value or 0)
     ] = 0
-    dense_every: NATURAL = 8
+    dense_every: Natural = 8
     bar: Bar = Bar(psnr=25)
     details: bool = False
     networks: Networks = {}

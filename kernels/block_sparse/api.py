@@ -10,6 +10,7 @@ from diffpatch.kernels.block_sparse.backends import ROWS, run
 from diffpatch.kernels.block_sparse.operators import BLOCK_SPARSE
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.errors import BadParameter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,7 +81,7 @@ def block_sparse_attention(
         fp32 (fp64 for fp64) (B, S, H), -inf for queries that see no key.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        BadParameter: an argument does not fit; the message names it.
         BackendUnavailable: the backend asked for cannot run here; the message says why.
     """
     out, lse, _ = attend(
@@ -108,7 +109,7 @@ def attend(
     _check_tensors(q, k, v)
     _check_blocks(q, blocks, key_mask)
     if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
+        raise BadParameter(f"scale is {scale}, expected a positive number or None for 1 / sqrt(D).")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def compute(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -120,18 +121,20 @@ def attend(
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.ndim != 4:
-        raise ValueError(
+        raise BadParameter(
             f"q has shape {tuple(q.shape)}, expected (batch, tokens, heads, head size)."
         )
     if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+        raise BadParameter(f"q is {q.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
     batch, tokens, heads, size = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}.")
+            raise BadParameter(
+                f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}."
+            )
         fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[3] == size
         if not fits or x.shape[2] == 0 or heads % x.shape[2] or x.shape != k.shape:
-            raise ValueError(
+            raise BadParameter(
                 f"{name} has shape {tuple(x.shape)}, expected ({batch}, {tokens}, K, {size}) "
                 f"like q {tuple(q.shape)}, with one K for k and v that divides {heads}."
             )
@@ -140,23 +143,23 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def _check_blocks(q: torch.Tensor, blocks: BlockIndex, key_mask: torch.Tensor | None) -> None:
     batch, tokens, heads, _ = q.shape
     if blocks.device != q.device:
-        raise ValueError(f"blocks is on {blocks.device} but q on {q.device}; move it with .to().")
+        raise BadParameter(f"blocks is on {blocks.device} but q on {q.device}; move it with .to().")
     blocks.validate()
     if blocks.num_tokens != tokens:
-        raise ValueError(f"blocks covers {blocks.num_tokens} tokens but q has {tokens}.")
+        raise BadParameter(f"blocks covers {blocks.num_tokens} tokens but q has {tokens}.")
     if blocks.head_pattern is not None and blocks.head_pattern.shape[0] != heads:
-        raise ValueError(
+        raise BadParameter(
             f"blocks.head_pattern names {blocks.head_pattern.shape[0]} heads but q has {heads}."
         )
     if key_mask is None:
         return
     if key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool:
-        raise ValueError(
+        raise BadParameter(
             f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, "
             f"expected bool ({batch}, {tokens}), True where a key may be attended to."
         )
     if key_mask.device != q.device:
-        raise ValueError(f"key_mask is on {key_mask.device} but q on {q.device}.")
+        raise BadParameter(f"key_mask is on {key_mask.device} but q on {q.device}.")
 
 
 def work_of(blocks: BlockIndex, backend: str = "torch") -> Work:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from diffpatch.checking import Count, checked
 from diffpatch.errors import BadParameter
 from diffpatch.pipelines.running.loading import Pipeline, call_arguments
 
@@ -27,12 +28,13 @@ REFINERS = {
 SCALES = ("vae_scale_factor_spatial", "vae_scale_factor_temporal", "video_processor")
 
 
+@checked()
 def enlarge(
     pipe: Pipeline,
     frames: torch.Tensor,
     *,
-    height: int,
-    width: int,
+    height: Count,
+    width: Count,
     strength: float = STRENGTH,
     **call: Any,
 ) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -185,3 +187,20 @@ def test_a_processor_whose_attention_is_out_of_reach_is_refused() -> None:
     with pytest.raises(DiffpatchError, match=r"HiddenProcessor.__call__ calls neither"):
         diffpatch.patch(model, LOCAL, grid=GRID, modules=r"blocks\.\d+")
     assert type(model.blocks[0].processor).__name__ == "HiddenProcessor"
+
+
+def test_patterns_of_the_plain_function_are_few_and_go() -> None:
+    """It keeps those of a few grids, with their copies on devices; later ones take their place."""
+    made = diffpatch.functional.made_pattern
+    made.cache_clear()
+    known = weakref.ref(made(LOCAL, GRID, None))
+    most = made.cache_info().maxsize
+    assert most is not None and most <= 8
+    gc.disable()  # nothing may wait for it
+    try:
+        for width in range(2, 2 + most):
+            q = torch.zeros(1, 2 * width, 1, 8)
+            diffpatch.attention(q, q, q, (1, 2, width), "window")
+        assert known() is None and made.cache_info().currsize == most
+    finally:
+        gc.enable()
