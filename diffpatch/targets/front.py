@@ -1,13 +1,15 @@
 """The front of quality against time: what sparse attention, a step cache, or both come to.
 
 Its points were rendered (`diffpatch.tuning.front`). Between two of them that differ in the kept
-fraction of attention alone there are others, predicted on the line between the two: PSNR over the
-logarithm of the fraction, time over the fraction itself.
+fraction of attention alone, or in the threshold of the cache alone, there are others, predicted on
+the line between the two: PSNR over the logarithm of what differs, time over the kept fraction
+itself or the logarithm of the threshold.
 
 PSNR above `FINEST` counts as that much: nobody sees the difference, and there prompts differ most.
 
 A prompt is harder or easier than another by about as much at every point, so the spread over
-prompts is pooled over all points, and a point's `low` is what four of five prompts reach.
+prompts is pooled over all points, and a point's `low` is what four of five prompts reach. Few
+prompts tell little of it: `USUAL_SPREAD` counts as much as `USUAL_WEIGHT` prompts would.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
@@ -25,6 +27,8 @@ from diffpatch.targets.settings import Measured
 BETWEEN = 8  # parts into which the way between two measured points is cut
 FINEST = 50.0  # dB
 FOUR_OF_FIVE = 0.8416  # standard deviations below the mean that leave one of five below
+USUAL_SPREAD = 2.1  # dB between prompts, where nothing is known: twelve on the demo model
+USUAL_WEIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class Applied:
         sparse: kept fraction of sparse attention calls; 1 leaves attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
         cache: threshold of the step cache; None without one.
+        dense_layers: first layers that stay dense.
     """
 
     sparse: float
     dense_steps: float
     cache: float | None
+    dense_layers: int = 0
 
     @property
     def label(self) -> str:
@@ -56,8 +62,7 @@ class FrontPoint:
     Attributes:
         applied: the way.
         psnr: mean over prompts, in dB.
-        spread: standard deviation of a prompt that was not measured, in dB; 0 where one prompt
-            was, which cannot tell.
+        spread: standard deviation of a prompt that was not measured, in dB.
         time: of the denoising, as a part of the dense one.
         calls: attention calls that the cache leaves over, as a fraction.
         measured: whether it was rendered; else it lies between two that were.
@@ -80,7 +85,7 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
     """A point for everything that was rendered with all of the prompts, fastest first."""
     groups: dict[Applied, list[Measured]] = defaultdict(list)
     for run in front:
-        groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
+        groups[Applied(run.sparse, run.dense_steps, run.cache, run.dense_layers)].append(run)
     most = max((len(runs) for runs in groups.values()), default=0)
     whole = {applied: runs for applied, runs in groups.items() if len(runs) == most}
     spread = _spread([[min(run.psnr, FINEST) for run in runs] for runs in whole.values()])
@@ -100,40 +105,68 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
 def _spread(groups: Sequence[Sequence[float]]) -> float:
     """How far a prompt that is not among them lies from the mean of those that are."""
     count = min(map(len, groups), default=0)
-    if count < 2:
+    if not count:
         return 0.0
-    pooled = statistics.fmean(statistics.variance(group) for group in groups)
-    return math.sqrt(pooled * (1 + 1 / count))
+    pooled = statistics.fmean(statistics.variance(g) for g in groups) if count > 1 else 0.0
+    told = USUAL_WEIGHT + count - 1
+    usual = (USUAL_WEIGHT * USUAL_SPREAD**2 + (count - 1) * pooled) / told
+    return math.sqrt(usual * (1 + 1 / count))
 
 
 def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """The points, and those on the way from one kept fraction to the next, fastest first.
+    """The points, and those on the way to the next kept fraction or threshold, fastest first.
 
     A step from sparse to dense attention is not cut: another kernel computes it.
     """
-    lines: dict[tuple[float, float | None], list[FrontPoint]] = defaultdict(list)
+    by_sparse: dict[Applied, list[FrontPoint]] = defaultdict(list)
+    by_cache: dict[Applied, list[FrontPoint]] = defaultdict(list)
     found = list(points)
     for point in found:
         if (applied := point.applied).sparse < 1:
-            lines[applied.dense_steps, applied.cache].append(point)
-    for line in lines.values():
-        line.sort(key=lambda point: point.applied.sparse)
-        for low, high in itertools.pairwise(line):
-            found += [_between(low, high, part / BETWEEN) for part in range(1, BETWEEN)]
+            by_sparse[replace(applied, sparse=0.0)].append(point)
+        if applied.cache is not None:
+            by_cache[replace(applied, cache=0.0)].append(point)
+    for line in by_sparse.values():
+        found += _cut(line, lambda point: point.applied.sparse, _between_kept)
+    for line in by_cache.values():
+        found += _cut(line, lambda point: point.applied.cache or 0.0, _between_thresholds)
     return sorted(found, key=lambda point: point.time)
 
 
-def _between(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
-    def at(a: float, b: float, part: float) -> float:
-        return a + part * (b - a)
+def _cut(
+    line: Sequence[FrontPoint],
+    place: Callable[[FrontPoint], float],
+    between: Callable[[FrontPoint, FrontPoint, float], FrontPoint],
+) -> list[FrontPoint]:
+    pairs = itertools.pairwise(sorted(line, key=place))
+    return [between(low, high, n / BETWEEN) for low, high in pairs for n in range(1, BETWEEN)]
 
+
+def _between_kept(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
     least, most = low.applied.sparse, high.applied.sparse
     sparse = least * (most / least) ** part
     linear = (sparse - least) / (most - least)
+    return _mixed(low, high, part, linear, replace(low.applied, sparse=sparse))
+
+
+def _between_thresholds(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
+    least, most = low.applied.cache or 0.0, high.applied.cache or 0.0
+    cache = float(f"{least * (most / least) ** part:.3g}")
+    return _mixed(low, high, part, part, replace(low.applied, cache=cache))
+
+
+def _mixed(
+    low: FrontPoint, high: FrontPoint, part: float, linear: float, applied: Applied
+) -> FrontPoint:
+    """PSNR at one part of the way from low to high, times at another."""
     return FrontPoint(
-        replace(low.applied, sparse=sparse), at(low.psnr, high.psnr, part), low.spread,
-        at(low.time, high.time, linear), at(low.calls, high.calls, linear), measured=False,
-    )  # fmt: skip
+        applied,
+        low.psnr + part * (high.psnr - low.psnr),
+        low.spread,
+        low.time + linear * (high.time - low.time),
+        low.calls + linear * (high.calls - low.calls),
+        measured=False,
+    )
 
 
 def pareto(points: Iterable[FrontPoint]) -> list[FrontPoint]:
@@ -146,20 +179,8 @@ def pareto(points: Iterable[FrontPoint]) -> list[FrontPoint]:
 
 
 def time_at(points: Iterable[FrontPoint], psnr: float) -> float | None:
-    """Time at which points reach a mean PSNR, on the straight lines of their front.
-
-    None where even the best does not; the fastest point's time where all do.
-    """
-    front = pareto(points)
-    if not front or front[-1].psnr < psnr:
-        return None
-    if front[0].psnr >= psnr:
-        return front[0].time
-    for low, high in itertools.pairwise(front):
-        if high.psnr >= psnr:
-            part = (psnr - low.psnr) / (high.psnr - low.psnr)
-            return low.time + part * (high.time - low.time)
-    raise AssertionError("the front rises to its best point")
+    """Time of the fastest point that reaches a mean PSNR; None where none does."""
+    return min((point.time for point in points if point.psnr >= psnr - 1e-9), default=None)
 
 
 def fastest(front: Sequence[Measured], psnr: float, target: str) -> FrontPoint:

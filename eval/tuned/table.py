@@ -22,6 +22,7 @@ from diffpatch.targets.front import (
 from diffpatch.targets.settings import Checked, Settings
 from diffpatch.targets.target import Target
 
+STEP = 2  # dB that the next step down may cost
 LEVELS = (25, 28, 30, 32, 34, 36)  # dB at which caches alone and both are compared
 
 
@@ -83,14 +84,15 @@ def describe(settings: Settings, found: Answer | None = None) -> str:
 
 
 def next_step(settings: Settings, point: FrontPoint) -> str:
-    """What the next faster point of the front would gain, and lose."""
-    faster = [p for p in pareto(measured_points(settings.front)) if p.time < 0.99 * point.time]
-    if not faster:
-        return "next      nothing that was measured is faster"
-    other = faster[-1]
+    """What `STEP` dB less would gain."""
+    points = with_between(measured_points(settings.front))
+    less = [p for p in points if p.psnr >= point.psnr - STEP and p.time < 0.99 * point.time]
+    if not less:
+        return f"next      {STEP} dB less would gain nothing"
+    other = min(less, key=lambda p: p.time)
     return (
-        f"next      {1 / other.time:.2f}× at {other.psnr:.1f} dB ({other.applied.label}):"
-        f" {point.psnr - other.psnr:.1f} dB less"
+        f"next      {1 / other.time:.2f}× for {point.psnr - other.psnr:.1f} dB less"
+        f" ({other.applied.label})"
     )
 
 
@@ -113,14 +115,14 @@ def front_table(settings: Settings, found: Answer | None = None) -> str:
     prompts = len({run.prompt for run in settings.front})
     note = f"times and PSNR against dense, over {prompts} prompts"
     if prompts == 1:
-        note += ": one prompt does not tell how much others differ"
+        note += ": others are taken to differ as usual"
     return f"{table(rows)}\n{note}"
 
 
 def gains(settings: Settings) -> list[tuple[int, float | None, float | None]]:
     """(dB, speedup of the best cache alone, of the best of all) at equal mean PSNR."""
     points = measured_points(settings.front)
-    alone = [point for point in points if point.applied.sparse >= 1]
+    alone = with_between(point for point in points if point.applied.sparse >= 1)
     everything = with_between(points)
     return [
         (level, _speed(time_at(alone, level)), _speed(time_at(everything, level)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from diffpatch import BadParameter, Settings
 from diffpatch.eval.tuned.page import error_at, heat_maps, page
 from diffpatch.eval.tuned.plot import front_svg, picture
-from diffpatch.eval.tuned.table import answer, describe, gains, summary_of
+from diffpatch.eval.tuned.table import STEP, answer, describe, gains, summary_of
 from diffpatch.targets.curves import Point
 from diffpatch.targets.settings import Checked
 from tests.targets.test_choice import settings as curves
@@ -38,14 +39,19 @@ def test_the_table_marks_the_front_and_the_choice() -> None:
     cache = next(line for line in told.splitlines() if line.lstrip().startswith("cache 0.2"))
     assert "front" not in cache, "attention with a cache is faster and better"
     assert "2 prompts" in told and "target 28 dB" in told
-    assert "next      2.50× at 30.5 dB (attention 25% + cache 0.1)" in told
+    assert "next      2 dB less would gain nothing" in told
+    finer = answer(settings, "30 dB")
+    assert finer.point is not None
+    (line,) = [x for x in describe(settings, finer).splitlines() if x.startswith("next")]
+    gain, lost = map(float, re.findall(r"([0-9.]+)(?:×| dB)", line))
+    assert gain > 1 / finer.point.time and 0 < lost <= STEP and "attention" in line
 
 
 def test_gains_compare_at_equal_quality() -> None:
     settings = made(front=runs(only=0.0))
     by_level = {level: (alone, best) for level, alone, best in gains(settings)}
     alone, best = by_level[30]
-    assert alone == pytest.approx(1 / (0.45 + 2 / 7 * 0.15)) and best == pytest.approx(1 / 0.4)
+    assert alone == pytest.approx(1 / (0.45 + 3 / 8 * 0.15)) and best == pytest.approx(1 / 0.4)
     assert by_level[36][0] is None and by_level[36][1] == pytest.approx(1 / 0.8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -12,6 +13,8 @@ from diffpatch.targets.choice import chosen_for
 from diffpatch.targets.front import (
     FINEST,
     FOUR_OF_FIVE,
+    USUAL_SPREAD,
+    USUAL_WEIGHT,
     Applied,
     FrontPoint,
     best_within,
@@ -52,14 +55,29 @@ def test_points_are_means_and_their_spread_is_that_of_another_prompt() -> None:
     }  # fmt: skip
     both = points["attention 25% + cache 0.1"]
     assert both.psnr == pytest.approx(30.5) and both.time == pytest.approx(0.4)
-    spread = statistics.stdev(LEVELS.values()) * (1 + 1 / 2) ** 0.5
+    seen = statistics.variance(LEVELS.values())
+    usual = (USUAL_WEIGHT * USUAL_SPREAD**2 + seen) / (USUAL_WEIGHT + 1)
+    spread = (usual * (1 + 1 / 2)) ** 0.5
     assert both.spread == pytest.approx(spread)
     assert both.low == pytest.approx(30.5 - FOUR_OF_FIVE * spread)
 
 
-def test_one_prompt_tells_no_spread_and_a_half_done_point_is_left_out() -> None:
-    assert all(point.spread == 0 for point in measured_points(runs(only=0.0)))
+def test_one_prompt_tells_no_spread_so_the_usual_one_is_taken() -> None:
+    for point in measured_points(runs(only=0.0)):
+        assert point.spread == pytest.approx(USUAL_SPREAD * 2**0.5)
+    many = measured_points(runs(**{str(n): 4.0 * (n % 2) for n in range(40)}))
+    assert many[0].spread == pytest.approx(2.0, abs=0.1), "many prompts speak for themselves"
+
+
+def test_a_half_done_point_is_left_out() -> None:
     assert len(measured_points(runs()[:-1])) == len(RUNS) - 1
+
+
+def test_what_keeps_other_layers_dense_is_another_point() -> None:
+    both = [*runs(), *(run.model_copy(update={"dense_layers": 1}) for run in runs())]
+    assert len(measured_points(both)) == 2 * len(RUNS)
+    found = with_between(measured_points(both))
+    assert len([p for p in found if p.applied.dense_layers]) == len(found) // 2
 
 
 def test_what_nobody_sees_does_not_count() -> None:
@@ -72,7 +90,9 @@ def test_what_nobody_sees_does_not_count() -> None:
 
 def test_between_two_kept_fractions_there_are_more_and_none_up_to_dense() -> None:
     points = measured_points(runs(only=0.0))
-    found = [point for point in with_between(points) if not point.measured]
+    measured = {point.applied.cache for point in points}
+    between = [point for point in with_between(points) if not point.measured]
+    found = [point for point in between if point.applied.cache in measured]
     assert {point.applied.cache for point in found} == {None, 0.1}
     for point in found:
         ends = {p.applied.sparse: p for p in points if p.applied.cache == point.applied.cache}
@@ -80,6 +100,27 @@ def test_between_two_kept_fractions_there_are_more_and_none_up_to_dense() -> Non
         assert low.applied.sparse < point.applied.sparse < high.applied.sparse
         assert low.psnr < point.psnr < high.psnr and low.time < point.time < high.time
         assert point.applied.dense_steps == low.applied.dense_steps
+
+
+def test_between_two_thresholds_there_are_more() -> None:
+    points = [p for p in measured_points(runs(only=0.0)) if p.applied.sparse == 1]
+    found = [point for point in with_between(points) if not point.measured]
+    assert found and all(0.1 < (point.applied.cache or 0) < 0.2 for point in found)
+    for low, high in itertools.pairwise(found):
+        assert low.time < high.time and low.psnr < high.psnr
+        assert (low.applied.cache or 0) > (high.applied.cache or 0)
+        assert low.applied.sparse == 1 and 28 < low.psnr < 35 and 0.45 < low.time < 0.6
+
+
+def test_more_to_choose_from_is_never_slower() -> None:
+    """A cache alone is on offer beside everything else at each quality."""
+    worse = [run.model_copy(update={"psnr": run.psnr - 4}) if run.sparse < 1 else run
+             for run in runs()]  # fmt: skip
+    everything = measured_points(worse)
+    alone = with_between(point for point in everything if point.applied.sparse == 1)
+    for level in range(20, 36):
+        own, best = time_at(alone, level), time_at(with_between(everything), level)
+        assert own is None or (best is not None and best <= own)
 
 
 def test_a_front_drops_what_a_faster_one_is_as_good_as() -> None:
@@ -93,16 +134,18 @@ def test_a_front_drops_what_a_faster_one_is_as_good_as() -> None:
 
 def test_time_at_equal_quality_is_read_off_the_front() -> None:
     alone = [p for p in measured_points(runs(only=0.0)) if p.applied.sparse == 1]
-    assert time_at(alone, 28 + 7 / 2) == pytest.approx((0.45 + 0.6) / 2)
+    assert time_at(with_between(alone), 28 + 7 / 2) == pytest.approx((0.45 + 0.6) / 2)
+    assert time_at(alone, 28 + 7 / 2) == pytest.approx(0.6)
     assert time_at(alone, 20.0) == pytest.approx(0.45)
     assert time_at(alone, 35.1) is None and time_at([], 30.0) is None
 
 
 def test_a_quality_is_met_by_the_fastest_that_four_of_five_reach() -> None:
-    assert fastest(runs(only=0.0), 30.0, "30 dB").applied == Applied(0.25, 0.2, 0.1)
+    easy = fastest(runs(only=0.0), 27.5, "27.5 dB")
+    assert easy.applied == Applied(0.25, 0.2, 0.1) and easy.low == pytest.approx(28.0, abs=0.1)
     sure = fastest(runs(), 30.0, "30 dB")
     assert sure.low >= 30 and sure.time > 0.4
-    with pytest.raises(BadParameter, match=r"has 36\.0 dB in four of five .*attention 50%, 1\.25×"):
+    with pytest.raises(BadParameter, match=r"has 33\.5 dB in four of five .*attention 50%, 1\.25×"):
         fastest(runs(only=0.0), 40.0, "40 dB")
     slow = [run.model_copy(update={"seconds": 21.0}) for run in runs()]
     with pytest.raises(BadParameter, match="nothing that was measured is faster than dense"):
