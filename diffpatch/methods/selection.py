@@ -75,10 +75,12 @@ class Levels:
         sizes: tokens of a piece, one a level; 1 is exact.
         counts: strips of each row in all levels so far, level by level; the last level takes all
             that is left where there is one count less than there are sizes.
+        corrected: whether the mean query of each tile also looks at the keys of the last level.
     """
 
     sizes: tuple[int, ...]
     counts: tuple[Counts, ...]
+    corrected: bool = False
 
     @property
     def complete(self) -> bool:
@@ -150,7 +152,7 @@ def cost_bounds(
         levels: of one head.
         scope: where counts are held.
     """
-    prices = [price(table, size) for size in levels.sizes]
+    prices = [price(table, size, levels.corrected and size > 1) for size in levels.sizes]
     tokens = int(table.strips.first[-1])
     least = most = 0.0
     for number, counts in enumerate(levels.counts):
@@ -165,8 +167,10 @@ def cost_bounds(
     return least / tokens**2, most / tokens**2
 
 
-def price(table: TileTable, size: int) -> torch.Tensor:
-    """fp64 (P, E): query-key pairs of each pair of tiles if keys are read in pieces of `size`."""
+def price(table: TileTable, size: int, corrected: bool = False) -> torch.Tensor:
+    """fp64 (P, E): query-key pairs of each pair of tiles if keys are read in pieces of `size`, and
+    if their mean query looks at the keys too where that is `corrected`."""
     length = table.strips.first.diff().long()
     pieces = -(-length // size)
-    return table.area.double() / length[table.key] * pieces[table.key]
+    pairs = table.area.double() / length[table.key] * pieces[table.key]
+    return pairs + (table.area > 0) * length[table.key] if corrected else pairs

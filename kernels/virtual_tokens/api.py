@@ -17,7 +17,8 @@ from diffpatch.kernels.block_sparse.operators import VIRTUAL_TOKENS
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.pieces import cut
-from diffpatch.kernels.virtual_tokens import reference, torch_impl
+from diffpatch.kernels.virtual_tokens import correction, reference, torch_impl
+from diffpatch.kernels.virtual_tokens.correction import Missed
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
 
@@ -68,6 +69,7 @@ def attend_virtual(
     backend: str = "auto",
     *,
     shown: torch.Tensor | None = None,
+    missed: Missed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to the virtual tokens of the tiles it does not visit, or is shown.
 
@@ -82,10 +84,16 @@ def attend_virtual(
         backend: "triton", "torch", "reference", or "auto".
         shown: bool (B, H, N, n) [query tile, strip], whose virtual tokens take part: what is not
             active, where tiles are chosen by their content, and nothing in heads that drop it.
+        missed: what `missed` found for the same `shown`, to be added to the virtual part.
 
     Returns:
         The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
+
+    if missed is not None:
+        far = attend_virtual(q, tokens, blocks, scale, None, backend, shown=shown)
+        far = missed.added(*far, blocks)
+        return far if near is None else merge(*near, *far)
 
     def compute(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if name == "reference":
@@ -99,6 +107,40 @@ def attend_virtual(
         return far if near is None else merge(*near, *far)
 
     return run(VIRTUAL_TOKENS, backend, blocks, (q, tokens.keys, tokens.values), compute)[0]
+
+
+def missed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tokens: VirtualTokens,
+    blocks: BlockIndex,
+    scale: float,
+    *,
+    shown: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Missed:
+    """What attention to virtual tokens misses, as the mean query of each tile sees it.
+
+    Args:
+        q: (B, S, H, D).
+        k: (B, S, K, D), of which `tokens` were made.
+        v: like k.
+        tokens: what `pool` made of k and v with this `key_mask`.
+        blocks: the tiles.
+        scale: the factor on q·k.
+        shown: as in `attend_virtual`.
+        key_mask: bool (B, S), True where a key counts.
+        backend: "reference", or any other, which is PyTorch.
+
+    Returns:
+        What `attend_virtual` takes as `missed`.
+    """
+    if backend == "reference":
+        return reference.missed(q, k, v, tokens, blocks, scale, shown, key_mask)
+    seen = _shown_pieces(tokens, blocks, shown)
+    return correction.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
 
 
 def _shown_pieces(

@@ -13,7 +13,8 @@ PRODUCTS = 3  # of the size of a map: mean scores, spread of scores, mean output
 
 
 def work(pattern: BlockPattern, strip: int, levels: Levels, backend: str, chosen: bool) -> Work:
-    """One call of one head: exact strips, virtual tokens, and the choice where it is made anew.
+    """One call of one head: exact strips, virtual tokens with their correction, and the choice
+    where it is made anew.
 
     Strips count with their mean length, which makes it exact where all are alike.
 
@@ -32,11 +33,12 @@ def work(pattern: BlockPattern, strip: int, levels: Levels, backend: str, chosen
     pieces = sum(len(cut(blocks, size, strip)) for size in levels.sizes[1:])
     pools = len(levels.sizes) - 1
     maps = PRODUCTS * table.num_tiles * len(table.strips) if chosen else 0
+    means = table.num_tiles * tokens if levels.corrected else 0
     total = Work(
         calls=1 + pools,
         keys=float(tokens),
         rows=2.0 * tokens * (1 + pools),
-        virtual=float(tokens * pieces + maps),
+        virtual=float(tokens * pieces + maps + means),
         pooled=float(tokens * (pools + 3 * chosen)),
     )
     if backend == "triton":

@@ -49,11 +49,12 @@ class Dynamic(Method):
     for all of them: guidance computes the difference between branches, times its scale, and what
     all leave out alike cancels there. By default a strip is chosen if leaving it out would change
     the output most, and what is not chosen is not dropped but read in virtual tokens, the means of
-    `pool` keys, in the same softmax. Text, each tile's view of itself and the first `keep_frames`
-    frames are always exact. The same tensors give the same choice; of equal scores the first strips
-    win.
+    `pool` keys, in the same softmax, corrected by what the mean query of the tile sees in the keys
+    themselves. Text, each tile's view of itself and the first `keep_frames` frames are always
+    exact. The same tensors give the same choice; of equal scores the first strips win.
 
-    `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key.
+    `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key,
+    the correction as one query a tile.
     Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
     the four that have one cut there as in print, and the data decide how much is kept.
 
@@ -99,6 +100,9 @@ class Dynamic(Method):
         PYRAMID, "rest='pyramid': tokens of a piece and part of the strips, level by level"
     )
     guard: float = param(-0.1, "sparge: self-similarity below which a tile is always exact")
+    correct: bool = param(
+        True, "rest='virtual': the mean query of a tile also looks at the keys, as a correction"
+    )
     budgets: Any = param(
         None, "kept of each head, {layer: (head, head, ...)}; other layers take kept"
     )
@@ -205,6 +209,8 @@ class Dynamic(Method):
         quotas: tuple[tuple[int, float], ...] = ((1, 1.0),)
         if self.rest == "virtual":  # tokens that one virtual token stands for, on this grid
             rest = float(length.sum() / (-(-length // self.pool)).sum())
+            if self.correct:  # one query a tile more
+                rest = 1 / (1 / rest + float((~text).sum() / blocks.sizes[~text].sum()))
         if self.rest == "pyramid":
             quotas = self.pyramid
         parts = [selection.shares(each, quotas, rest) for each in kept]
@@ -213,7 +219,11 @@ class Dynamic(Method):
             for level in zip(*parts, strict=True)
         )
         sizes = tuple(size for size, _ in quotas) + ((self.pool,) if rest else ())
-        return Levels(sizes, counts)
+        return Levels(sizes, counts, corrected=self._corrects)
+
+    @property
+    def _corrects(self) -> bool:
+        return self.correct and self.rest == "virtual"
 
     def bounds(self, pattern: BlockPattern, kept: float) -> tuple[float, float]:
         """The least and the most that a call keeps, of all pairs, text included."""
@@ -300,8 +310,12 @@ class Dynamic(Method):
                 tokens = virtual_tokens.pool(
                     k, v, blocks, size, key_mask=call.key_mask, strip=strip, backend=backend
                 )
+                missed = None if not self._corrects else virtual_tokens.missed(
+                    q, k, v, tokens, blocks, scale, shown=shown, key_mask=call.key_mask,
+                    backend=backend,
+                )  # fmt: skip
                 out, lse = virtual_tokens.attend_virtual(
-                    q, tokens, blocks, scale, (out, lse), backend, shown=shown
+                    q, tokens, blocks, scale, (out, lse), backend, shown=shown, missed=missed
                 )
         return Attended(out, state["kept"], used)
 
@@ -354,10 +368,13 @@ class Dynamic(Method):
         """The fraction of all pairs that is computed, on the device of the maps."""
         strip = self.keys_of(pattern.grid)
         table = tile_table(pattern.on(q.device), strip)
+        wide = torch.float32 if q.device.type == "mps" else torch.float64
 
         def weighed(size: int, shown: torch.Tensor) -> torch.Tensor:
+            extra = self._corrects and size > 1
             price = pattern.once(
-                ("price", size, strip, q.device), lambda: _prices(table, size, q.device)
+                ("price", size, strip, extra, q.device),
+                lambda: selection.price(table, size, extra).to(wide),
             )
             return (table.flags(shown) * price[table.pattern]).sum(dtype=price.dtype)
 
@@ -365,11 +382,6 @@ class Dynamic(Method):
         for size, shown in self._virtual(maps, table):
             total = total + weighed(size, shown)
         return total / (q.shape[0] * q.shape[2] * q.shape[1] ** 2)
-
-
-def _prices(table: TileTable, size: int, device: torch.device) -> torch.Tensor:
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return selection.price(table, size).to(wide)
 
 
 def _budgets(given: Any) -> Budgets | None:

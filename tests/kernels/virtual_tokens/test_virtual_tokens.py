@@ -162,7 +162,91 @@ def test_products_of_bf16_lose_no_more_than_the_output_is_rounded_by(sharp: floa
     assert (found[1].double() - exact[1])[seen].abs().max() < 0.02
 
 
-def test_runs_never_cross_the_border_of_a_strip() -> None:
+def missed_by_formula(
+    tensors: Tensors,
+    blocks: BlockIndex,
+    shown: torch.Tensor,
+    scale: float,
+    key_mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the mean query of each tile to the keys shown, less that to their means."""
+    q, k, v = (x.double() for x in tensors)
+    tiles = [blocks.order[a:b] for a, b in itertools.pairwise(blocks.starts.tolist())]
+    means = torch.stack([q[:, tile].mean(1) for tile in tiles], 1)  # (B, N, H, D)
+    out, lse = torch.zeros_like(means), torch.zeros(means.shape[:3], dtype=torch.float64)
+    for i, tile in enumerate(tiles):
+        every = q.clone()
+        every[:, tile] = means[:, i, None]  # so that any query of the tile is its mean
+        found = []
+        for exact, far in ((shown, shown & False), (shown & False, shown)):
+            found.append(by_formula((every, k, v), blocks, exact, far, scale, key_mask))
+        known = (found[0][1][:, tile[0]] > -math.inf) & (found[1][1][:, tile[0]] > -math.inf)
+        (exact_out, exact_lse), (rough_out, rough_lse) = found
+        out[:, i] = (exact_out - rough_out)[:, tile[0]].masked_fill(~known[..., None], 0.0)
+        lse[:, i] = (exact_lse - rough_lse)[:, tile[0]].masked_fill(~known, 0.0)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_what_virtual_tokens_miss_is_what_the_mean_query_sees(backend: str) -> None:
+    blocks = index()
+    tensors, key_mask = inputs(torch.float64)
+    _, shown = chosen(blocks, 4)
+    tokens = virtual_tokens.pool(*tensors[1:], blocks, POOL, key_mask=key_mask, strip=STRIP)
+    with poisoned():
+        found = virtual_tokens.missed(
+            *tensors, tokens, blocks, 0.4, shown=shown, key_mask=key_mask, backend=backend
+        )
+    expected = missed_by_formula(tensors, blocks, shown, 0.4, key_mask)
+    assert torch.allclose(found.out, expected[0], atol=1e-6)
+    assert torch.allclose(found.lse, expected[1], atol=1e-6)
+    assert not found.out[:, 0].any() and found.out[:, 1:].any()  # head 0 is shown nothing
+
+
+def test_a_tile_of_equal_queries_misses_nothing_once_corrected() -> None:
+    """Then all of its queries are its mean, and the correction is all that was missing."""
+    blocks = index()
+    (q, k, v), key_mask = inputs(torch.float64)
+    tile = blocks.tile_of_place[blocks.place]
+    q = q[:, tile]  # the same query at every token of a tile
+    active, shown = chosen(blocks, 4)
+    exact = by_formula((q, k, v), blocks, active | shown, shown & False, 0.4, key_mask)
+    near = by_formula((q, k, v), blocks, active, shown & False, 0.4, key_mask)
+    tokens = virtual_tokens.pool(k, v, blocks, POOL, key_mask=key_mask, strip=STRIP)
+    lost = virtual_tokens.missed(q, k, v, tokens, blocks, 0.4, shown=shown, key_mask=key_mask)
+    rough, out = (
+        virtual_tokens.attend_virtual(
+            q, tokens, blocks, 0.4, near, "torch", shown=shown, missed=missed
+        )[0]
+        for missed in (None, lost)
+    )
+    assert torch.allclose(out, exact[0], atol=1e-6)
+    assert not torch.allclose(rough, exact[0], atol=1e-2)
+
+
+def test_the_correction_has_gradients() -> None:
+    blocks = index()
+    tensors, key_mask = inputs(torch.float64)
+    _, shown = chosen(blocks, 4)
+    q, k, v = (x[:, :, :2].clone().requires_grad_() for x in tensors)
+    shown = shown[:, :2]
+
+    def total(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tokens = virtual_tokens.pool(k, v, blocks, POOL, key_mask=key_mask, strip=STRIP)
+        lost = virtual_tokens.missed(q, k, v, tokens, blocks, 0.4, shown=shown, key_mask=key_mask)
+        return lost.out.square().sum() + lost.lse.sum()
+
+    grads = torch.autograd.grad(total(q, k, v), (q, k, v))
+    step = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(n))
+            for n, x in enumerate((q, k, v))]  # fmt: skip
+    with torch.no_grad():
+        ends = [total(*(x + s * 1e-5 * d for x, d in zip((q, k, v), step, strict=True)))
+                for s in (1, -1)]  # fmt: skip
+    slope = sum(float((g * d).sum()) for g, d in zip(grads, step, strict=True))
+    assert float(ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
+
+
+def test_pieces_never_cross_the_border_of_a_strip() -> None:
     blocks = index()
     tokens = virtual_tokens.pool(*random_qkv(1, GRID.num_tokens, 1, 8)[1:], blocks, 7, strip=STRIP)
     pieces, strips = tokens.pieces, tile_table(blocks, STRIP).strips

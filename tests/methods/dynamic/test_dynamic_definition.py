@@ -37,7 +37,8 @@ def by_definition(
     method: Dynamic, tensors: list[torch.Tensor], grid: TokenGrid, mask: torch.Tensor,
     exact: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """One softmax over the keys of exact strips and the means of the pieces of all others.
+    """One softmax over the keys of exact strips and the means of the pieces of all others, which
+    are corrected by what the mean query of the tile sees in the keys themselves.
 
     Args:
         method: with tile, strip and pool given.
@@ -52,32 +53,53 @@ def by_definition(
     strips = [strip for tile in tiles for strip in cut(tile, method.strip)]
     out = torch.zeros_like(q)
     for b, h, i in itertools.product(range(len(q)), range(q.shape[2]), range(len(tiles))):
-        x, g = q[b, tiles[i], h], h * k.shape[2] // q.shape[2]
-        scores, values = [], []
-        for j, strip in enumerate(strips):
-            for piece in [strip] if exact[b, h, i, j] else cut(strip, method.pool):
-                alive = piece[mask[b, piece]]
-                key, value = k[b, alive, g], v[b, alive, g]
-                if exact[b, h, i, j]:
-                    scores.append(scale * x @ key.T)
-                    values.append(value)
-                elif method.rest == "virtual" and len(alive):
-                    count = math.log(len(alive))
-                    second = 0.5 * scale**2 * x.square() @ key.var(0, unbiased=False)
-                    score = scale * x @ key.mean(0) + second.clamp(max=count) + count
-                    scores.append(score[:, None])
-                    values.append(value.mean(0)[None])
-        out[b, tiles[i], h] = torch.cat(scores, 1).softmax(1).nan_to_num() @ torch.cat(values)
+        x, g = q[b, tiles[i], h] * scale, h * k.shape[2] // q.shape[2]
+        alive = [strip[mask[b, strip]] for strip in strips]
+        near = torch.cat([alive[j] for j in range(len(strips)) if exact[b, h, i, j]])
+        pieces = [
+            piece[mask[b, piece]]
+            for j, strip in enumerate(strips)
+            if not exact[b, h, i, j]
+            for piece in cut(strip, method.pool)
+            if mask[b, piece].any()
+        ]
+        weights, values = (x @ k[b, near, g].T).exp(), v[b, near, g]
+        total, summed = weights.sum(1), weights @ values
+        if method.rest == "virtual" and pieces:
+            far = [k[b, piece, g] for piece in pieces], [v[b, piece, g] for piece in pieces]
+            mass, mean = virtual(x, *far)
+            if method.correct:
+                middle, left = x.mean(0, keepdim=True), torch.cat(pieces)
+                seen = (middle @ k[b, left, g].T).exp()
+                rough = virtual(middle, *far)
+                mean = mean + seen @ v[b, left, g] / seen.sum() - rough[1]
+                mass = mass * seen.sum() / rough[0]
+            total, summed = total + mass, summed + mass[:, None] * mean
+        out[b, tiles[i], h] = (summed / total[:, None]).nan_to_num()
     return out
 
 
-@pytest.mark.parametrize("rest", ["virtual", "drop"])
+def virtual(
+    x: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass (R,) and the mean (R, D) that queries, times the scale, read in virtual tokens."""
+    count = torch.tensor([math.log(len(key)) for key in keys], dtype=x.dtype)
+    variance = torch.stack([key.var(0, unbiased=False) for key in keys])
+    second = torch.minimum(0.5 * x.square() @ variance.T, count)
+    weights = (x @ torch.stack([key.mean(0) for key in keys]).T + second + count).exp()
+    total = weights.sum(1)
+    return total, weights @ torch.stack([y.mean(0) for y in values]) / total[:, None]
+
+
+@pytest.mark.parametrize(
+    ("rest", "correct"), [("virtual", True), ("virtual", False), ("drop", True)]
+)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_whole_method_is_its_definition(grid: TokenGrid, rest: str) -> None:
+def test_the_whole_method_is_its_definition(grid: TokenGrid, rest: str, correct: bool) -> None:
     """Batch 2, text, hidden keys, a budget for each head, a head that is all sink, and outputs that
     hold NaN before they are written, in fp64 and bf16."""
     budgets = {0: (0.15, 0.3, 0.5, 1.0)}
-    method = Dynamic(rest=rest, budgets=budgets, tile=32, strip=16, pool=8)
+    method = Dynamic(rest=rest, budgets=budgets, tile=32, strip=16, pool=8, correct=correct)
     pattern, tensors = method.pattern(grid), list(random_qkv(
         2, grid.num_tokens, HEADS, 16, torch.float64, key_heads=KEY_HEADS
     ))  # fmt: skip
@@ -108,18 +130,20 @@ def test_scores_that_are_all_alike_choose_the_first() -> None:
         assert torch.allclose(out, torch.ones_like(out), atol=1e-5)
 
 
-def test_work_counts_what_a_call_computes() -> None:
+@pytest.mark.parametrize("correct", [False, True])
+def test_work_counts_what_a_call_computes(correct: bool) -> None:
     grid = TokenGrid(4, 8, 16)
     q, k, v = random_qkv(1, grid.num_tokens, 4, 16, torch.float32)
-    method = Dynamic(kept=0.3, tile=32, strip=16, pool=8)
+    method = Dynamic(kept=0.3, tile=32, strip=16, pool=8, correct=correct)
     pattern, state = method.pattern(grid), dict[str, Any]()
     kept = float(method.attend(q, k, v, AttentionCall(pattern, state=state)).kept)
     fresh, old = (method.work(pattern, age, "torch") for age in (0, 1))
     assert fresh is not None and old is not None
     tokens = grid.num_tokens
     exact = old.pairs_of_few / tokens**2
-    assert exact + (1 - exact) / 8 == pytest.approx(kept, abs=1e-6)
-    assert old.virtual == tokens * tokens / 8 and old.pooled == tokens
+    means = tokens // 32 if correct else 0
+    assert exact + (1 - exact) * (1 / 8 + means / tokens) == pytest.approx(kept, abs=1e-6)
+    assert old.virtual == tokens * tokens / 8 + means * tokens and old.pooled == tokens
     maps = costs.PRODUCTS * (tokens // 32) * (tokens // 16)
     assert fresh.virtual - old.virtual == maps and fresh.pooled == 4 * tokens
     drop = Dynamic(rest="drop", kept=0.3, tile=32, strip=16)
