@@ -118,13 +118,11 @@ def test_every_parameter_of_every_method_is_checked(name: str) -> None:
 # What a function says more about itself, or what may be anything: a pipeline, a transformer, ...
 ELSEWHERE = {
     "pipe", "target", "method", "grid", "dense_steps", "dense_layers", "dense_last_steps", "cls",
-    "params", "options", "call of enlarge",
+    "params", "options", "call of enlarge", "strength",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in diffpatch.__all__ if inspect.isfunction(getattr(api, n))]
-)
+@pytest.mark.parametrize("name", [n for n in api.__all__ if inspect.isfunction(getattr(api, n))])
 def test_every_argument_of_every_function_is_checked(name: str) -> None:
     function = getattr(api, name)
     for parameter in inspect.signature(function).parameters:

@@ -28,7 +28,7 @@ REFINERS = {
 SCALES = ("vae_scale_factor_spatial", "vae_scale_factor_temporal", "video_processor")
 
 
-@checked()
+@checked("strength")
 def enlarge(
     pipe: Pipeline,
     frames: torch.Tensor,
