@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -123,21 +124,21 @@ class Forwards:
         """A forward begins in a graph that torch.compile traces."""
         self._traced, self._traced_why = grid, why
 
-    def begin(self, grid: Numbers, why: str, *, within: bool) -> Forward:
+    def begin(self, grid: Numbers, why: str, time: Any, *, within: bool) -> Forward:
         """A forward begins in this thread, perhaps within another of the same model.
 
-        Its hook has read its grid, or why there is none.
+        Its hook has read its grid, or why there is none, and its timestep, if it is given one.
         """
         outer = self.current if within else None
-        forward = self._begin(grid, why, hooked=True)
+        forward = self._begin(grid, why, time, hooked=True)
         forward.outer = outer
         return forward
 
-    def _begin(self, grid: Numbers, why: str, *, hooked: bool) -> Forward:
+    def _begin(self, grid: Numbers, why: str, time: Any = None, *, hooked: bool) -> Forward:
         patch, before = self._patch, self.current
         if before is not None and not before.hooked and not hooked:  # nothing else tells its end
             self._check_idle(before)
-        place = patch.begin_forward(self._name, self.context)
+        place = patch.begin_forward(self._name, self.context, time)
         if self._begun is not None:
             self._begun(place.run)
         bound = place.run.bound(patch.schedule, self._layers, place.total, place.evaluations)

@@ -143,9 +143,9 @@ class Patch:
             one.remove()
         self.runs.unfollow()
 
-    def begin_forward(self, transformer: str, context: str | None) -> Place:
-        """Find the run of a forward that begins."""
-        place = self.runs.begin_forward(transformer, context)
+    def begin_forward(self, transformer: str, context: str | None, time: Any = None) -> Place:
+        """Find the run of a forward that begins; see `Runs.begin_forward`."""
+        place = self.runs.begin_forward(transformer, context, time)
         if place.total is None and self._follows_steps:
             why = place.run.untold or "a bare transformer knows no steps"
             text = f"{self.method.name} takes every forward for the first of a run: {why}"

@@ -160,7 +160,8 @@ class PatchedTransformer:
         if torch.compiler.is_compiling():
             self.forwards.trace(grid, why)
             return
-        forward = self.forwards.begin(grid, why, within=self._is_within())
+        within = self._is_within()
+        forward = self.forwards.begin(grid, why, named.get("timestep"), within=within)
         remarks.beyond_training(self.name, self._trained, self.patch, forward)
         if remark is not None and remark not in forward.place.run.record.notes:
             forward.place.run.record.notes.append(remark)

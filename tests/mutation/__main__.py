@@ -2,9 +2,10 @@
 
 A sample of edits, drawn by a seed in turn from every part of the table, is made one at a time in a
 copy of the tree in build/, where links are folders. Each is tried in a fork of one process that has
-torch and diffusers loaded: first by the quick tests of its file, then by all of them. What is
-found out is kept line by line, so that the next call with the same seed goes on; a file that has
-changed since is tried again. The summary goes to eval/results/mutants.json and mutants.md.
+torch and diffusers loaded, by the tests that enter the edited function, the quickest first, and
+then by those of which it is not known yet whether they do; every run notes that. What is found out
+is kept line by line, so that the next call with the same seed goes on; a file that has changed
+since is tried again. The summary goes to eval/results/mutants.json and mutants.md.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,16 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.mutants import Mutant, changed, mutants
+from tests.mutation.forks import ROOT, Seen, forked, preload
+from tests.mutation.mutants import Mutant, changed, function_at, mutants
 from tests.mutation.parts import Target, targets
 from tests.mutation.summary import write_summary
 
-ROOT = Path(__file__).parents[2]
 COPY = ROOT / "build" / "mutants"
-QUICK, ALL = 10.0, 30.0  # seconds of tests that a mutant is tried by, first and if it survives
-LONGEST = 40.0  # seconds that the tests of a file may take; those that come later are left out
-SLOWER, STUCK = 5.0, 30.0  # times as long as unedited, and seconds more, until it counts as hung
-MEMORY = 12 * 2**30
+NO_TESTS = 5  # pytest's exit code where none was to run
+BUDGET = 12.0  # seconds of a processor for the tests that try one mutant
 
 
 def main() -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     tree = make_copy()
     session = Session(COPY / f"seed-{args.seed}.jsonl", tree, args.again)
-    _preload()
+    preload()
     for target, mutant in sample(tree, args.seed, args.part):
         if time.monotonic() > until:
             break
@@ -93,6 +89,52 @@ def sample(tree: Path, seed: int, parts: Sequence[str] | None) -> list[tuple[Tar
     return [them[i] for i in range(longest) for them in by_part.values() if i < len(them)]
 
 
+class Known:
+    """What runs of tests have shown about tests, in a file with a line for each.
+
+    Args:
+        file: of the lines.
+        tree: the copy.
+    """
+
+    def __init__(self, file: Path, tree: Path) -> None:
+        self._file, self._tree = file, tree
+        self._digests: dict[str, str] = {}
+        self._tests: dict[str, tuple[float, frozenset[str]]] = {}
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            with contextlib.suppress(ValueError):  # the last may be cut off
+                digest, test, seconds, touched = json.loads(line)
+                if digest == self._digest(test):
+                    self._tests[test] = seconds, frozenset(touched)
+
+    def _digest(self, test: str) -> str:
+        path = self._tree / test.split("::")[0]
+        if str(path) not in self._digests:
+            text = path.read_bytes() if path.is_file() else b""
+            self._digests[str(path)] = hashlib.sha256(text).hexdigest()[:16]
+        return self._digests[str(path)]
+
+    def tests(self) -> set[str]:
+        """Those of which it is known what they enter."""
+        return set(self._tests)
+
+    def entering(self, function: str | None, files: Sequence[str]) -> dict[str, float]:
+        """Tests of files that enter a function, or anything at all where it is None -> seconds."""
+        return {
+            test: seconds
+            for test, (seconds, touched) in self._tests.items()
+            if test.split("::")[0] in files and (function is None or function in touched)
+        }
+
+    def add(self, seen: Seen) -> None:
+        """Note what a test that passed has entered."""
+        if seen.test not in self._tests:
+            self._tests[seen.test] = seen.seconds, frozenset(seen.touched)
+            row = [self._digest(seen.test), seen.test, seen.seconds, seen.touched]
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 class Session:
     """What has been found out, in a file with a line for every mutant.
 
@@ -104,10 +146,8 @@ class Session:
 
     def __init__(self, file: Path, tree: Path, again: bool) -> None:
         self._file, self._tree, self._again = file, tree, again
-        self._times: dict[str, dict[str, float]] = {}
-        self._kept = COPY / "times.json"
-        if self._kept.is_file():
-            self._times = json.loads(self._kept.read_text(encoding="utf-8"))
+        self._known = Known(COPY / "tests.jsonl", tree)
+        self._fails: set[str] = set()  # on the unedited tree
         self.found: dict[Mutant, dict[str, Any]] = {}
         if file.is_file():
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -126,23 +166,16 @@ class Session:
         source = path.read_text(encoding="utf-8")
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         known = self.found.get(mutant)
-        if (
-            known
-            and known["digest"] == digest
-            and not (self._again and known["end"] == "unnoticed")
-        ):
+        again = self._again and known is not None and known["end"] == "unnoticed"
+        if known and known["digest"] == digest and not again:
             return False
         edited = mutant.applied(source)
         if edited is None:
             return False
-        times = self._unedited(target.tests)
-        path.write_text(edited, encoding="utf-8")
-        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
-            compiled.unlink()
-        try:
-            end, by = self._end(times)
-        finally:
-            path.write_text(source, encoding="utf-8")
+        function = function_at(source, edited)
+        end, by = self._end(
+            path, source, edited, target.tests, function and f"{target.file}:{function}"
+        )
         before, after = changed(source, edited)
         row = {
             "mutant": [mutant.file, mutant.operator, mutant.occurrence], "part": target.part,
@@ -154,113 +187,43 @@ class Session:
         print(f"{end:10} {target.file}: {before} -> {after}", file=sys.stderr, flush=True)
         return True
 
-    def _end(self, times: dict[str, float]) -> tuple[str, str]:
-        order = sorted(times, key=lambda name: times[name])
-        quick = _within(order, times, QUICK)
-        for names in (quick, _within(order[len(quick) :], times, ALL - QUICK)):
-            if names:
-                limit = SLOWER * sum(times[name] for name in names) + STUCK
-                code, lines = forked(self._tree, names, limit)
-                if code:
-                    failed = [name for name, outcome, _ in lines if outcome == "failed"]
-                    return ("hung" if code < 0 else "noticed"), (failed or ["loading"])[0]
-        return "unnoticed", ""
+    def _end(
+        self, path: Path, source: str, edited: str, tests: Sequence[str], function: str | None
+    ) -> tuple[str, str]:
+        """What comes of an edit, and the test that notices it."""
+        files = self._files(tests)
+        while True:
+            known = self._known.tests() | self._fails
+            wanted = self._known.entering(function, files)
+            path.write_text(edited, encoding="utf-8")
+            for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+                compiled.unlink()
+            try:
+                code, seen = forked(self._tree, files, wanted, known, BUDGET)
+            finally:
+                path.write_text(source, encoding="utf-8")
+            for one in seen:
+                if one.outcome == "passed":
+                    self._known.add(one)
+            failed = next((one.test for one in seen if one.outcome == "failed"), None)
+            if failed is None or failed in wanted or self._passes(failed):
+                break
+            self._fails.add(failed)
+        if code < 0:
+            return "hung", failed or ""
+        return (
+            ("noticed", failed or "loading") if failed or code not in (0, 5) else ("unnoticed", "")
+        )
 
-    def _unedited(self, tests: tuple[str, ...]) -> dict[str, float]:
-        """Seconds of each test that passes on the unedited tree."""
-        out: dict[str, float] = {}
-        for name in tests:
-            path = self._tree / "tests" / name
-            files = sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
-            key = f"{name} {hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()}"
-            if key not in self._times:
-                _, lines = forked(self._tree, [f"tests/{name}"], LONGEST, stop=False)
-                self._times[key] = {n: s for n, outcome, s in lines if outcome == "passed"}
-                self._kept.write_text(json.dumps(self._times), encoding="utf-8")
-            out |= self._times[key]
-        if not out:
-            raise SystemExit(f"no test of {', '.join(tests)} passes on the unedited tree")
-        return out
+    def _passes(self, test: str) -> bool:
+        """Whether a test of which nothing is known passes on the unedited tree."""
+        _, seen = forked(self._tree, [test], {}, set(), BUDGET)
+        return any(one.outcome == "passed" for one in seen)
 
-
-def _within(order: Sequence[str], times: dict[str, float], seconds: float) -> list[str]:
-    out: list[str] = []
-    for name in order:
-        seconds -= times[name]
-        if seconds < 0 and out:
-            break
-        out.append(name)
-    return out
-
-
-def _preload() -> None:
-    """What every fork needs and no mutant changes."""
-    import diffusers
-    import diffusers.models.attention_processor
-    import hypothesis.strategies
-    import numpy
-    import pydantic
-    import pytest
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    _ = (diffusers, hypothesis, numpy, pydantic, pytest, transformers)
-
-
-def forked(
-    tree: Path, names: Sequence[str], limit: float, stop: bool = True
-) -> tuple[int, list[tuple[str, str, float]]]:
-    """Run tests in a fork: its exit code (negative: killed), and (test, outcome, seconds)."""
-    noted = COPY / "outcomes.jsonl"
-    noted.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        code = 1
-        try:
-            code = _pytest(tree, names, noted, stop)
-        finally:
-            os._exit(code)
-    end = time.monotonic() + limit
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        if time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            code = -signal.SIGKILL
-            break
-        time.sleep(0.05)
-    text = noted.read_text(encoding="utf-8") if noted.exists() else ""
-    return code, [tuple(json.loads(line)) for line in text.splitlines()]
-
-
-def _pytest(tree: Path, names: Sequence[str], noted: Path, stop: bool) -> int:
-    import pytest
-
-    class Notes:
-        @pytest.hookimpl
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.when == "call" or report.failed:
-                with noted.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([report.nodeid, report.outcome, report.duration]) + "\n")
-
-    os.chdir(tree)
-    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    os.environ["CI"] = "1"  # repeatable examples
-    sys.dont_write_bytecode = True
-    sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "diffpatch")]:
-        del sys.modules[name]
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    words = ["-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--rootdir", str(tree)]
-    return int(pytest.main([*words, *(["-x"] if stop else []), *names], plugins=[Notes()]))
+    def _files(self, tests: Sequence[str]) -> list[str]:
+        paths = [self._tree / "tests" / name for name in tests]
+        found = [sorted(p.rglob("test_*.py")) if p.is_dir() else [p] for p in paths]
+        return [p.relative_to(self._tree).as_posix() for them in found for p in them]
 
 
 if __name__ == "__main__":

@@ -70,6 +70,30 @@ def changed(before: str, after: str) -> tuple[str, str]:
     )  # type: ignore[return-value]
 
 
+def function_at(before: str, after: str) -> str | None:
+    """The qualified name of the function in whose body an edit is; None outside of any.
+
+    Of one within another the outer one, which has to run first. What runs when a function is made
+    (decorators, defaults) is outside of it.
+    """
+    pairs = enumerate(zip(before.splitlines(), after.splitlines(), strict=False), 1)
+    line = next(number for number, (one, other) in pairs if one != other)
+    body, path = ast.parse(before).body, ""
+    while True:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            first, last = node.body[0].lineno, node.end_lineno or 0
+            if first <= line <= last:
+                path += node.name
+                if isinstance(node, ast.FunctionDef):
+                    return path
+                body, path = node.body, f"{path}."
+                break
+        else:
+            return None
+
+
 class _Plain(ast.NodeTransformer):
     """What runs: without annotations, which nothing evaluates, and texts of errors."""
 

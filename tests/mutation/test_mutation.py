@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from tests.mutation.mutants import Mutant, changed, mutants
+from tests.mutation.mutants import Mutant, changed, function_at, mutants
 from tests.mutation.parts import targets
 from tests.mutation.summary import judged, shares
 
@@ -34,6 +34,24 @@ def test_every_edit_is_one_line_that_runs_otherwise() -> None:
     assert not any("int &" in after for _, after in edits)
     assert len({one for one, _ in found}) == len(found)
     assert Mutant("area.py", "core/AddNot", 99).applied(SOURCE) is None
+
+
+INNER = """
+LIMIT = 1
+class Box:
+    side = 2
+    @cached(3)
+    def area(self, a=4,
+             b=5):
+        def half(x):
+            return x / 6
+        return half(7)
+"""
+
+
+def test_an_edit_belongs_to_the_function_that_has_to_run_for_it() -> None:
+    where = {n: function_at(INNER, INNER.replace(str(n), "9")) for n in range(1, 8)}
+    assert where == dict.fromkeys(range(1, 6)) | dict.fromkeys((6, 7), "Box.area")
 
 
 def test_every_row_of_the_table_names_files_and_tests_that_exist() -> None:

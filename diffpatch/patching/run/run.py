@@ -45,6 +45,7 @@ class Run:
         self.memos: dict[Any, Memo] = {}
         self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._loop: weakref.ref[Any] | None = None
         # By number of layers and of steps: a loop that skips the first ones shows it with a step.
         self._bound: dict[tuple[int, int | None], BoundSchedule] = {}
         self._in_step: dict[str, tuple[int, Counter[str | None]]] = {}
@@ -67,6 +68,16 @@ class Run:
         self.ended = True
         self.note_state()
         self._forget()
+
+    def end_with(self, tracker: Any) -> None:
+        """Free what is carried when the scheduler is gone, and with it what follows it."""
+        ending = weakref.WeakMethod(self.end)
+
+        def gone(_: Any) -> None:
+            if (end := ending()) is not None:
+                end()
+
+        self._loop = weakref.ref(tracker, gone)
 
     def states(
         self, transformer: str, layer: int, branch: int, sample: int, shared: bool

@@ -35,6 +35,10 @@ _NOT_RUNNING = (
     "the pipeline's scheduler is not in the middle of a run: set_timesteps was not called, or all"
     " its steps are taken"
 )
+_BY_HAND = (
+    "its loop goes on to other timesteps and never calls scheduler.step: give the transformer"
+    " timesteps as they stand in scheduler.timesteps, or call step"
+)
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,21 @@ class Runs:
         self._of_pipeline: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self._trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
 
-    def begin_forward(self, transformer: str, context: str | None) -> Place:
+    def begin_forward(self, transformer: str, context: str | None, time: Any = None) -> Place:
         """Find the run that a forward belongs to, which may begin with it.
 
         Args:
             transformer: its name in the patch.
             context: what diffusers' `cache_context` calls the forward, None where it does not.
+            time: the timestep that the forward is given, where that is known.
         """
         loop = self._loop()
         tracker, pipeline, untold = loop.tracker, loop.pipeline, loop.untold
         if tracker is not None:
-            tracker.on_forward(getattr(pipeline, internals.PIPELINE_STEPS, None))
-            if tracker.total is None:
-                tracker, untold = None, _NOT_RUNNING
+            tracker.on_forward(getattr(pipeline, internals.PIPELINE_STEPS, None), time)
+            if tracker.total is None or tracker.lost:
+                untold = _BY_HAND if tracker.lost else _NOT_RUNNING
+                tracker = None
         if tracker is None:
             run = Run(pipeline, untold)
             self._keep(run, None)
@@ -156,6 +162,7 @@ class Runs:
                     run.end()
                 run = Run(loop.pipeline, number=tracker.run)
             leaving.listen(values, run)
+            run.end_with(tracker)
         run.ended = False
         if run is not self.last:
             self._keep(run, tracker)

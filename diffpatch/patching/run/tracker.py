@@ -3,7 +3,10 @@
 Pipelines do not say, in general, so it is read off the two things that every denoising loop does:
 ``scheduler.set_timesteps`` starts a run, and the first forward after a ``scheduler.step`` starts
 the next step; further forwards within a step are its branches (conditional, unconditional, …). No
-timestep is ever read, so nothing waits for the device.
+timestep is read, so nothing waits for the device.
+
+A loop may also take its steps without the scheduler. Then a forward's timestep is a view of another
+of the scheduler's; where it is no view of them, it is read once, after `MANY` forwards.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import torch
 
 from diffpatch.patching.run import callers
 from diffpatch.patching.run.callers import TRACKER
+
+MANY = 4  # forwards of a first step without a step of the scheduler, before one asks why
 
 # The loops that the current thread, or task of an event loop, has begun, where no caller is seen.
 _BEGUN: contextvars.ContextVar[tuple[weakref.ref[Tracker], ...]] = contextvars.ContextVar(
@@ -45,6 +50,7 @@ class Tracker:
         total: model evaluations in the run, None where nothing tells.
         evaluations: model evaluations per denoising step (2 for Heun-like solvers).
         stepped: whether the scheduler was stepped since the last forward.
+        lost: whether its loop takes steps that cannot be counted.
         thread: where the run began.
         followers: who is told when a run is over.
         schedulers: the ones that report here, by their ids: one, and copies it is stepped with.
@@ -61,6 +67,8 @@ class Tracker:
         self._output: weakref.ref[Any] | None = None
         self._copied = self._begun = False
         self._first: int | None = None  # the scheduler's own index of the first step
+        self.lost = self._steps = False
+        self._time: torch.Tensor | None = None  # of the step
         self.step, self.branch, self.stepped = -1, -1, True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
@@ -70,7 +78,8 @@ class Tracker:
     def _begin(self) -> None:
         self.run += 1
         self.step, self.branch, self.stepped = -1, -1, True
-        self.total = self._first = None
+        self.total = self._first = self._time = None
+        self.lost = self._steps = False
 
     def add(self, scheduler: Any) -> None:
         """A scheduler, or a copy of it, reports here from now on."""
@@ -116,7 +125,7 @@ class Tracker:
             self.step = index - first - 1
         elif self.stepped and not self._copied:
             self.step += 1  # after forwards that are not known here
-        self.stepped = True
+        self.stepped = self._steps = True
         if isinstance(output, torch.Tensor):
             self._output = weakref.ref(_whole(output))
         if self._over:
@@ -138,14 +147,17 @@ class Tracker:
         """Whether a run has begun and not yet ended."""
         return self._begun and not self._over
 
-    def on_forward(self, announced: int | None = None) -> None:
+    def on_forward(self, announced: int | None = None, time: Any = None) -> None:
         """A transformer forward begins. Where no run has begun, every forward is one.
 
         Args:
             announced: how many steps the pipeline says this run has, where it does.
+            time: the timestep that the forward is given, where it is.
         """
         if not self._begun:
             self._begin()
+        if not self.stepped and not self._steps and self._begun and self._time is not None:
+            self._look_at(time)
         if not self.stepped:
             self.branch += 1
             return
@@ -157,6 +169,19 @@ class Tracker:
             self._begun = False
             self._begin()
         self.step, self.branch, self.stepped = self.step + 1, 0, False
+        one = isinstance(time, torch.Tensor) and time.numel() > 0 and time.ndim < 2
+        self._time = time.detach() if one and not self._steps else None
+
+    def _look_at(self, time: Any) -> None:
+        """Whether a loop that never stepped its scheduler is at another timestep than before."""
+        before, scheduler = self._time, self._scheduler
+        if before is None or scheduler is None or not isinstance(time, torch.Tensor):
+            return
+        places = [_place_in(scheduler.timesteps, x) for x in (before, time)]
+        if None not in places:
+            self.stepped = places[0] != places[1]
+        elif self.branch + 1 == MANY and time.shape == before.shape:
+            self.lost = not torch.equal(time, before)
 
     @property
     def _scheduler(self) -> Any:
@@ -190,6 +215,17 @@ class Tracker:
         """A copy is stepped in place of the scheduler, or beside it."""
         self._copied = True
         self.add(copied)
+
+
+def _place_in(timesteps: Any, time: torch.Tensor) -> int | None:
+    """Which of some timesteps one is a view of; None where it is a tensor of its own."""
+    if not isinstance(timesteps, torch.Tensor) or timesteps.device != time.device:
+        return None
+    if timesteps.is_meta or time.untyped_storage().data_ptr() != (
+        timesteps.untyped_storage().data_ptr()
+    ):
+        return None
+    return int(time.storage_offset())
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,72 @@ def test_one_function_that_steps_several_schedulers_is_not_guessed_at(
     assert not diffpatch.report(tiny.pipe).notes
 
 
+def by_hand(pipe: Any, given: Any, forwards: int = 1) -> torch.Tensor:
+    """A loop that takes its steps without the scheduler.
+
+    Args:
+        pipe: the pipeline.
+        given: what the transformer gets of a timestep, 0-d.
+        forwards: how many it makes in a step.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    x = torch.randn(1, 16, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(6)
+    for t, now, then in zip(
+        scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True
+    ):
+        with torch.no_grad():
+            outs = [
+                pipe.transformer(x, given(t), torch.zeros(1, 8, 32), return_dict=False)[0]
+                for _ in range(forwards)
+            ]
+        x = x + (then - now) * outs[-1]
+    return x
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 6])
+def test_steps_that_a_loop_takes_by_hand_are_counted(forwards: int) -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=1, dense_last_steps=1)
+    by_hand(tiny.pipe, lambda t: t[None], forwards)
+    kept = diffpatch.report(tiny.pipe).kept_per_step
+    assert [k == 1 for k in kept] == [True, True, False, False, True, True]
+    tiny.run(num_inference_steps=3)
+    assert diffpatch.report(tiny.pipe).steps == 3
+
+
+def test_steps_taken_by_hand_that_cannot_be_counted_are_refused() -> None:
+    """Timesteps that are no views of the scheduler's: each is one, after a few forwards."""
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
+    with pytest.raises(BadParameter, match=r"never calls scheduler\.step: give the transformer"):
+        by_hand(tiny.pipe, lambda t: t[None] * 1)
+    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=0)
+    by_hand(tiny.pipe, lambda t: t[None] * 1)
+    assert "never calls scheduler.step" in diffpatch.report(tiny.pipe).notes[0]
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    by_hand(tiny.pipe, lambda t: t[None] * 1)
+    assert diffpatch.report(tiny.pipe).notes == () and diffpatch.report(tiny.pipe).kept < 1
+
+
+def test_many_forwards_at_one_timestep_are_one_step() -> None:
+    """As pipelines make that denoise large pictures by windows, whatever they do to the number."""
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
+    scheduler, text = tiny.pipe.scheduler, torch.zeros(1, 8, 32)
+
+    def windows() -> None:
+        x = torch.zeros(1, 16, 3, 4, 8)
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                outs = [tiny.pipe.transformer(x, t[None] * 1, text)[0] for _ in range(7)]
+            x = scheduler.step(sum(outs), t, x, return_dict=False)[0]
+
+    windows()
+    assert [k == 1 for k in diffpatch.report(tiny.pipe).kept_per_step] == [True, False, False]
+
+
 def test_threads_that_share_a_scheduler_are_refused() -> None:
     tiny = wan()
     tiny.run()

@@ -129,6 +129,27 @@ def test_a_loop_of_somebodys_own_is_left_with_its_bar_or_its_scheduler(bar: bool
     assert held(tiny) == 0
 
 
+@pytest.mark.parametrize("how", ["dropped", "raises"])
+def test_the_last_run_of_all_is_let_go_with_its_scheduler(how: str) -> None:
+    """Nothing runs after it, and no bar was closed."""
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, TEMPORAL, dense_steps=0)
+
+    def denoise() -> None:
+        steps = loop(tiny.pipe, copy.deepcopy(tiny.pipe.scheduler), (4, 8), 4)
+        next(steps), next(steps)
+        assert held(tiny) > 0
+        if how == "raises":
+            raise RuntimeError("stop")
+
+    with contextlib.suppress(RuntimeError):
+        denoise()
+    gc.collect()
+    assert held(tiny) == 0
+    assert len(diffpatch.report(tiny.pipe).kept_per_step) == 2
+    assert diffpatch.report(tiny.pipe).state_bytes > 0
+
+
 @pytest.mark.parametrize("kind", ["FlowMatchEuler", "FlowMatchHeun"])
 def test_loops_that_skip_the_first_timesteps_have_fewer(kind: str) -> None:
     tiny = wan()
