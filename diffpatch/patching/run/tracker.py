@@ -6,7 +6,7 @@ the next step; further forwards within a step are its branches (conditional, unc
 timestep is read, so nothing waits for the device.
 
 A loop may also take its steps without the scheduler. Then a forward's timestep is a view of another
-of the scheduler's; where it is no view of them, it is read once, after `MANY` forwards.
+of the scheduler's; where it is not a view of them, it is read once, after `MANY` forwards.
 """
 
 from __future__ import annotations
