@@ -59,7 +59,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, help in COMMANDS.items():
         if words is None or name in words[:1]:
-            importlib.import_module(f"diffpatch.cli.{name}").add_parser(commands)
+            importlib.import_module(f"diffpatch.cli.options.{name}").add_parser(commands)
         else:
             commands.add_parser(name, help=help)
     return parser

@@ -11,12 +11,6 @@ from diffpatch.files import to_json
 from diffpatch.pipelines.families.info import FamilyInfo
 from diffpatch.tables import table
 
-EXAMPLES = """\
-examples:
-  diffpatch families
-  diffpatch families --json
-  diffpatch families --markdown    # the tables of the README
-"""
 COLUMNS = ("family", "makes", "transformer", "text", "guidance", "compile", "GPUs", "presets")
 ENTRIES = (  # of the JSON form, beside the names of the presets
     "name", "kind", "transformer", "text", "note", "refused", "guidance", "regional", "ulysses",
@@ -25,21 +19,6 @@ LEGEND = """\
 text: where tokens stand that stay visible to all. guidance: with and without the prompt in one
 batch, in a call each, or distilled into one forward. compile: blocks alone, or only the whole.
 GPUs: Ulysses where diffusers can cut the sequence. presets: methods with published settings."""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "families",
-        help="list the supported model families",
-        description="The diffusers transformers that diffpatch knows; every pipeline that holds "
-        "one can be patched, unless the note says why not.",
-        epilog=EXAMPLES,
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,24 +10,6 @@ from diffpatch.files import to_json
 from diffpatch.methods import MethodInfo
 from diffpatch.tables import table
 
-EXAMPLES = """\
-examples:
-  diffpatch methods
-  diffpatch methods --json
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "methods",
-        help="list the methods and their parameters",
-        description="The methods that --method and diffpatch.patch accept, with their parameters.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""

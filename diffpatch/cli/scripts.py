@@ -11,11 +11,11 @@
 Other names of `diffpatch.cli` may change from version to version.
 """
 
-from diffpatch.cli.arguments import add_generation_options, add_model_options, number
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.eval.table import describe as scores_table
 from diffpatch.cli.eval.vbench import describe as vbench_table
 from diffpatch.cli.generation import call_arguments, load, load_options
+from diffpatch.cli.options.arguments import add_generation_options, add_model_options, number
 from diffpatch.cli.output import keep_settings, write_text
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.parser import Parser

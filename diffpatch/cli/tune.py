@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import arguments, generation, output, progress
+from diffpatch.cli import generation, output, progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.eval.tuned.page import page
 from diffpatch.eval.tuned.plot import front_svg
@@ -21,66 +21,7 @@ from diffpatch.pipelines.running.calls import fitted_call, steps_of
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 from diffpatch.tuning.cost import Cost, cost
-from diffpatch.tuning.front import CACHES, SPARSE, Advance, check_prompts, measure_front
-
-EXAMPLES = """\
-examples:
-  diffpatch tune -m demo --prompt-file prompts.txt -o demo.json
-  diffpatch tune -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt-file prompts.txt --hold-out 2 \\
-      --target "30 dB" -o wan.json
-  diffpatch render -m demo -p "a large red circle moves left over a black background" \\
-      --settings demo.json --target "30 dB" --compare dense -o out/
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "tune",
-        help="what a quality costs on your model: settings for targets such as '30 dB'",
-        description="Find out what every head loses to sparse attention, render with attention,\n"
-        "with a step cache and with both, and print what each comes to. Writes the settings, and\n"
-        "a page and a picture beside them. Stopped at any moment, the same command goes on.",
-        epilog=EXAMPLES,
-    )
-    group = parser.add_argument_group("what to tune with")
-    group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
-    group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
-    group.add_argument(
-        "--hold-out", type=arguments.number(int, 0), default=0, metavar="N",
-        help="check with the last N prompts what the target really comes to (0)",
-    )  # fmt: skip
-    group.add_argument(
-        "--target", default="30 dB", help="what to choose: '30 dB', '2x', 'kept 0.25' (30 dB)"
-    )
-    group.add_argument(
-        "--render", type=arguments.number(int, 1), default=2, metavar="N",
-        help="prompts that the front is rendered with (2)",
-    )  # fmt: skip
-    group.add_argument(
-        "--kept", nargs="*", type=arguments.fraction, default=list(SPARSE), metavar="F",
-        help="kept fractions of sparse calls that are rendered (0.5 0.25)",
-    )  # fmt: skip
-    group.add_argument(
-        "--caches", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
-        help="thresholds of diffusers' FirstBlockCache, none without any (0.05 0.1 0.2 where"
-        " diffusers knows the model)",
-    )  # fmt: skip
-    group.add_argument(
-        "--curve-steps", type=arguments.number(int, 3), metavar="N",
-        help="denoising steps of the runs that curves are made from (those of the others)",
-    )  # fmt: skip
-    arguments.add_model_options(parser)
-    arguments.add_generation_options(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "-o", "--output", type=Path, default=Path("settings.json"),
-        help="file of the settings (settings.json)",
-    )  # fmt: skip
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier file")
-    group.add_argument("--json", action="store_true", help="print the settings as JSON")
-    group.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(run=run)
+from diffpatch.tuning.front import CACHES, Advance, check_prompts, measure_front
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,96 +7,14 @@ import dataclasses
 from typing import Any
 
 import diffpatch
-from diffpatch.cli import arguments, generation, progress
-from diffpatch.cli.bench import kernels as bench_kernels
-from diffpatch.cli.bench import model as bench_model
-from diffpatch.cli.bench import profile as bench_profile
-from diffpatch.cli.bench.output import add_common, chosen, finish, times
+from diffpatch.cli import generation, progress
+from diffpatch.cli.bench.output import chosen, finish, times
 from diffpatch.cli.errors import RunError
+from diffpatch.cli.options import arguments
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import fitted_call, steps_of
 
-__all__ = ["add_parser", "chosen"]  # other commands choose methods in the same way
-
-EXAMPLES = """\
-examples:
-  diffpatch bench attention --grid 33x16x16 --method radial
-  diffpatch bench attention --grid 21x45x80 --heads 12 --head-dim 128 --dtype bf16 \\
-      --method radial --method neighborhood --json bench.json
-  diffpatch bench render --model demo-long --method radial --repeats 3
-  diffpatch bench model --model wan-14b --kept 0.2 --method radial --method neighborhood
-  diffpatch bench kernels --help
-"""
-PROMPT = "a large red circle moves left over a black background"
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure speed",
-        description="Measure speed against the fastest dense attention on this machine.\n"
-        "Wrong results are an error, never a speedup.",
-        epilog=EXAMPLES,
-    )
-    kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    _add_attention(kinds)
-    _add_render(kinds)
-    bench_model.add_parser(kinds)
-    bench_profile.add_parser(kinds)
-    bench_kernels.add_parser(kinds)
-
-
-def _add_attention(kinds: Any) -> None:
-    parser = kinds.add_parser(
-        "attention",
-        help="one attention call on random tensors",
-        description="Time one attention call of each method and of the fastest dense attention,\n"
-        "in turns, after checking the results against a masked softmax.",
-        epilog=EXAMPLES,
-    )
-    count = arguments.number(int, 1)
-    parser.add_argument(
-        "--grid", type=grid, default="33x16x16", help="frames×height×width in tokens (33x16x16)"
-    )
-    parser.add_argument("--text", type=arguments.number(int, 0), default=0, help="text tokens (0)")
-    parser.add_argument("--heads", type=count, default=3, help="attention heads (3)")
-    parser.add_argument("--head-dim", type=count, default=64, help="their size (64)")
-    parser.add_argument("--batch", type=count, default=1, help="sequences (1)")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32", help="(fp32)")
-    parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
-    arguments.add_backend_option(parser)
-    add_common(parser, repeats=5)
-    parser.set_defaults(run=run_attention)
-
-
-def _add_render(kinds: Any) -> None:
-    parser = kinds.add_parser(
-        "render",
-        help="a whole pipeline call, dense and with each method",
-        description="Time whole pipeline calls, dense and with each method in turns.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("-p", "--prompt", default=PROMPT, help="what to render")
-    arguments.add_model_options(parser)
-    arguments.add_generation_options(parser)
-    arguments.add_method_options(parser)
-    add_common(parser, repeats=3)
-    parser.set_defaults(run=run_render)
-
-
-def grid(text: str) -> diffpatch.TokenGrid:
-    """33x16x16 as a grid."""
-    try:
-        frames, height, width = (int(part) for part in text.lower().replace("×", "x").split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be frames×height×width, such as 33x16x16"
-        ) from None
-    try:
-        return diffpatch.TokenGrid(frames, height, width)
-    except diffpatch.DiffpatchError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+__all__ = ["chosen", "run_attention", "run_render"]  # other commands choose methods in the same way
 
 
 def run_attention(args: argparse.Namespace) -> int:

@@ -8,21 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.cli import output, progress
-from diffpatch.cli.arguments import fraction, number
 from diffpatch.eval.bench.kernels.bench import PARTS, bench_kernels
 from diffpatch.eval.bench.kernels.measurements import reason_of
-from diffpatch.eval.bench.kernels.shapes import KEPT, LARGE, SHAPES, SMALL
-from diffpatch.eval.bench.kernels.variants import LAYOUTS, LOADS
+from diffpatch.eval.bench.kernels.shapes import KEPT, LARGE, SMALL
 from diffpatch.files import to_json
-from diffpatch.pipelines.running.loading import DTYPES, choose_device
+from diffpatch.pipelines.running.loading import choose_device
 from diffpatch.tables import table
 
-EXAMPLES = """\
-examples:
-  diffpatch bench kernels --device cuda --json kernels.json
-  diffpatch bench kernels --device cuda --parts checks choices --json choices.json
-  diffpatch bench kernels --layout permuted gather ordered --loads auto pointer --int8 --gluon
-"""
 Row = dict[str, Any]
 
 SLOT = 460.0  # seconds of a run on a GPU, where nothing else is asked for
@@ -32,47 +24,6 @@ COLUMNS = (
     "shape", "dtype", "backend", "tokens", "kept", "ms", "speedup", "TFLOP/s", "of bound",
     "host ms",
 )  # fmt: skip
-
-
-def add_parser(kinds: Any) -> None:
-    """Add the command to `diffpatch bench`."""
-    parser = kinds.add_parser(
-        "kernels",
-        help="the kernels alone",
-        description="Check every kernel against its definition; time the block-sparse kernels at\n"
-        "the shapes of known models, in turns with dense attention and what others ship; tiles\n"
-        "that are chosen by content; and whole steps of models with random weights. On a GPU all\n"
-        "of it, within 8 minutes; on a CPU the kernels at small shapes.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to do at all; all on a GPU")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all; the small ones on a CPU")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="(bf16)"
-    )
-    parser.add_argument(
-        "--kept", nargs="*", type=fraction, help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU"
-    )
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["permuted"])
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["auto"])
-    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too (a GPU does)")
-    parser.add_argument(
-        "--gluon", action="store_true", help="and other settings of the kernel made for Hopper"
-    )
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="rounds (5)")
-    parser.add_argument(
-        "--limit-seconds",
-        type=number(float, 1),
-        metavar="S",
-        help="begin no row that may end later (460 on a GPU)",
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
-        help="JSON to a file, which has every row as soon as it is measured, or - for stdout",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,46 +7,12 @@ from typing import Any
 
 import torch
 
-from diffpatch.cli import arguments, progress
-from diffpatch.cli.bench.output import add_common, chosen, finish, times
+from diffpatch.cli import progress
+from diffpatch.cli.bench.output import chosen, finish, times
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.patching.options.settle import AUTO
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.shapes import table as shapes
-
-EXAMPLES = """\
-examples:
-  diffpatch bench model --model wan-14b --height 720 --width 1280 --num-frames 81 --kept 0.2 \\
-      --method radial --method neighborhood --json wan-14b.json
-  diffpatch bench model --model flux --height 2048 --width 2048 --method neighborhood --layers 8
-"""
-
-
-def add_parser(kinds: Any) -> None:
-    """Add the command to `diffpatch bench`."""
-    parser = kinds.add_parser(
-        "model",
-        help="one step of a model of published size, with random weights",
-        description="Time one forward of a transformer of published size with random weights,\n"
-        "which needs no checkpoint: dense and with each method in turns, after checking results.",
-        epilog=EXAMPLES,
-    )
-    count = arguments.number(int, 1)
-    names = [shape.name for shape in shapes.MODELS]
-    parser.add_argument("-m", "--model", choices=names, default="wan-1.3b", help="(wan-1.3b)")
-    parser.add_argument("--height", type=count, default=480, help="in pixels (480)")
-    parser.add_argument("--width", type=count, default=832, help="in pixels (832)")
-    parser.add_argument("--num-frames", type=count, help="of a video (about 80; 1 for images)")
-    parser.add_argument("--layers", type=count, help="time fewer layers than the model has")
-    parser.add_argument("--batch", type=count, default=1, help="samples in the forward (1)")
-    parser.add_argument(
-        "--kept", type=arguments.fraction, help="fit every method to this share of the pairs"
-    )
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), help="(bf16; on the CPU fp32)")
-    parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
-    arguments.add_backend_option(parser)
-    add_common(parser, repeats=5)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

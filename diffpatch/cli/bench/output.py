@@ -7,29 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpatch.cli import arguments, output
+from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.files import to_json
 from diffpatch.methods.registry import parameter_types
 from diffpatch.tables import table
-
-
-def add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """--method, --set, --repeats, --json and --quiet."""
-    parser.add_argument("--method", action="append", help="repeatable (radial)")
-    if not any("--set" in action.option_strings for action in parser._actions):
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE",
-            help="a parameter, for every method that has it",
-        )  # fmt: skip
-    parser.add_argument(
-        "--repeats", type=arguments.number(int, 1), default=repeats, help=f"rounds ({repeats})"
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or - for stdout"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def chosen(args: argparse.Namespace, default: str = "radial") -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 from collections import Counter
@@ -14,27 +13,12 @@ from typing import Any
 import torch
 
 from diffpatch import files
-from diffpatch.cli import arguments, output
+from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
 from diffpatch.eval import media
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items, vbench
 from diffpatch.tables import table
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what reads and writes for VBench."""
-    group = parser.add_argument_group("VBench (runs in an environment of its own)")
-    group.add_argument(
-        "--vbench-export", type=Path, metavar="FOLDER",
-        help="also write every clip as FOLDER/ROW/PROMPT-INDEX.mp4, where VBench finds it",
-    )  # fmt: skip
-    group.add_argument(
-        "--vbench-results", action="append", default=[], metavar="ROW=FILE",
-        help="scores that VBench wrote for a row (*_eval_results.json), repeatable; alone, or "
-        "beside a measurement",
-    )  # fmt: skip
-    group.add_argument("--fps", type=arguments.number(float, 0.1), help="of exported clips")
 
 
 def read_results(given: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from diffpatch import patched
-from diffpatch.cli import arguments, generation, output
+from diffpatch.cli import generation, output
 from diffpatch.cli.errors import UsageError
+from diffpatch.cli.options import arguments
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
 from diffpatch.cli.render.resume import is_finished

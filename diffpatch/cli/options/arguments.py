@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffpatch.cli.errors import UsageError
+from diffpatch.cli.options import names
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.backends import BACKENDS, check_backend
-from diffpatch.patching.options.settle import QUALITIES
-from diffpatch.pipelines.running.loading import DTYPES, OFFLOADS
 from diffpatch.targets.target import Target
 
+Run = Callable[[argparse.Namespace], int]
+
 MODEL_HELP = "demo, demo-long, a folder that save_pretrained wrote, or a hub id such as owner/name"
+
+
+def later(module: str, name: str = "run") -> Run:
+    """A function of a module that is loaded when it is called."""
+    return lambda args: int(getattr(importlib.import_module(module), name)(args))
 
 
 def number(kind: type[int] | type[float], at_least: float) -> Callable[[str], Any]:
@@ -79,6 +85,8 @@ def existing_file(text: str) -> Path:
 
 def backend(text: str) -> str:
     """The name of a backend; an unknown one is the same error here as in Python."""
+    from diffpatch.kernels.block_sparse.backends import check_backend
+
     try:
         check_backend(text)
     except BadParameter as error:
@@ -88,8 +96,8 @@ def backend(text: str) -> str:
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_method_options` asked for beside --set, as `diffpatch.patch` takes it."""
-    names = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
-    return {name: getattr(args, name) for name in names}
+    wanted = ("quality", "dense_steps", "dense_layers", "dense_last_steps", "backend")
+    return {name: getattr(args, name) for name in wanted}
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +112,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quality",
-        choices=tuple(QUALITIES),
+        choices=names.QUALITIES,
         help="keep about 50, 25 or 12.5 %% of the pairs, where --set leaves it open",
     )
     group.add_argument(
@@ -165,7 +173,7 @@ def add_backend_option(group: Any) -> None:
         "--backend",
         type=backend,
         default="auto",
-        metavar=f"{{{','.join(BACKENDS)}}}",
+        metavar=f"{{{','.join(names.BACKENDS)}}}",
         help="what computes attention (auto)",
     )
 
@@ -176,14 +184,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-m", "--model", "--model-id", default="demo", help=MODEL_HELP)
     group.add_argument(
         "--dtype",
-        choices=("auto", *DTYPES),
+        choices=("auto", *names.DTYPES),
         default="auto",
         help="of the weights (auto: fp32 on the CPU, else bf16)",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (the accelerator, if there is one)")
     group.add_argument(
         "--offload",
-        choices=OFFLOADS,
+        choices=names.OFFLOADS,
         default="none",
         help="keep weights that wait in main memory: whole models, or single layers",
     )

@@ -1,0 +1,1 @@
+"""What the commands take, one file each: parsed and explained by --help without loading torch."""

@@ -1,0 +1,29 @@
+"""What `diffpatch families` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffpatch.cli.options.arguments import later
+
+EXAMPLES = """\
+examples:
+  diffpatch families
+  diffpatch families --json
+  diffpatch families --markdown    # the tables of the README
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "families",
+        help="list the supported model families",
+        description="The diffusers transformers that diffpatch knows; every pipeline that holds "
+        "one can be patched, unless the note says why not.",
+        epilog=EXAMPLES,
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.set_defaults(run=later("diffpatch.cli.families"))
