@@ -119,7 +119,7 @@ def patch(
         loaded, choice = from_settings(here, settings, target, quality, given)
         method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
-        dense_layers = choice.dense_layers if dense_layers is None else dense_layers
+        dense_layers = 0 if dense_layers is None else dense_layers
         promise = f"chosen for {target or quality!r}: {choice.promise}"
         quality = None
     if cache is not None:

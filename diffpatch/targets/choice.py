@@ -37,7 +37,6 @@ class Chosen:
         next_kept: error that the next percent of kept fraction would save.
         cache: threshold of the step cache; None without one.
         low: PSNR that four of five prompts reach, in dB; None where no front was measured.
-        dense_layers: first layers that stay dense; they are in no budget.
     """
 
     rest: str
@@ -51,20 +50,12 @@ class Chosen:
     next_kept: float
     cache: float | None = None
     low: float | None = None
-    dense_layers: int = 0
 
     def method(self, transformer: str) -> Method:
         """The method for one transformer of the model, by its name in the pipeline."""
         if not self.budgets:
             return Dense()
         return Dynamic(rest=self.rest, budgets=dict(self.budgets[transformer]))
-
-    @property
-    def _dense(self) -> str:
-        layers = {0: "", 1: " and the first layer"}.get(
-            self.dense_layers, f" and {self.dense_layers} layers"
-        )
-        return f"first {self.dense_steps:.0%} of the steps{layers} dense"
 
     @property
     def promise(self) -> str:
@@ -81,7 +72,8 @@ class Chosen:
         lines = ["attention dense"]
         if self.budgets:
             lines = [
-                f"kept      {self.kept:.1%} of all query-key pairs, {self._dense}",
+                f"kept      {self.kept:.1%} of all query-key pairs, first {self.dense_steps:.0%}"
+                " dense",
                 f"error     {self.error:.2%} of the attention output (relative L1), rest:"
                 f" {self.rest}",
             ]
@@ -173,39 +165,36 @@ def _choose(
         error: mean of sparse calls that may be made.
     """
     dense = settings.measured_on.dense_steps if applied is None else applied.dense_steps
-    first = 0 if applied is None else applied.dense_layers
     found: list[tuple[str, Choice]] = []
     refused: list[BadParameter] = []
     for rest in RULES:
         try:
-            found.append((rest, choose(_of_rule(settings, rest, first), kept=kept, error=error)))
+            found.append((rest, choose(_of_rule(settings, rest), kept=kept, error=error)))
         except BadParameter as problem:
             refused.append(problem)
     if not found:
         raise BadParameter(f"target={str(target)!r}: {refused[0]}")
     rest, best = min(found, key=lambda one: one[1].error if error is None else one[1].kept)
-    return _described(settings, rest, best, dense, first)
+    return _described(settings, rest, best, dense)
 
 
-def _of_rule(settings: Settings, rest: str, first: int) -> dict[str, Curve]:
-    """The curves with one rule alone, and dense, of all but some first layers."""
+def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
+    """The curves with one rule alone, and dense."""
     curves: dict[str, Curve] = {
         unit: [point for point in curve if point.rule in (rest, DENSE)]
         for unit, curve in settings.points().items()
-        if int(unit.split(".")[1]) >= first
     }
     if any(len(curve) < 2 for curve in curves.values()):
         raise BadParameter(f"the settings have no curves of {rest!r}")
     return curves
 
 
-def _described(settings: Settings, rest: str, choice: Choice, dense: float, first: int) -> Chosen:
+def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> Chosen:
     heads: dict[str, dict[int, dict[int, float]]] = {}
     for unit, point in choice.points.items():
         transformer, layer, head = unit.rsplit(".", 2)
         heads.setdefault(transformer, {}).setdefault(int(layer), {})[int(head)] = point.kept
-    part = len(choice.points) / len(settings.curves)  # of the heads, in layers that are not dense
-    kept = 1 - (1 - dense) * part * (1 - choice.kept)
+    kept = dense + (1 - dense) * choice.kept
     quality, time = quality_line(settings.rendered), time_line(settings.rendered)
     log_error = math.log10(max(choice.error, SMALLEST))
     return Chosen(
@@ -221,7 +210,6 @@ def _described(settings: Settings, rest: str, choice: Choice, dense: float, firs
         spread=None if quality is None else quality.spread,
         speedup=None if time is None else 1 / max(time.at(kept), 1e-3),
         next_kept=choice.slope / 100,
-        dense_layers=first,
     )
 
 

@@ -39,13 +39,11 @@ class Applied:
         sparse: kept fraction of sparse attention calls; 1 leaves attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
         cache: threshold of the step cache; None without one.
-        dense_layers: first layers that stay dense.
     """
 
     sparse: float
     dense_steps: float
     cache: float | None
-    dense_layers: int = 0
 
     @property
     def label(self) -> str:
@@ -85,7 +83,7 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
     """A point for everything that was rendered with all of the prompts, fastest first."""
     groups: dict[Applied, list[Measured]] = defaultdict(list)
     for run in front:
-        groups[Applied(run.sparse, run.dense_steps, run.cache, run.dense_layers)].append(run)
+        groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
     most = max((len(runs) for runs in groups.values()), default=0)
     whole = {applied: runs for applied, runs in groups.items() if len(runs) == most}
     spread = _spread([[min(run.psnr, FINEST) for run in runs] for runs in whole.values()])

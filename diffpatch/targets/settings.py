@@ -101,7 +101,6 @@ class Measured(_Part):
         sparse: kept fraction of sparse calls, dealt out over the heads by the curves; 1 leaves all
             attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        dense_layers: first layers that stay dense.
         cache: threshold of the step cache; None without one.
         kept: fraction of the pairs of all calls that were made.
         calls: attention calls that were made, as a fraction of those without a cache.
@@ -113,7 +112,6 @@ class Measured(_Part):
     prompt: Text
     sparse: Share
     dense_steps: Fraction
-    dense_layers: Annotated[int, Field(ge=0, le=100_000)] = 0
     cache: Positive | None
     kept: Fraction
     calls: Fraction

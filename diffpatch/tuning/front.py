@@ -26,8 +26,6 @@ from diffpatch.tuning.unfinished import Unfinished
 
 SPARSE = (0.5, 0.25)  # kept fractions of sparse calls that are rendered, beside dense attention
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
-FEWEST_LAYERS = 4  # of a model that can afford to keep its first one dense: a cache looks at what
-# that layer changes, and is misled by errors of attention in it (4.7 dB on the demo model)
 
 
 @dataclass(frozen=True)
@@ -165,15 +163,10 @@ def _can_cache(pipe: Any) -> bool:
 
 def _ways(settings: Settings, sparse: Sequence[float], caches: Sequence[float]) -> list[Applied]:
     """What is rendered beside dense, cheapest kernels first."""
-    on = settings.measured_on
-    layers = min(layers for _, layers, _ in on.transformers.values())
-    first = 1 if layers >= FEWEST_LAYERS else 0
+    first = settings.measured_on.dense_steps
     found = [Applied(1.0, 0.0, threshold) for threshold in dict.fromkeys(caches)]
     for kept in dict.fromkeys(kept for kept in sparse if kept < 1):
-        found += [
-            Applied(kept, on.dense_steps, threshold, first)
-            for threshold in dict.fromkeys((None, *caches))
-        ]
+        found += [Applied(kept, first, threshold) for threshold in dict.fromkeys((None, *caches))]
     return found
 
 
@@ -221,7 +214,7 @@ class _Job:
             ran = self._run(prompt, chosen_for(self._settings, applied))
             known = Measured(
                 prompt=prompt, sparse=applied.sparse, dense_steps=applied.dense_steps,
-                dense_layers=applied.dense_layers, cache=applied.cache,
+                cache=applied.cache,
                 kept=min(ran.kept, 1.0), calls=min(ran.calls, 1.0),
                 psnr=ran.psnr, seconds=ran.seconds, dense_seconds=ran.dense_seconds,
             ).model_dump()  # fmt: skip
@@ -276,7 +269,6 @@ class _Job:
         method = Dense() if chosen is None else chosen.method(self._name)
         cache = None if chosen is None else chosen.cache
         first = 0 if chosen is None else chosen.dense_steps
-        layers = 0 if chosen is None else chosen.dense_layers
         call = {"prompt": prompt, **self._call}
         on_cpu = execution_device(self._pipe).type == "cpu"
         with torch.no_grad():
@@ -284,7 +276,7 @@ class _Job:
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
                     warm_up(self._pipe, call, self._seed)
                 self._warm.add(str(chosen))
-            with patched(self._pipe, method, dense_steps=first, dense_layers=layers, cache=cache):
+            with patched(self._pipe, method, dense_steps=first, dense_layers=0, cache=cache):
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)
         self._spent.append(time.monotonic() - began)

@@ -73,11 +73,13 @@ def test_a_half_done_point_is_left_out() -> None:
     assert len(measured_points(runs()[:-1])) == len(RUNS) - 1
 
 
-def test_what_keeps_other_layers_dense_is_another_point() -> None:
-    both = [*runs(), *(run.model_copy(update={"dense_layers": 1}) for run in runs())]
-    assert len(measured_points(both)) == 2 * len(RUNS)
-    found = with_between(measured_points(both))
-    assert len([p for p in found if p.applied.dense_layers]) == len(found) // 2
+def test_what_keeps_more_steps_dense_is_another_point() -> None:
+    more = [run.model_copy(update={"dense_steps": 0.5}) for run in runs() if run.sparse < 1]
+    points = measured_points([*runs(), *more])
+    assert len(points) == len(RUNS) + 4
+    found = with_between(points)
+    sparse = [p for p in found if p.applied.sparse < 1]
+    assert len([p for p in sparse if p.applied.dense_steps == 0.5]) == len(sparse) // 2
 
 
 def test_what_nobody_sees_does_not_count() -> None:
