@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 COLD, HOT = (38, 50, 74), (242, 193, 78)
 CELL = 14  # pixels
+USUAL = 0.25  # kept fraction at which heads are compared that all stay dense
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,21 @@ def page(settings: Settings, found: Answer | None = None) -> str:
 
 
 def heat_maps(settings: Settings, found: Answer | None) -> list[HeatMap]:
-    """Kept fraction and error of every head, in every transformer; empty without sparse heads."""
-    if found is None or found.chosen is None:
-        return []
+    """Kept fraction and error of every head in every transformer; where nothing is sparse, what
+    heads would lose at `USUAL`."""
+    points = settings.points()
+    budgets = {} if found is None or found.chosen is None else found.chosen.budgets
+    if not budgets:
+        return [
+            _map(f"{name}: error of each head where {USUAL:.0%} is kept", {
+                layer: [error_at(points[f"{name}.{layer}.{h}"], "virtual", USUAL) for h in heads]
+                for layer, heads in layers.items()
+            }) for name, layers in _heads(points).items()
+        ]  # fmt: skip
+    assert found is not None and found.chosen is not None
     maps = []
-    for name, layers in found.chosen.budgets.items():
+    for name, layers in budgets.items():
         kept = {layer: list(heads) for layer, heads in layers.items()}
-        points = settings.points()
         error = {
             layer: [
                 error_at(points[f"{name}.{layer}.{head}"], found.chosen.rest, fraction)
@@ -60,10 +69,18 @@ def heat_maps(settings: Settings, found: Answer | None) -> list[HeatMap]:
             ]
             for layer, heads in layers.items()
         }
-        maps.append(_map(f"{name}: kept fraction by layer (down) and head (across)", kept, 1.0))
-        most = max(value for row in error.values() for value in row)
-        maps.append(_map(f"{name}: error of each head's output, relative L1", error, most or 1.0))
+        maps.append(_map(f"{name}: kept fraction of each head", kept, 1.0))
+        maps.append(_map(f"{name}: error of each head", error))
     return maps
+
+
+def _heads(points: Mapping[str, list[Point]]) -> dict[str, dict[int, list[int]]]:
+    """Transformer -> layer -> heads."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for unit in points:
+        name, layer, head = unit.rsplit(".", 2)
+        found.setdefault(name, {}).setdefault(int(layer), []).append(int(head))
+    return {n: {layer: sorted(layers[layer]) for layer in layers} for n, layers in found.items()}
 
 
 def error_at(curve: list[Point], rule: str, kept: float) -> float:
@@ -74,7 +91,8 @@ def error_at(curve: list[Point], rule: str, kept: float) -> float:
     ).error
 
 
-def _map(title: str, values: Mapping[int, list[float]], most: float) -> HeatMap:
+def _map(title: str, values: Mapping[int, list[float]], most: float = 0.0) -> HeatMap:
+    most = most or max(value for row in values.values() for value in row) or 1.0
     rows = []
     for layer, heads in sorted(values.items()):
         cells = []
@@ -84,4 +102,4 @@ def _map(title: str, values: Mapping[int, list[float]], most: float) -> HeatMap:
             colour = "#" + "".join(f"{channel:02x}" for channel in mixed)
             cells.append((colour, f"layer {layer}, head {head}: {value:.3g}"))
         rows.append(cells)
-    return HeatMap(title, rows)
+    return HeatMap(f"{title} (layers down, heads across; dark 0, bright {most:.2g})", rows)

@@ -24,12 +24,12 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """Marks of one kind, and the line through the best of them."""
+    """Marks of one kind (place, what it is, what it came to), and the line through the best."""
 
     name: str
     colour: str
     line: str
-    marks: list[tuple[float, float, str]]
+    marks: list[tuple[float, float, str, str]]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Picture:
     series: list[Series] = field(default_factory=list)
     front: str = ""
     target: tuple[float, str] | None = None
-    chosen: tuple[float, float, str] | None = None
+    chosen: tuple[float, float, float, str] | None = None  # the third: what four of five reach
     checked: list[tuple[float, float, str]] = field(default_factory=list)
 
 
@@ -69,6 +69,8 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     reached = [(one.dense_seconds / one.seconds, min(one.psnr, FINEST)) for one in checked]
     places += reached
     heights = [psnr for _, psnr in places]
+    if found is not None and found.point is not None:
+        heights.append(found.point.low)
     if wanted is not None and wanted.goal == "psnr":
         heights.append(wanted.value)
     speeds = [speed for speed, _ in places]
@@ -80,14 +82,16 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     for name, colour in COLOURS.items():
         own = [point for point in points if kind(point) == name]
         if own:
-            marks = [(x.at(1 / p.time), y.at(p.psnr), _about(p)) for p in own]
-            made.series.append(Series(name, colour, _line(pareto(own), x, y), marks))
+            marks = [(x.at(1 / p.time), y.at(p.psnr), _short(p), _about(p)) for p in own]
+            line = _line(pareto(with_between(own)), x, y)
+            made.series.append(Series(name, colour, line, marks))
     made.front = _line(pareto(with_between(points)), x, y)
     if wanted is not None and wanted.goal == "psnr":
         made.target = y.at(wanted.value), f"target {found.target}" if found else ""
     if found is not None and found.point is not None:
         p = found.point
-        made.chosen = x.at(1 / p.time), y.at(p.psnr), "chosen: " + _about(p)
+        least = max(p.low, y.low)
+        made.chosen = x.at(1 / p.time), y.at(p.psnr), y.at(least), "chosen: " + _about(p)
     made.checked = [
         (x.at(speed), y.at(quality), f"“{one.prompt}”: {one.psnr:.1f} dB")
         for one, (speed, quality) in zip(checked, reached, strict=True)
@@ -118,6 +122,11 @@ class _Ruler:
 
 def _line(points: list[FrontPoint], x: _Ruler, y: _Ruler) -> str:
     return " ".join(f"{x.at(1 / p.time)},{y.at(p.psnr)}" for p in points)
+
+
+def _short(point: FrontPoint) -> str:
+    """Kept fraction and threshold, as they stand beside a mark."""
+    return point.applied.label.replace("attention ", "").replace("cache ", "")
 
 
 def _about(point: FrontPoint) -> str:

@@ -14,6 +14,7 @@ from diffpatch.eval.tuned.plot import front_svg, picture
 from diffpatch.eval.tuned.table import STEP, answer, describe, gains, summary_of
 from diffpatch.targets.curves import Point
 from diffpatch.targets.settings import Checked
+from tests.targets.test_choice import error_of
 from tests.targets.test_choice import settings as curves
 from tests.targets.test_front import runs
 
@@ -79,8 +80,12 @@ def test_the_picture_is_well_formed_and_shows_everything() -> None:
     assert [series.name for series in drawn.series] == ["caches alone", "attention alone", "both"]
     assert drawn.chosen is not None and drawn.target is not None and len(drawn.checked) == 1
     for series in drawn.series:
-        for x, y, _ in series.marks:
+        for x, y, *_ in series.marks:
             assert drawn.left <= x <= drawn.right and drawn.top <= y <= drawn.bottom
+    x, mean, low, about = drawn.chosen
+    assert mean < low <= drawn.bottom and drawn.left <= x <= drawn.right and "chosen" in about
+    both = [short for _, _, short, _ in drawn.series[2].marks]
+    assert both == ["25% + 0.1", "50% + 0.1"]
     ET.fromstring(front_svg(settings, found))
     slow = [run.model_copy(update={"seconds": 25.0}) for run in runs()]
     ET.fromstring(front_svg(made(front=slow)))  # where nothing gains
@@ -103,6 +108,15 @@ def test_heat_maps_show_every_head_of_the_choice() -> None:
     settings = made()
     kept, error = heat_maps(settings, answer(settings, "kept 0.4"))
     assert [len(row) for row in kept.rows] == [3, 3] and [len(row) for row in error.rows] == [3, 3]
-    assert heat_maps(settings, answer(settings, "60 dB")) == []
+
+
+def test_where_nothing_is_sparse_the_map_shows_what_heads_would_lose() -> None:
+    for found in (None, answer(made(), "60 dB")):
+        (lost,) = heat_maps(made(), found)
+        assert "where 25% is kept" in lost.title and [len(row) for row in lost.rows] == [3, 3]
+        assert f"bright {error_of(0.2, 0.6):.2g}" in lost.title, "the hardest head"
+
+
+def test_the_error_of_a_head_is_that_of_the_nearest_size() -> None:
     curve = [Point(0.1, 0.5, "drop"), Point(0.4, 0.2, "drop"), Point(1.0, 0.0, "dense")]
     assert error_at(curve, "drop", 0.39) == 0.2 and error_at(curve, "drop", 0.9) == 0.0
