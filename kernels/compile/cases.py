@@ -31,6 +31,7 @@ from diffpatch.kernels.linear.triton_kernel import apply_kernel, state_kernel
 from diffpatch.kernels.selection import triton_impl as selection
 from diffpatch.kernels.selection.triton_impl import SelectionConfig
 from diffpatch.kernels.selection.triton_kernel import choose_kernel, drop_kernel, score_kernel
+from diffpatch.kernels.virtual_tokens import triton_correction as correction
 from diffpatch.kernels.virtual_tokens import triton_impl as virtual
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,9 +49,10 @@ class CompileCase:
             scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
-            tokens, "moments" of the tiles that are chosen from, "score" and "drop" (scores of these
-            where the rest stays as virtual tokens, and where it is dropped), "choose" (the best of
-            a row of `tile` strips), "state" and "apply" of linear attention.
+            tokens, "missed" of their correction, "moments" of the tiles that are chosen from,
+            "score" and "drop" (scores of these where the rest stays as virtual tokens, and where it
+            is dropped), "choose" (the best of a row of `tile` strips), "state" and "apply" of
+            linear attention.
         dtype: of the tensors.
         size: the head size.
         tile: the largest tile, in tokens.
@@ -97,10 +99,12 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
-            for kernel in ("pool", "moments", "virtual", "state", "apply"):
+            for kernel in ("pool", "moments", "virtual", "missed", "state", "apply"):
                 yield CompileCase(arch, kernel, dtype, 128, 128, False)
             for tile in (64, 128):
                 yield CompileCase(arch, "virtual", dtype, 64, tile, False)
+            for size in (64, 256):
+                yield CompileCase(arch, "missed", dtype, size, 128, True)
         if dtype == "fp32":  # of moments, whatever the tensors are
             for kernel, size in product(("score", "drop"), (64, 128, 256)):
                 yield CompileCase(arch, kernel, dtype, size, 128, False)
@@ -153,6 +157,8 @@ def configuration(case: CompileCase) -> Config:
         return selection.row_config(case.tile)
     if case.kernel in SELECTION:
         return selection.DROP if case.kernel == "drop" else selection.SCORES
+    if case.kernel == "missed":
+        return correction.CONFIGS[dtype.itemsize, padded(case.size)]
     if case.kernel == "virtual":
         return virtual.configuration(dtype, case.size, case.tile)
     if case.kernel == "state":
@@ -192,7 +198,7 @@ def specialization(case: CompileCase, config: Config) -> tuple[Any, dict[str, An
 def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
-    if case.kernel in ("pool", "moments", "virtual"):
+    if case.kernel in ("pool", "moments", "virtual", "missed"):
         return _virtual(case)
     if isinstance(config, SelectionConfig):
         return _selection(case, config)
@@ -260,6 +266,9 @@ def _virtual(case: CompileCase) -> tuple[Any, dict[str, Any], dict[str, str]]:
         alone = dict.fromkeys(("V", "VALUES"))
         types |= dict.fromkeys(("KEYS", "VARIANCE"), "*fp32")
         return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS} | alone, types
+    if case.kernel == "missed":
+        types |= {"MEAN": "*fp32", "OUT": "*fp32"}
+        return correction.missed_kernel, {"group": 1, "LENGTH": 32}, types
     return virtual.virtual_kernel, {"group": 1}, types
 
 

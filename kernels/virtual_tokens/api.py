@@ -132,15 +132,24 @@ def missed(
         scale: the factor on q·k.
         shown: as in `attend_virtual`.
         key_mask: bool (B, S), True where a key counts.
-        backend: "reference", or any other, which is PyTorch.
+        backend: "triton", "torch", "reference", or "auto".
 
     Returns:
         What `attend_virtual` takes as `missed`.
     """
-    if backend == "reference":
-        return reference.missed(q, k, v, tokens, blocks, scale, shown, key_mask)
-    seen = _shown_pieces(tokens, blocks, shown)
-    return correction.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
+
+    def compute(name: str) -> Missed:
+        if name == "reference":
+            return reference.missed(q, k, v, tokens, blocks, scale, shown, key_mask)
+        seen = _shown_pieces(tokens, blocks, shown)
+        if name == "triton":
+            from diffpatch.kernels.virtual_tokens import triton_correction as kernels
+
+            if kernels.supports(tokens):
+                return kernels.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
+        return correction.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
+
+    return run(VIRTUAL_TOKENS, backend, blocks, (q, k, v), compute)[0]
 
 
 def _shown_pieces(

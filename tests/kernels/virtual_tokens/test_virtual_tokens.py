@@ -203,6 +203,39 @@ def test_what_virtual_tokens_miss_is_what_the_mean_query_sees(backend: str) -> N
     assert not found.out[:, 0].any() and found.out[:, 1:].any()  # head 0 is shown nothing
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_kernel_sees_what_virtual_tokens_miss(dtype: torch.dtype, hidden: bool) -> None:
+    pytest.importorskip("triton")
+    from unittest import mock
+
+    from diffpatch.kernels.gpu import support
+    from tests.kernels.gpu.triton_interpreter import interpreted
+
+    blocks = index()
+    tensors, key_mask = inputs(dtype)
+    key_mask = key_mask if hidden else torch.ones_like(key_mask)
+    _, shown = chosen(blocks, 4)
+    expected = missed_by_formula(tensors, blocks, shown, 0.4, key_mask)
+    with (
+        interpreted(),
+        poisoned(),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
+    ):
+        mask = key_mask if hidden else None
+        tokens = virtual_tokens.pool(
+            *tensors[1:], blocks, POOL, key_mask=mask, strip=STRIP, backend="triton"
+        )
+        found = virtual_tokens.missed(
+            *tensors, tokens, blocks, 0.4, shown=shown, key_mask=mask, backend="triton"
+        )
+    for one, right in zip(found, expected, strict=True):
+        assert torch.isfinite(one).all()
+        assert (one.double() - right).norm() / right.norm() < (
+            1e-4 if dtype == torch.float32 else 0.05  # a difference of numbers of 16 bits
+        )
+
+
 def test_a_tile_of_equal_queries_misses_nothing_once_corrected() -> None:
     """Then all of its queries are its mean, and the correction is all that was missing."""
     blocks = index()
