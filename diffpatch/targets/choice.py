@@ -52,10 +52,14 @@ class Chosen:
     low: float | None = None
 
     def method(self, transformer: str) -> Method:
-        """The method for one transformer of the model, by its name in the pipeline."""
+        """The method for one transformer of the model, by its name in the pipeline.
+
+        Experts share the budgets of the first.
+        """
         if not self.budgets:
             return Dense()
-        return Dynamic(rest=self.rest, budgets=dict(self.budgets[transformer]))
+        own = self.budgets.get(transformer) or next(iter(self.budgets.values()))
+        return Dynamic(rest=self.rest, budgets=dict(own))
 
     @property
     def promise(self) -> str:

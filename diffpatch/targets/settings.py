@@ -293,15 +293,30 @@ def fingerprint(transformers: Mapping[str, torch.nn.Module]) -> str:
     """16 hex digits that name a model's weights, without reading all of them.
 
     Names, shapes and a few values of every parameter go into it, so a merged LoRA or another
-    checkpoint of the same shape counts as another model. Dtype and device do not.
+    checkpoint of the same shape counts as another model. Dtype and device do not, nor offload.
     """
     digest = hashlib.sha256()
     for name in sorted(transformers):
         digest.update(f"{name}:{type(transformers[name]).__name__}\n".encode())
-        for path, value in sorted(transformers[name].named_parameters()):
-            digest.update(f"{path}{tuple(value.shape)}".encode())
+        for path, parameter in sorted(transformers[name].named_parameters()):
+            digest.update(f"{path}{tuple(parameter.shape)}".encode())
+            value = _stored(transformers[name], path, parameter)
             if value.device.type != "meta" and value.numel():
                 every = max(1, value.numel() // 4)
                 some = value.detach().flatten()[::every][:4]
                 digest.update(some.bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stored(model: torch.nn.Module, path: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter; where accelerate offloads parts of a model, what it keeps of it."""
+    if parameter.device.type != "meta":
+        return parameter
+    owner, _, name = path.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            found: torch.Tensor = kept[name]
+            return found
+    return parameter

@@ -189,7 +189,7 @@ class _Job:
         settings.check_model({name: model for name, model, _ in found})
         self._pipe, self._settings, self._seed = pipe, settings, seed
         self._call, self._units = call, units
-        (self._name,) = settings.measured_on.transformers
+        self._name = next(iter(settings.measured_on.transformers))
         curves = settings.model_dump_json(include={"measured_on", "curves"})
         ties = json.dumps([curves, call, seed], sort_keys=True, default=str)
         self._done = Unfinished(None if path is None else Path(path), ".clips", ties)

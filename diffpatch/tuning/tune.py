@@ -63,6 +63,8 @@ def tune(
 ) -> Settings:
     """Find out what every head of a model loses to sparse attention, to choose settings from.
 
+    Two experts that are alike, as in Wan 2.2, get the same settings, from errors in both.
+
     Each prompt is run dense once with all candidates tried beside it at three steps, which takes
     two to three times as long as a dense run of few steps and hardly longer than one of many. For
     the first `pairs` prompts a dense clip and three sparse ones are rendered besides. A patch that
@@ -121,7 +123,7 @@ def _of_prompt(
     with patched(pipe, probe, dense_steps=0, dense_layers=0), torch.no_grad():
         exact = sample(pipe, arguments, seed)
         place = {"grid": _grid(probe), "steps": report(pipe).steps}
-        (name,) = named_owners(pipe)
+        name = next(iter(named_owners(pipe)))  # experts share what is found out
     found = _Found(probe.curves(name), [], BEST_PSNR)
     if not sizes:
         return found, place
@@ -172,18 +174,22 @@ def _grid(probe: Probe) -> tuple[int, int, int, int]:
 
 
 def _model(pipe: Any) -> dict[str, Any]:
-    """Fingerprint, dtype and class of the transformer, under the name it has in the pipeline."""
+    """Fingerprint, dtype and class of the transformers, under their names in the pipeline."""
     found = transformers(pipe, None)
-    if len(found) != 1:
+    classes = {
+        name: (type(model).__name__, len(attention_modules(model, family)))
+        for name, model, family in found
+    }
+    if len(set(classes.values())) != 1:
         raise BadParameter(
-            "tune knows pipelines of one transformer, and this one has"
-            f" {', '.join(name for name, *_ in found)}: choose settings for this model by hand"
+            "tune knows pipelines of one transformer or of experts that are alike, and this has"
+            f" {', '.join(f'{name}: {cls}' for name, (cls, _) in classes.items())}: choose settings"
+            " for this model by hand"
         )
-    ((name, model, family),) = found
     return {
-        "fingerprint": fingerprint({name: model}),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "classes": {name: (type(model).__name__, len(attention_modules(model, family)))},
+        "fingerprint": fingerprint({name: model for name, model, _ in found}),
+        "dtype": str(found[0][1].dtype).removeprefix("torch."),
+        "classes": classes,
     }
 
 
@@ -235,10 +241,7 @@ def _joined(
                 (sum(c[i][0] for c in each) / len(each), sum(c[i][1] for c in each) / len(each))
                 for i in range(len(points))
             ]
-    heads: dict[str, int] = {}
-    for unit in curves:
-        name, _, head = unit.rsplit(".", 2)
-        heads[name] = max(heads.get(name, 0), int(head) + 1)
+    heads = 1 + max(int(unit.rpartition(".")[2]) for unit in curves)
     grid = tuple(done.place["grid"])
     first = Dynamic()
     shape = TokenGrid(*grid[:3])
@@ -246,9 +249,7 @@ def _joined(
         measured_on=MeasuredOn(
             model=model["fingerprint"],
             transformers={
-                name: (cls, layers, heads[name])
-                for name, (cls, layers) in model["classes"].items()
-                if name in heads
+                name: (cls, layers, heads) for name, (cls, layers) in model["classes"].items()
             },
             grid=grid,
             kind="image" if grid[0] == 1 else "video",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -161,3 +162,12 @@ def test_a_fingerprint_names_weights_and_not_where_they_are() -> None:
         layer.weight.add_(1.0)
     assert name != fingerprint({"transformer": layer})
     assert len(name) == 16
+
+
+def test_offload_does_not_change_a_fingerprint() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Sequential(torch.nn.Linear(7, 2)))
+    name = fingerprint({"transformer": model})
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert fingerprint({"transformer": model}) == name

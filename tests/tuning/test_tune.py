@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from diffpatch.targets.target import Target
 from diffpatch.tuning import tune as tuning
 from diffpatch.tuning.probe import Candidate, Probe, sampled_steps
 from diffpatch.tuning.tune import psnr, tune
-from tests.tiny import Tiny, wan
+from tests.tiny import Tiny, wan, wan22
 
 CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 4}
 
@@ -103,6 +104,46 @@ def test_a_model_is_tuned_checked_and_run(small: Tiny, tmp_path: Path) -> None:
     for options, message in refused:
         with pytest.raises(BadParameter, match=message):
             diffpatch.patch(small.pipe, **options)
+
+
+def test_a_model_that_is_offloaded_by_parts_comes_to_the_same(small: Tiny) -> None:
+    call = call_of(small)
+    there = tune(small.pipe, ["a cat"], call=call, pairs=0)
+    accelerate.cpu_offload(small.pipe.transformer, execution_device=torch.device("cpu"))
+    away = tune(small.pipe, ["a cat"], call=call, pairs=0)
+    assert away.measured_on.model == there.measured_on.model and away.curves == there.curves
+    diffpatch.patch(small.pipe, settings=there, target="kept 0.8")
+    small.run(**CALL)
+    assert diffpatch.report(small.pipe).kept <= 0.8 + 1e-6
+
+
+def test_two_experts_are_tuned_as_one(small: Tiny) -> None:
+    tiny = wan22()
+    call = call_of(tiny)
+    settings = tune(tiny.pipe, ["a cat"], call=call, pairs=0)
+    on = settings.measured_on
+    assert set(on.transformers) == {"transformer", "transformer_2"}
+    assert {unit.split(".")[0] for unit in settings.curves} == {"transformer"}
+    one = tiny.pipe.transformer_2
+    with torch.no_grad():  # errors are those of both: another second expert has others
+        for value in one.parameters():
+            value.mul_(3)
+    other = tune(tiny.pipe, ["a cat"], call=call, pairs=0)
+    assert other.curves != settings.curves and other.measured_on.model != on.model
+    diffpatch.patch(tiny.pipe, settings=other, target="kept 0.8")
+    tiny.run(**CALL)
+    layers = {name.split(".")[0] for name in diffpatch.report(tiny.pipe).kept_per_layer}
+    assert layers == {"transformer", "transformer_2"}
+    assert diffpatch.report(tiny.pipe).kept <= 0.8 + 1e-6
+    with pytest.raises(BadParameter, match="other weights"):
+        diffpatch.patch(tiny.pipe, settings=settings, target="kept 0.8")
+
+
+def test_experts_that_differ_are_refused(small: Tiny) -> None:
+    tiny = wan22()
+    tiny.pipe.transformer_2 = wan(layers=3).pipe.transformer
+    with pytest.raises(BadParameter, match="experts that are alike"):
+        tune(tiny.pipe, ["a cat"], call=call_of(tiny))
 
 
 def test_a_stopped_tuning_goes_on_where_it_was(
