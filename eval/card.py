@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffpatch import BlockPattern
 from diffpatch.eval.media import save_animation, to_images
 from diffpatch.files import naming
 
@@ -27,6 +26,8 @@ DESCRIPTION = 0x010E  # of an image, in Exif
 FRAMES = 24  # of the moving card, at least; shorter clips repeat
 PAPER, BOX, INK, SOFT, ACCENT = "#14161a", "#20242b", "#f2f2ef", "#a4a8b3", "#6fd3ae"
 KEPT, LEFT_OUT = (111, 211, 174), (42, 47, 56)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write_card(
         dense: frames (F, 3, H, W) in [0, 1].
         fast: the same with the method.
         text: what to say.
-        pattern: from `thumbnail`; None where the data decide what is left out.
+        pattern: from `thumbnail`; None where there is none to show.
         fps: of the clip.
     """
     clips = to_images(dense), to_images(fast)
@@ -104,9 +105,13 @@ def _exif(text: CardText) -> Image.Exif:
     return exif
 
 
-def thumbnail(pattern: BlockPattern, side: int = TILE) -> Image.Image:
-    """A small square picture of a pattern: queries down, keys to the right, bright is kept."""
-    kept = pattern.tile_map().mean(0)
+def thumbnail(kept: torch.Tensor, side: int = TILE) -> Image.Image:
+    """A small square picture of what is kept: queries down, keys to the right, bright is kept.
+
+    Args:
+        kept: (N, n), the kept part of each pair of a query tile and a key tile or strip.
+        side: of the picture, in pixels.
+    """
     grey = torch.nn.functional.interpolate(kept[None, None], (side, side), mode="area")[0, 0]
     low, high = torch.tensor(LEFT_OUT).float(), torch.tensor(KEPT).float()
     pixels = low + (high - low) * grey.sqrt()[..., None]  # the square root: faint is still seen
@@ -160,8 +165,11 @@ def _shown(
     card.paste(fast, (left, top))
     draw = ImageDraw.Draw(card)
     draw.line((left + line, top, left + line, top + size[1]), INK, 4)
-    for name, x, anchor in (("dense", left + 12, "la"), (label, left + size[0] - 12, "ra")):
-        font = _font(22)
+    room = size[0] - 64 - int(draw.textlength("dense", font=_font(22)))
+    beside = ("dense", _font(22), left + 12, "la"), (
+        *_fit(draw, label, 22, room), left + size[0] - 12, "ra"
+    )  # fmt: skip
+    for name, font, x, anchor in beside:
         box = draw.textbbox((x, top + 10), name, font=font, anchor=anchor)
         draw.rounded_rectangle((box[0] - 8, box[1] - 5, box[2] + 8, box[3] + 6), 6, PAPER)
         draw.text((x, top + 10), name, INK, font=font, anchor=anchor)
@@ -171,16 +179,21 @@ def _shown(
 def _fitted(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, ink: str, size: int, room: int
 ) -> None:
+    text, font = _fit(draw, text, size, room)
+    draw.text(at, text, ink, font=font)
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, room: int) -> tuple[str, Font]:
     """A text that gets smaller, and then shorter, until it fits."""
     text = text.replace("×", "x")  # which the font lacks
     while size > 13 and draw.textlength(text, font=_font(size)) > room:
         size -= 1
     while len(text) > 4 and draw.textlength(text, font=_font(size)) > room:
         text = text[:-2].rstrip("…") + "…"
-    draw.text(at, text, ink, font=_font(size))
+    return text, _font(size)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 

@@ -56,7 +56,9 @@ def main() -> None:
     prompt = json.loads((folder / "render.json").read_text(encoding="utf-8"))["prompt"]
     row = row_of(TABLE, METHOD)
     dense, fast = (read_frames(folder / f"{name}.mp4") for name in ("dense", METHOD))
-    pattern = thumbnail(make_method(METHOD, **row["facts"]["parameters"]).pattern(GRID))
+    pattern = thumbnail(
+        make_method(METHOD, **row["facts"]["parameters"]).pattern(GRID).tile_map()[0]
+    )
     with tempfile.TemporaryDirectory() as made:
         write_card(Path(made), dense, fast, text_of(row, prompt), pattern, FPS)
         shutil.move(Path(made) / PICTURE.name, PICTURE)

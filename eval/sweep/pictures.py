@@ -36,14 +36,21 @@ def save_pictures(
 
 
 def pattern_of(pipe: Any, run: Rendering, method: diffpatch.Method) -> Image.Image | None:
-    """A small picture of a method's pattern in a run; None where the data decide, or sizes lack."""
+    """A small picture of a method's pattern in a run; None where it is chosen by content, or sizes
+    lack."""
     try:
         plan = plan_run(pipe, run, method)
     except diffpatch.DiffpatchError:  # the run itself says what is wrong with it, if anything is
         return None
-    if plan.at_most or not plan.patterns:
+    return planned_pattern(plan)
+
+
+def planned_pattern(plan: diffpatch.Plan) -> Image.Image | None:
+    """A small picture of a plan's pattern; None where it says nothing: all that there is to choose
+    from."""
+    if plan.at_most or not plan.patterns or plan.patterns[0].kept >= 1:
         return None
-    return thumbnail(plan.patterns[0])
+    return thumbnail(plan.patterns[0].tile_map().mean(0))
 
 
 def save_attention(maps: diffpatch.AttentionMaps, stage: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
+from diffpatch.eval.card import thumbnail
 from diffpatch.eval.environment import environment
 from diffpatch.eval.load import load_of
 from diffpatch.eval.media import load_frames, save_frames
@@ -36,6 +37,7 @@ from diffpatch.files import DiskFull
 from diffpatch.patching.api import owners
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running.calls import fitted_call, frames_per_second, settings_of
+from diffpatch.tuning.chosen import chosen_tiles
 
 SCHEMA = 1
 
@@ -193,8 +195,11 @@ class Session:
         call = self._call(run.case)
         place = _place(run)
         if place not in self._warm:
-            with self._applied(run, dense_steps=0, dense_last_steps=0):
+            applied = self._applied(run, dense_steps=0, dense_last_steps=0)
+            with applied, chosen_tiles(self.pipe) as seen:
                 sampling.warm_up(self.pipe, call, run.case.seed)
+            if seen.map is not None:
+                self._patterns[place] = thumbnail(seen.map)
             self._warm.add(place)
         with self._applied(run) as method:
             sample = sampling.sample(self.pipe, call, run.case.seed)

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.parameters import convert
-from diffpatch.eval.card import card_text
+from diffpatch.eval.card import STAGE, TILE, card_text
 from tests import tiny
 from tests.tiny import images
 
@@ -62,6 +62,19 @@ def test_the_page_shows_both_clips_and_the_line_to_paste(rendered: Path) -> None
     assert (said.speedup, said.kept) == (
         result["speedup"]["total"], result["runs"]["radial"]["kept"],
     )  # fmt: skip
+
+
+def test_the_card_shows_what_was_chosen_by_content(models: Path, tmp_path: Path) -> None:
+    """Not all that there was to choose from, which is every pair."""
+    chosen = ["--method", "dynamic", "--set", "kept=0.3", "--set", "rest=drop", "--set", "tile=16"]
+    size = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2"]
+    words = ["-m", str(models / "wan"), "-p", "a cat", *chosen, *size, "--format", "apng"]
+    free = ["--dense-steps", "0", "--dense-layers", "0", "--compare", "dense", "--quiet"]
+    assert main(["render", *words, *free, "-o", str(tmp_path)]) == 0
+    left, top = STAGE[0] + 350, STAGE[1] + STAGE[3] + 14
+    with Image.open(tmp_path / "card.png") as still:
+        green = np.array(still.convert("RGB"))[top : top + TILE, left : left + TILE, 1]
+    assert green.min() < 60 and green.max() > 200
 
 
 def test_render_reports_times_quality_and_circumstances(rendered: Path) -> None:

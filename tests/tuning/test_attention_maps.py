@@ -9,10 +9,12 @@ import torch
 
 import diffpatch
 from diffpatch import TokenGrid, Window
+from diffpatch.patching.api import owners
 from diffpatch.patching.patch import SparseCall
 from diffpatch.patching.run.run import Run
 from diffpatch.tuning.attention_maps import exact_keys, probabilities
 from diffpatch.tuning.attention_picture import edges
+from diffpatch.tuning.chosen import chosen_tiles
 from tests.tiny import wan, wan22
 
 LOCAL = Window(window=(-1, 1, 2), shift="none")
@@ -135,3 +137,21 @@ def test_edges_are_between_inside_and_outside() -> None:
     assert edges(inside) == []
     inside[1, 1] = True
     assert sorted(edges(inside)) == [(1, 1, 1, 2), (1, 1, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2)]
+
+
+def test_what_was_chosen_is_seen_by_pictures() -> None:
+    """Of the middle layer, in the last step; a method that does not choose shows nothing."""
+    tiny = wan()
+    call = {"height": 64, "width": 64, "num_inference_steps": 2}
+    dynamic = diffpatch.Dynamic(kept=0.3, rest="drop", tile=16, strip=16, refresh=1)
+    for method, chooses in ((dynamic, True), (LOCAL, False)):
+        with diffpatch.patched(tiny.pipe, method, dense_steps=0, dense_layers=0):
+            with chosen_tiles(tiny.pipe) as seen:
+                tiny.run(**call)
+            assert not any(owner.patch.observers for owner in owners(tiny.pipe))
+        assert (seen.map is not None) == chooses
+        if seen.map is not None:
+            assert 0.2 < seen.map.mean() < 0.4 and seen.map.min() == 0 and seen.map.max() == 1
+    with chosen_tiles(tiny.pipe) as seen:
+        tiny.run(**call)
+    assert seen.map is None

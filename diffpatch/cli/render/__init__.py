@@ -30,10 +30,12 @@ from diffpatch.eval.card import thumbnail, write_card
 from diffpatch.eval.environment import environment
 from diffpatch.eval.load import load_of
 from diffpatch.eval.processes import Process
+from diffpatch.eval.sweep.pictures import planned_pattern
 from diffpatch.files import staged, to_json
 from diffpatch.pipelines.running import loading, sampling
 from diffpatch.pipelines.running import two_stages as two_stage
 from diffpatch.pipelines.running.calls import fitted_call
+from diffpatch.tuning.chosen import chosen_tiles
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,13 +73,15 @@ def render_all(job: Job, printing: bool) -> list[dict[str, Any]]:
             for prompt, folder in zip(job.prompts, job.folders, strict=True)
         ]
     # The method warms up first, so that settings that cannot work fail before the dense run.
+    chosen: torch.Tensor | None = None
     for variant in reversed(job.variants):
         progress.say(f"warming up {variant.name}", job.quiet)
-        _warm_up(job, pipe, variant, call | {"prompt": job.prompts[0]})
-    results = []
-    for prompt, folder in zip(job.prompts, job.folders, strict=True):
-        results.append(_shown(render(job, pipe, call | {"prompt": prompt}, folder), printing))
-    return results
+        seen = _warm_up(job, pipe, variant, call | {"prompt": job.prompts[0]})
+        chosen = seen if variant is job.variants[-1] else chosen
+    return [
+        _shown(render(job, pipe, call | {"prompt": prompt}, folder, chosen), printing)
+        for prompt, folder in zip(job.prompts, job.folders, strict=True)
+    ]
 
 
 def _shown(result: dict[str, Any], printing: bool) -> dict[str, Any]:
@@ -98,8 +102,18 @@ def two_stages(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[
     return result
 
 
-def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run every variant on one prompt and write its files; returns the result."""
+def render(
+    job: Job, pipe: Any, call: dict[str, Any], folder: Path, chosen: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Run every variant on one prompt and write its files; returns the result.
+
+    Args:
+        job: what to render.
+        pipe: the pipeline.
+        call: arguments of its call.
+        folder: where to.
+        chosen: what the method chose by content while it was warming up, for the card.
+    """
     from diffpatch.internals import execution_device  # diffusers is slow to import
 
     device = execution_device(pipe)
@@ -120,14 +134,18 @@ def render(job: Job, pipe: Any, call: dict[str, Any], folder: Path) -> dict[str,
     result["environment"] = environment(device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
-    picture = _pattern(pipe, job.variants[-1], call) if len(samples) > 1 else None
+    picture = _pattern(pipe, job.variants[-1], call, chosen) if len(samples) > 1 else None
     _write(job, samples, result, folder, picture)
     return result
 
 
-def _warm_up(job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> None:
-    # Two steps must show the method at work, so none of them is dense.
-    with _explained(variant.name), variant.applied(pipe, dense_steps=0, dense_last_steps=0):
+def _warm_up(
+    job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]
+) -> torch.Tensor | None:
+    """Two steps, and what was chosen by content in them, if anything was."""
+    # They must show the method at work, so none of them is dense.
+    applied = variant.applied(pipe, dense_steps=0, dense_last_steps=0)
+    with _explained(variant.name), applied, chosen_tiles(pipe) as seen:
         try:
             sampling.warm_up(pipe, call, job.seed)
         except diffpatch.DiffpatchError:
@@ -135,6 +153,7 @@ def _warm_up(job: Job, pipe: Any, variant: RenderVariant, call: dict[str, Any]) 
         except ValueError as error:
             # Pipelines check their arguments on entry and say what they expect.
             raise UsageError(f"{type(pipe).__name__}: {' '.join(str(error).split())}") from error
+    return seen.map
 
 
 def _timed(
@@ -171,8 +190,12 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def _pattern(pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> Image.Image | None:
-    """A small picture of the pattern, for the card; None where the data decide."""
+def _pattern(
+    pipe: Any, variant: RenderVariant, call: dict[str, Any], chosen: torch.Tensor | None
+) -> Image.Image | None:
+    """A small picture of what is kept, for the card: chosen by content, or else as planned."""
+    if chosen is not None:
+        return thumbnail(chosen)
     sizes = {key: call[key] for key in ("height", "width", "num_frames") if call.get(key)}
     if variant.name == TUNED:
         return None
@@ -181,7 +204,7 @@ def _pattern(pipe: Any, variant: RenderVariant, call: dict[str, Any]) -> Image.I
         made = diffpatch.plan(pipe, variant.name, **sizes, **options)
     except (diffpatch.DiffpatchError, TypeError):  # no size is known, or no plan of the model
         return None
-    return None if made.at_most or not made.patterns else thumbnail(made.patterns[0])
+    return planned_pattern(made)
 
 
 def _write(

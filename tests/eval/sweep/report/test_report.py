@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffpatch.eval import card
 from diffpatch.eval.media import save_frames
 from diffpatch.eval.medians import paired_interval
 from diffpatch.eval.quality.distances import compare
@@ -234,3 +235,19 @@ def test_an_interval_of_many_prompts_is_that_of_the_normal_distribution() -> Non
     error = 1.96 * values.std() / 400**0.5
     assert found["low"] == pytest.approx(values.mean() - error, abs=0.1 * error)
     assert found["high"] == pytest.approx(values.mean() + error, abs=0.1 * error)
+
+
+def test_a_long_name_leaves_the_picture_and_the_other_name_alone(tmp_path: Path) -> None:
+    """Both names stand on the clip, dense at its left edge; a long one is made to fit."""
+    grey, white = torch.full((1, 3, 64, 64), 0.5), torch.ones(1, 3, 64, 64)
+    said = ("line", "prompt", "machine")
+    stills = []
+    for label in ("a", "dynamic rest=drop rule=subblock at 25% dense_steps=2 dense_layers=0"):
+        card.write_card(tmp_path, grey, white, card.CardText(label, 2.0, 27.0, 0.3, *said), None, 8)
+        with Image.open(tmp_path / "card.png") as still:
+            stills.append(torch.from_numpy(np.array(still.convert("L"))))
+    left, top, width, height = card.STAGE
+    clip = left + (width - height) // 2  # a square one, as wide as it is high
+    for a, b in ((left, clip), (clip, clip + 85)):  # beside the clip, and where "dense" stands
+        assert torch.equal(stills[0][top : top + height, a:b], stills[1][top : top + height, a:b])
+    assert not torch.equal(*stills)
