@@ -140,11 +140,13 @@ class PatchedTransformer:
 
     def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid off the arguments and begin a forward. Traced under torch.compile."""
-        for _, module in self.modules:
-            if rebind.is_rebound(module.processor, self):
-                rebind.keep_up(module.processor)
+        processors = [module.processor for _, module in self.modules]
+        own = [one for one in processors if rebind.is_rebound(one, self)]
         if not torch.compiler.is_compiling():
+            own = list({type(one): one for one in own}.values())  # those of a class run one code
             self._keep_processors()
+        for one in own:
+            rebind.keep_up(one)
         self._check_company(model)
         named: Mapping[str, Any] = {
             **dict(zip(self._arguments, args, strict=False)), **kwargs

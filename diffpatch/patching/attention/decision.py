@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +23,7 @@ from diffpatch.pipelines.families.grids import REST
 DENSE_FROM = 1.0  # patterns that keep this much run dense: skipping nothing only costs
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What a decision depends on, beside the grid and the method.
 
     Attributes:

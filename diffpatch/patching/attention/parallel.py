@@ -70,6 +70,8 @@ def share(model: Any) -> tuple[int, int]:
     from diffpatch import internals  # imports diffusers, which takes seconds
 
     config = getattr(model, internals.PARALLEL, None)
+    if config is None:
+        return 0, 1
     parts = [
         (getattr(config, "context_parallel_config", None), internals.ULYSSES_MESH),
         (getattr(config, "tensor_parallel_config", None), internals.TENSOR_MESH),

@@ -59,11 +59,14 @@ class Followed:
         if function is not self.original or function.__code__ is not self.code:
             return False
         names = self.original.__globals__
-        return (
-            all(names.get(name, _MISSING) is value for name, value in self.found.items())
-            and all(a is b for a, b in zip(_held(function), self.held, strict=True))
-            and all(one.is_current(one.original) for one in self.inner)
-        )
+        for name, value in self.found.items():  # plain loops: this is asked in every call
+            if names.get(name, _MISSING) is not value:
+                return False
+        if function.__closure__:
+            for now, before in zip(_held(function), self.held, strict=True):
+                if now is not before:
+                    return False
+        return all(one.is_current(one.original) for one in self.inner) if self.inner else True
 
     def watched(self) -> Iterator[tuple[types.ModuleType, str, Any]]:
         """(module, name, value) of all names that the code and its inner functions look up."""
