@@ -41,7 +41,7 @@ class SparseCall:
         method: what computed it.
         pattern: over which it was computed.
         order: where the tokens of the pattern's grid stand in the sequence; None: in their order.
-        state: what the method has kept after the call.
+        state: what the method has kept after the call, for this branch and for all.
     """
 
     run: Run

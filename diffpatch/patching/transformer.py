@@ -253,8 +253,10 @@ class PatchedTransformer:
             where = self.name, layer, place.step, place.branch
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             order = None if decision.order is None else decision.order[0]
-            state = place.run.state[self.name, layer, place.branch, sample]
             method, pattern = self.patch.method, decision.pattern
+            key = self.name, layer, place.branch, sample
+            own, of_all = place.run.states(*key, method.shares_state)
+            state = {**(of_all or {}), **own}
             call = SparseCall(
                 place.run, where, out, dense, q, k, factor, seen.keys, method, pattern, order, state
             )

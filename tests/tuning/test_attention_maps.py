@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -115,6 +116,16 @@ def test_a_run_fills_the_maps() -> None:
     assert maps.draw(head=1).size[0] > 100 and maps.to_dict()["layer"] == 1
 
 
+def test_what_dynamic_chose_for_all_branches_is_known_in_each() -> None:
+    tiny = wan()
+    with (
+        diffpatch.patched(tiny.pipe, "dynamic", kept=0.4, dense_steps=0, dense_layers=0),
+        diffpatch.attention_maps(tiny.pipe, step=1) as maps,
+    ):
+        tiny.run(height=64, width=64, num_inference_steps=2)
+    assert 0 < maps.exact.float().mean() < 1 and maps.note == ""
+
+
 def test_what_cannot_be_seen_is_said() -> None:
     tiny = wan22()
     with pytest.raises(diffpatch.NotPatched), diffpatch.attention_maps(tiny.pipe, 0, step=0):
@@ -143,8 +154,9 @@ def test_what_was_chosen_is_seen_by_pictures() -> None:
     """Of the middle layer, in the last step; a method that does not choose shows nothing."""
     tiny = wan()
     call = {"height": 64, "width": 64, "num_inference_steps": 2}
-    dynamic = diffpatch.Dynamic(kept=0.3, rest="drop", tile=16, strip=16, refresh=1)
-    for method, chooses in ((dynamic, True), (LOCAL, False)):
+    dynamic = diffpatch.Dynamic(kept=0.3, rest="drop", tile=16, strip=16)  # for all branches
+    alone = dataclasses.replace(dynamic, refresh=1)
+    for method, chooses in ((dynamic, True), (alone, True), (LOCAL, False)):
         with diffpatch.patched(tiny.pipe, method, dense_steps=0, dense_layers=0):
             with chosen_tiles(tiny.pipe) as seen:
                 tiny.run(**call)
