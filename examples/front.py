@@ -77,7 +77,12 @@ def tuned(model: str, steps: int, reduced: bool, folder: Path) -> Settings:
         words = ["tune", "-m", model, "--steps", str(steps), "--curve-steps", str(min(steps, 10))]
         words += [word for prompt in own + fresh for word in ("-p", prompt)]
         words += ["--hold-out", str(len(fresh)), "--target", TARGET, "-o", str(path)]
-        words += ["--render", str(len(own)), "--kept", *(["0.25"] if reduced else ["0.5", "0.25"])]
+        words += [
+            "--render",
+            str(len(own)),
+            "--kept",
+            *(["0.25"] if reduced else ["0.25", "0.125"]),
+        ]
         words += ["--caches", *(["0.1", "0.2"] if reduced else ["0.05", "0.1", "0.15", "0.2"])]
         if main(words):
             raise SystemExit(1)

@@ -66,7 +66,7 @@ def say_cost(
     progress.say("timing two steps", args.quiet)
     known = cost(
         sampling.sample(pipe, probe, args.seed), steps, curves=own, fronts=rendered, checks=held,
-        ways=(1 + len(set(args.kept))) * (1 + len(set(caches))) - 1,
+        ways=(1 + len(set(args.kept)) * len(set(args.dense_steps))) * (1 + len(set(caches))) - 1,
     )  # fmt: skip
     progress.say(told(known), args.quiet)
 
@@ -87,7 +87,8 @@ def _measure(
     # Every stage has a file of its own until the last is done, named by what decides it.
     ties = [type(pipe).__name__, args.model, str(pipe.dtype), call, args.seed, own]
     curves = _stage(path, "curves", [*ties, args.curve_steps])
-    front = _stage(path, "front", [*ties, args.curve_steps, rendered, args.kept, args.caches])
+    ways = [args.kept, args.dense_steps, args.caches]
+    front = _stage(path, "front", [*ties, args.curve_steps, rendered, *ways])
 
     def prompt_done(prompt: str, done: int, of: int) -> None:
         progress.say(f"curves {done} of {of}: {prompt}", args.quiet)
@@ -109,7 +110,7 @@ def _measure(
     elif args.kept or args.caches != []:
         settings = measure_front(
             pipe, settings, rendered, call=call, seed=args.seed, sparse=args.kept,
-            caches=args.caches, path=front, on_progress=begins,
+            dense_steps=args.dense_steps, caches=args.caches, path=front, on_progress=begins,
         )  # fmt: skip
     if held and answer(settings, target).chosen is not None:
         settings = check_prompts(

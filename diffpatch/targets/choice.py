@@ -11,7 +11,7 @@ from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic import Dynamic
 from diffpatch.targets.curves import Choice, Curve, choose
-from diffpatch.targets.front import Applied, FrontPoint, best_within, fastest
+from diffpatch.targets.front import FOUR_OF_FIVE, Applied, FrontPoint, best_within, fastest
 from diffpatch.targets.picture import SMALLEST, quality_line, time_line
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
@@ -36,7 +36,7 @@ class Chosen:
         speedup: predicted for the denoising; None likewise.
         next_kept: error that the next percent of kept fraction would save.
         cache: threshold of the step cache; None without one.
-        low: PSNR that four of five prompts reach, in dB; None where no front was measured.
+        low: PSNR that four of five prompts reach, in dB; None where no pairs were rendered.
     """
 
     rest: str
@@ -213,6 +213,7 @@ def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> C
         psnr=None if quality is None else quality.at(log_error),
         spread=None if quality is None else quality.spread,
         speedup=None if time is None else 1 / max(time.at(kept), 1e-3),
+        low=None if quality is None else quality.at(log_error) - FOUR_OF_FIVE * quality.spread,
         next_kept=choice.slope / 100,
     )
 
@@ -227,14 +228,14 @@ def _refuse_noise(settings: Settings, target: Target) -> None:
 
 
 def _error_for(settings: Settings, target: Target) -> float:
-    """The mean error at which pictures are predicted to have a PSNR."""
+    """The mean error at which four of five prompts are predicted to have a PSNR."""
     line = quality_line(settings.rendered)
     if line is None:
         raise BadParameter(
             f"target={str(target)!r}: the settings hold too few rendered pairs to predict PSNR:"
             " tune with more prompts, or ask for 'kept 0.25'"
         )
-    return float(10 ** line.where(target.value))
+    return float(10 ** line.where(target.value + FOUR_OF_FIVE * line.spread))
 
 
 def _kept_for(settings: Settings, target: Target) -> float:

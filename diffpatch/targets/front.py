@@ -1,9 +1,9 @@
 """The front of quality against time: what sparse attention, a step cache, or both come to.
 
 Its points were rendered (`diffpatch.tuning.front`). Between two of them that differ in the kept
-fraction of attention alone, or in the threshold of the cache alone, there are others, predicted on
-the line between the two: PSNR over the logarithm of what differs, time over the kept fraction
-itself or the logarithm of the threshold.
+fraction of attention alone, in the steps that stay dense, or in the threshold of the cache, there
+are others, predicted on the line between the two: PSNR over the logarithm of fraction or threshold,
+time over the fraction itself; both over the steps themselves.
 
 PSNR above `FINEST` counts as that much: nobody sees the difference, and there prompts differ most.
 
@@ -47,8 +47,10 @@ class Applied:
 
     @property
     def label(self) -> str:
-        """For people, such as "attention 25% + cache 0.1"."""
-        parts = [f"attention {100 * self.sparse:.3g}%"] if self.sparse < 1 else []
+        """For people, such as "attention 25% after 15% + cache 0.1": the first 15 % stay dense."""
+        parts = []
+        if self.sparse < 1:
+            parts = [f"attention {100 * self.sparse:.3g}% after {100 * self.dense_steps:.3g}%"]
         parts += [f"cache {self.cache:g}"] if self.cache is not None else []
         return " + ".join(parts) or "dense"
 
@@ -117,15 +119,19 @@ def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
     A step from sparse to dense attention is not cut: another kernel computes it.
     """
     by_sparse: dict[Applied, list[FrontPoint]] = defaultdict(list)
+    by_steps: dict[Applied, list[FrontPoint]] = defaultdict(list)
     by_cache: dict[Applied, list[FrontPoint]] = defaultdict(list)
     found = list(points)
     for point in found:
         if (applied := point.applied).sparse < 1:
             by_sparse[replace(applied, sparse=0.0)].append(point)
+            by_steps[replace(applied, dense_steps=0.0)].append(point)
         if applied.cache is not None:
             by_cache[replace(applied, cache=0.0)].append(point)
     for line in by_sparse.values():
         found += _cut(line, lambda point: point.applied.sparse, _between_kept)
+    for line in by_steps.values():
+        found += _cut(line, lambda point: point.applied.dense_steps, _between_steps)
     for line in by_cache.values():
         found += _cut(line, lambda point: point.applied.cache or 0.0, _between_thresholds)
     return sorted(found, key=lambda point: point.time)
@@ -145,6 +151,12 @@ def _between_kept(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
     sparse = least * (most / least) ** part
     linear = (sparse - least) / (most - least)
     return _mixed(low, high, part, linear, replace(low.applied, sparse=sparse))
+
+
+def _between_steps(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
+    few, many = low.applied.dense_steps, high.applied.dense_steps
+    steps = round(few + part * (many - few), 4)
+    return _mixed(low, high, part, part, replace(low.applied, dense_steps=steps))
 
 
 def _between_thresholds(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:

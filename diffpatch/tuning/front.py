@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from diffpatch.targets.target import Target
 from diffpatch.tuning.tune import psnr
 from diffpatch.tuning.unfinished import Unfinished
 
-SPARSE = (0.5, 0.25)  # kept fractions of sparse calls that are rendered, beside dense attention
+SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
+DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
 
 
@@ -57,6 +59,7 @@ def measure_front(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     sparse: Sequence[float] = SPARSE,
+    dense_steps: Sequence[float] = DENSE_STEPS,
     caches: Sequence[float] | None = None,
     path: str | Path | None = None,
     on_progress: OnAdvance | None = None,
@@ -64,8 +67,8 @@ def measure_front(
     """Render prompts with every pair of a kept fraction and a cache threshold, and time them.
 
     Targets in dB and in speed are then chosen from what was seen, caches included. On n prompts
-    with s fractions and c thresholds it renders n · (s + 1) · (c + 1) clips, of which n are dense
-    and the others faster.
+    with s fractions, each after d parts of the run, and c thresholds it renders
+    n · (s · d + 1) · (c + 1) clips, of which n are dense and the others faster.
 
     Args:
         pipe: the pipeline that the settings are of. A patch that it carries is back afterwards.
@@ -75,6 +78,7 @@ def measure_front(
         call: other arguments of the pipeline's call, as in `diffpatch.tune`.
         seed: of the noise.
         sparse: kept fractions of sparse calls; each is dealt out over the heads by the curves.
+        dense_steps: first steps that stay dense before sparse ones, as fractions of the run.
         caches: thresholds of diffusers' FirstBlockCache; None takes `CACHES`, and none where
             diffusers cannot cache the model.
         path: where the result is written, and what is done kept beside it, so that the same call
@@ -89,7 +93,9 @@ def measure_front(
     prompts = list(dict.fromkeys(prompts))
     if caches is None:
         caches = CACHES if _can_cache(pipe) else ()
-    ways = _ways(settings, sparse, caches)
+    ways = _ways(sparse, dense_steps, caches)
+    if not all(0 <= part < 1 for part in dense_steps):
+        raise BadParameter(f"dense_steps={dense_steps!r} must be fractions of a run, below 1")
     if not prompts or not ways:
         raise BadParameter(
             f"prompts={prompts!r}, sparse={sparse!r}, caches={caches!r}: there is nothing to render"
@@ -161,13 +167,13 @@ def _can_cache(pipe: Any) -> bool:
     return True
 
 
-def _ways(settings: Settings, sparse: Sequence[float], caches: Sequence[float]) -> list[Applied]:
+def _ways(
+    sparse: Sequence[float], dense_steps: Sequence[float], caches: Sequence[float]
+) -> list[Applied]:
     """What is rendered beside dense, cheapest kernels first."""
-    first = settings.measured_on.dense_steps
-    found = [Applied(1.0, 0.0, threshold) for threshold in dict.fromkeys(caches)]
-    for kept in dict.fromkeys(kept for kept in sparse if kept < 1):
-        found += [Applied(kept, first, threshold) for threshold in dict.fromkeys((None, *caches))]
-    return found
+    first = [(1.0, 0.0), *itertools.product((kept for kept in sparse if kept < 1), dense_steps)]
+    found = [Applied(*one, cache) for one in dict.fromkeys(first) for cache in (None, *caches)]
+    return list(dict.fromkeys(found))[1:]
 
 
 class _Job:

@@ -47,14 +47,16 @@ def tuned(
         folder: where files are kept; None takes ``diffpatch/settings`` in the user's cache folder.
         on_progress: as in `tune`.
         on_clip: ``on_progress`` of `measure_front`.
-        **options: ``sparse`` and ``caches`` of `measure_front`.
+        **options: ``sparse``, ``dense_steps`` and ``caches`` of `measure_front`.
 
     Raises:
         BadParameter, UnknownFamily: as in `tune` and `measure_front`.
     """
-    unknown = sorted(set(options) - {"sparse", "caches"})
+    unknown = sorted(set(options) - {"sparse", "dense_steps", "caches"})
     if unknown:
-        raise BadParameter(f"tuned: unknown argument {unknown[0]!r}: sparse and caches are known")
+        raise BadParameter(
+            f"tuned: unknown argument {unknown[0]!r}: sparse, dense_steps and caches are known"
+        )
     found = {name: model for name, model, _ in transformers(pipe, None)}
     dtypes = sorted({str(model.dtype) for model in found.values()})
     ties = [fingerprint(found), dtypes, list(prompts), call, seed, options]

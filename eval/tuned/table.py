@@ -116,6 +116,8 @@ def front_table(settings: Settings, found: Answer | None = None) -> str:
     note = f"times and PSNR against dense, over {prompts} prompts"
     if prompts == 1:
         note += ": others are taken to differ as usual"
+    if any(point.applied.sparse < 1 for point in points):
+        note += "; 'after': first steps that stay dense"
     return f"{table(rows)}\n{note}"
 
 

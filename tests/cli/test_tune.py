@@ -49,8 +49,8 @@ def test_one_command_writes_settings_a_page_and_a_picture(
         (1.0, 1000.0), (0.5, None), (0.5, 1000.0)
     }  # fmt: skip
     page = tuned.with_suffix(".html").read_text(encoding="utf-8")
-    assert "a fox" in page and "kept fraction by layer" in page and "<script" not in page
-    assert "attention 50% + cache 1000" in tuned.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "a fox" in page and "kept fraction of each head" in page and "<script" not in page
+    assert "attention 50% after 50% + cache 1000" in tuned.with_suffix(".svg").read_text(encoding="utf-8")
     assert main(["plan", "--settings", str(tuned), "--target", "kept 0.8"]) == 0
     told = capsys.readouterr().out
     assert "attention 50%" in told and "target kept 0.8" in told and "a fox" in told

@@ -85,7 +85,7 @@ def test_the_picture_is_well_formed_and_shows_everything() -> None:
     x, mean, low, about = drawn.chosen
     assert mean < low <= drawn.bottom and drawn.left <= x <= drawn.right and "chosen" in about
     both = [short for _, _, short, _ in drawn.series[2].marks]
-    assert both == ["25% + 0.1", "50% + 0.1"]
+    assert both == ["25% after 20% + 0.1", "50% after 20% + 0.1"]
     ET.fromstring(front_svg(settings, found))
     slow = [run.model_copy(update={"seconds": 25.0}) for run in runs()]
     ET.fromstring(front_svg(made(front=slow)))  # where nothing gains

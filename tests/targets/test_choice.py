@@ -71,6 +71,19 @@ def test_decibels_come_from_the_pairs() -> None:
     assert "dB to dense (predicted)" in str(chosen)
 
 
+def test_a_target_is_met_by_four_of_five_prompts() -> None:
+    """Pairs of an easy and a hard prompt, which lie around the line."""
+    pairs = [
+        pair(k, error_of(k, 0.35)) | {"psnr": 10 - 20 * math.log10(error_of(k, 0.35)) + level}
+        for k in SIZES
+        for level in (-3.0, 3.0)
+    ]
+    chosen = choose_for(settings(rendered=pairs), Target.parse("30 dB"))
+    assert chosen.spread is not None and 3 <= chosen.spread <= 4.5 and chosen.low is not None
+    assert chosen.psnr is not None and chosen.psnr >= 32 and chosen.low >= 30 - 1e-6
+    assert "four of five prompts 30" in str(chosen)
+
+
 def test_a_speedup_comes_from_the_pairs() -> None:
     chosen = choose_for(settings(), Target.parse("2x"))
     assert chosen.kept <= 1 / 3 + 1e-9  # 0.25 + 0.75 k = 1/2

@@ -50,10 +50,10 @@ def runs(**levels: float) -> list[Measured]:
 def test_points_are_means_and_their_spread_is_that_of_another_prompt() -> None:
     points = {point.applied.label: point for point in measured_points(runs())}
     assert set(points) == {
-        "cache 0.1", "cache 0.2", "attention 50%", "attention 25%", "attention 50% + cache 0.1",
-        "attention 25% + cache 0.1",
+        "cache 0.1", "cache 0.2", "attention 50% after 20%", "attention 25% after 20%",
+        "attention 50% after 20% + cache 0.1", "attention 25% after 20% + cache 0.1",
     }  # fmt: skip
-    both = points["attention 25% + cache 0.1"]
+    both = points["attention 25% after 20% + cache 0.1"]
     assert both.psnr == pytest.approx(30.5) and both.time == pytest.approx(0.4)
     seen = statistics.variance(LEVELS.values())
     usual = (USUAL_WEIGHT * USUAL_SPREAD**2 + seen) / (USUAL_WEIGHT + 1)
@@ -74,12 +74,17 @@ def test_a_half_done_point_is_left_out() -> None:
 
 
 def test_what_keeps_more_steps_dense_is_another_point() -> None:
-    more = [run.model_copy(update={"dense_steps": 0.5}) for run in runs() if run.sparse < 1]
+    more = [run.model_copy(update={"dense_steps": 0.5, "psnr": run.psnr + 2}) for run in runs()
+            if run.sparse < 1]  # fmt: skip
     points = measured_points([*runs(), *more])
     assert len(points) == len(RUNS) + 4
     found = with_between(points)
-    sparse = [p for p in found if p.applied.sparse < 1]
-    assert len([p for p in sparse if p.applied.dense_steps == 0.5]) == len(sparse) // 2
+    between = [p for p in found if 0.2 < p.applied.dense_steps < 0.5]
+    assert between and all(not p.measured and p.applied.sparse in (0.25, 0.5) for p in between)
+    ends = {p.applied.dense_steps: p for p in points if p.applied.sparse == 0.25}
+    for p in between:
+        if p.applied.sparse == 0.25 and p.applied.cache is None:
+            assert ends[0.2].psnr <= p.psnr <= ends[0.5].psnr
 
 
 def test_what_nobody_sees_does_not_count() -> None:
@@ -147,7 +152,9 @@ def test_a_quality_is_met_by_the_fastest_that_four_of_five_reach() -> None:
     assert easy.applied == Applied(0.25, 0.2, 0.1) and easy.low == pytest.approx(28.0, abs=0.1)
     sure = fastest(runs(), 30.0, "30 dB")
     assert sure.low >= 30 and sure.time > 0.4
-    with pytest.raises(BadParameter, match=r"has 33\.5 dB in four of five .*attention 50%, 1\.25×"):
+    with pytest.raises(
+        BadParameter, match=r"has 33\.5 dB in four of five .*attention 50% after 20%, 1\.25×"
+    ):
         fastest(runs(only=0.0), 40.0, "40 dB")
     slow = [run.model_copy(update={"seconds": 21.0}) for run in runs()]
     with pytest.raises(BadParameter, match="nothing that was measured is faster than dense"):
@@ -174,5 +181,5 @@ def test_labels_say_what_is_applied() -> None:
     assert Applied(1.0, 0.0, None).label == "dense"
     point: dict[str, Any] = {"psnr": 30.0, "spread": 0.0, "time": 0.5}
     assert FrontPoint(Applied(0.125, 0.1, 0.08), **point).applied.label == (
-        "attention 12.5% + cache 0.08"
+        "attention 12.5% after 10% + cache 0.08"
     )

@@ -53,11 +53,12 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
         told.append(progress.what)
 
     options: dict[str, Any] = {
-        "call": call_of(tiny), "sparse": (0.5,), "caches": (ALWAYS,), "path": path
+        "call": call_of(tiny), "sparse": (0.5,), "dense_steps": (0.15,), "caches": (ALWAYS,),
+        "path": path,
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         measure_front(tiny.pipe, settings, **options, on_progress=stop)
-    assert told == ["dense: a cat", "cache 1e+09: a cat", "attention 50%: a cat"]
+    assert told == ["dense: a cat", "cache 1e+09: a cat", "attention 50% after 15%: a cat"]
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"wan.json.clips", "wan.json.clips.safetensors"}
     rendered: list[str] = []
@@ -73,7 +74,9 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
     assert Settings.load(path) == found and [p.name for p in tmp_path.iterdir()] == ["wan.json"]
     assert torch.equal(tiny.run(), before), "something was left behind"
     points = {point.applied.label: point for point in measured_points(found.front)}
-    assert set(points) == {"cache 1e+09", "attention 50%", "attention 50% + cache 1e+09"}
+    assert set(points) == {
+        "cache 1e+09", "attention 50% after 15%", "attention 50% after 15% + cache 1e+09"
+    }  # fmt: skip
     first = 1 / CALL["num_inference_steps"]
     layers = 2
     for label, point in points.items():  # the first step is computed, then the first block alone
@@ -85,7 +88,13 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
 
 def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: Settings) -> None:
     found = measure_front(
-        tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(0.5,), caches=(ALWAYS,)
+        tiny.pipe,
+        settings,
+        ["a cat"],
+        call=call_of(tiny),
+        sparse=(0.5,),
+        dense_steps=(0.15,),
+        caches=(ALWAYS,),
     )
     fast = {"seconds": 1.0, "dense_seconds": 10.0, "psnr": 31.0}
     slow = {"seconds": 5.0, "dense_seconds": 10.0, "psnr": 40.0}
@@ -166,7 +175,12 @@ def test_a_bare_transformer_cannot_take_a_choice_with_a_cache(
 def test_a_model_is_tuned_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "SIZES", (0.3, 0.6))
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
-    options: dict[str, Any] = {"call": call_of(tiny), "sparse": (0.5,), "caches": ()}
+    options: dict[str, Any] = {
+        "call": call_of(tiny),
+        "sparse": (0.5,),
+        "dense_steps": (0.5,),
+        "caches": (),
+    }
     first = diffpatch.tuned(tiny.pipe, ["a cat"], **options)
     (file,) = (tmp_path / "settings").iterdir()
     monkeypatch.setattr(fronts, "sample", None)  # nothing is rendered again
@@ -187,3 +201,5 @@ def test_bad_requests_are_refused(tiny: Tiny, settings: Settings) -> None:
         measure_front(tiny.pipe, settings, sparse=(), caches=())
     with pytest.raises(BadParameter, match="other weights"):
         measure_front(wan(layers=2, heads=3).pipe, settings)
+    with pytest.raises(BadParameter, match="fractions of a run, below 1"):
+        measure_front(tiny.pipe, settings, dense_steps=(0.15, 1.0))

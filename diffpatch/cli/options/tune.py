@@ -43,8 +43,12 @@ def add_parser(commands: Any) -> None:
         help="prompts that the front is rendered with (2)",
     )  # fmt: skip
     group.add_argument(
-        "--kept", nargs="*", type=arguments.fraction, default=[0.5, 0.25], metavar="F",
-        help="kept fractions of sparse calls that are rendered (0.5 0.25)",
+        "--kept", nargs="*", type=arguments.fraction, default=[0.25], metavar="F",
+        help="kept fractions of sparse calls that are rendered (0.25)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dense-steps", nargs="+", type=arguments.number(float, 0), default=[0.15, 0.5],
+        metavar="F", help="parts of a run that stay dense before sparse calls (0.15 0.5)",
     )  # fmt: skip
     group.add_argument(
         "--caches", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
