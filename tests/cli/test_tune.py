@@ -50,7 +50,8 @@ def test_one_command_writes_settings_a_page_and_a_picture(
     }  # fmt: skip
     page = tuned.with_suffix(".html").read_text(encoding="utf-8")
     assert "a fox" in page and "kept fraction of each head" in page and "<script" not in page
-    assert "attention 50% after 50% + cache 1000" in tuned.with_suffix(".svg").read_text(encoding="utf-8")
+    picture = tuned.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "attention 50% after 50% + cache 1000" in picture
     assert main(["plan", "--settings", str(tuned), "--target", "kept 0.8"]) == 0
     told = capsys.readouterr().out
     assert "attention 50%" in told and "target kept 0.8" in told and "a fox" in told
