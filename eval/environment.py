@@ -27,6 +27,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": commit(),
         **({"gpu": _gpu(device)} if device.type == "cuda" else {}),
+        **({"instructions": _instructions()} if device.type == "cpu" else {}),
     }
 
 
@@ -90,10 +91,27 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _instructions() -> str:
+    """What torch computes with on this CPU: "AVX2", or "AVX512, amx_bf16" with matrix units.
+
+    Speeds depend on it more than on the name: matrix units make dense attention in bf16 three times
+    as fast as it is without.
+    """
+    vectors = torch.backends.cpu.get_cpu_capability()
+    flags = _cpu_line("flags").split()
+    units = sorted(flag for flag in flags if flag.startswith("amx_") and flag != "amx_tile")
+    return ", ".join([vectors, *units])
+
+
 def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_line(name: str) -> str:
+    """What Linux says of the first CPU under a name; empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return ""
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(found, "")

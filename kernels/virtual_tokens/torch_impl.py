@@ -168,7 +168,8 @@ def _fused(
                 of_tiles = scores.view(-1, blocks.max_tile, scores.shape[1])
                 of_tiles += bias[b, h, first : first + len(of_tiles), None]
             else:
-                scores += bias[b, h, tile_of[rows]]
+                # (Selecting rows and adding them beats adding what a table of rows indexes.)
+                scores += bias[b, h].index_select(0, tile_of[rows])
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 y[None, None], k[b, h, None, None], v[b, h, None, None],
                 attn_mask=scores[None, None], scale=scale,

@@ -42,8 +42,10 @@ def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Sequ
         return
     print(table(rows))
     environment = result["environment"]
-    print(f"{environment['device']}, {environment['threads']} threads, "
-          f"torch {environment['versions']['torch']}")  # fmt: skip
+    device = ", ".join(
+        environment[part] for part in ("device", "instructions") if part in environment
+    )
+    print(f"{device}, {environment['threads']} threads, torch {environment['versions']['torch']}")
     if args.json is not None:
         output.write_text(Path(args.json), to_json(result))
         print(f"wrote {args.json}")
