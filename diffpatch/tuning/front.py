@@ -17,7 +17,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods.dense import Dense
 from diffpatch.patching.api import patched, report
 from diffpatch.patching.target import transformers
-from diffpatch.pipelines.running.sampling import Sample, sample, warm_up
+from diffpatch.pipelines.running.sampling import Sample, named, sample, warm_up
 from diffpatch.targets.choice import Chosen, choose_for, chosen_for
 from diffpatch.targets.front import Applied
 from diffpatch.targets.settings import Checked, Measured, Settings
@@ -282,7 +282,8 @@ class _Job:
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
                     warm_up(self._pipe, call, self._seed)
                 self._warm.add(str(chosen))
-            with patched(self._pipe, method, dense_steps=first, dense_layers=0, cache=cache):
+            own = patched(self._pipe, method, dense_steps=first, dense_layers=0, cache=cache)
+            with named("dense" if chosen is None else str(chosen)), own:
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)
         self._spent.append(time.monotonic() - began)

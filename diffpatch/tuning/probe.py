@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from diffpatch.errors import DiffpatchError
 from diffpatch.kernels.dense import attend_dense
 from diffpatch.methods.base import Attended, AttentionCall, Method
 from diffpatch.methods.wrapper import Wrapper
@@ -82,6 +84,9 @@ class Probe(Wrapper):
         """ "transformer.layer.head" -> rule -> (kept, error) by ascending kept fraction.
 
         Errors are means over the sampled calls: steps, guidance branches and prompts.
+
+        Raises:
+            DiffpatchError: an error holds NaN or infinity; it names the head and the setting.
         """
         found: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for (layer, number), errors in sorted(self.errors.items()):
@@ -89,6 +94,12 @@ class Probe(Wrapper):
             kept = float(torch.stack(self.kept[number]).mean())
             for head, error in enumerate(torch.stack(errors).mean(0).tolist()):
                 unit = f"{transformer}.{layer}.{head}"
+                if not math.isfinite(error):
+                    raise DiffpatchError(
+                        f"layer {layer}, head {head} of {transformer}: the error of"
+                        f" {self.candidates[number].method} is {error}: check the model's weights"
+                        " and dtype"
+                    )
                 found.setdefault(unit, {}).setdefault(rule, []).append((kept, error))
         for rules in found.values():
             for curve in rules.values():

@@ -22,7 +22,7 @@ from diffpatch.patching.target import transformers
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import attention_modules
 from diffpatch.pipelines.running.likeness import BEST_PSNR, psnr_by_frame
-from diffpatch.pipelines.running.sampling import Sample, sample
+from diffpatch.pipelines.running.sampling import Sample, named, sample
 from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
 from diffpatch.tuning.probe import Candidate, Probe
 from diffpatch.tuning.unfinished import Unfinished
@@ -140,7 +140,8 @@ def _pair(
     pipe: Any, arguments: dict[str, Any], seed: int, dense_steps: float, kept: float,
     dense: Sample, error: float,
 ) -> dict[str, Any]:  # fmt: skip
-    with patched(pipe, Dynamic(kept=kept), dense_steps=dense_steps, dense_layers=0):
+    method = Dynamic(kept=kept)
+    with named(str(method)), patched(pipe, method, dense_steps=dense_steps, dense_layers=0):
         sparse = sample(pipe, arguments, seed)
         counted = report(pipe).kept
     return Rendered(

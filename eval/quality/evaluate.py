@@ -23,7 +23,7 @@ from diffpatch.eval.quality.distances import compare, halves
 from diffpatch.eval.quality.scores import Tools
 from diffpatch.eval.quality.tally import Tally, measure
 from diffpatch.internals import execution_device
-from diffpatch.pipelines.running.sampling import sample, warm_up
+from diffpatch.pipelines.running.sampling import named, sample, warm_up
 
 Say = Callable[[str], None]
 Keep = Callable[[str, int, torch.Tensor], None]
@@ -120,11 +120,15 @@ def evaluate_model(
         process: one of those that share the prompts; each returns the whole result.
         keep: given the row, the number of the prompt and the frames of every clip.
         say: told what comes next.
+
+    Raises:
+        NonFiniteOutput: a row yields NaN or infinity; it names the row, the prompt and the seed.
     """
     call = dict(call)
     for name, options in methods.items():  # settings that cannot work fail before the dense runs
         say(f"warming up {name}")
-        with patched(pipe, name, **{**options, "dense_steps": 0, "dense_last_steps": 0}):
+        every = {**options, "dense_steps": 0, "dense_last_steps": 0}
+        with named(f"warming up {name}"), patched(pipe, name, **every):
             warm_up(pipe, call | {"prompt": prompts[0]}, seed)
     tallies: dict[str, list[Tally]] = {n: [] for n in ("dense", ARITHMETIC, NOISE, *methods)}
     kept: dict[str, dict[int, float]] = {name: {} for name in methods}
@@ -136,7 +140,7 @@ def evaluate_model(
             left = _left(done, len(mine), started)
             say(f"prompt {number + 1} of {len(prompts)}: {row}{left}")
             start = seed + number + (OTHER_NOISE if row == NOISE else 0)
-            with _variant(pipe, row, methods):
+            with named(row), _variant(pipe, row, methods):
                 frames = sample(pipe, one, start).frames
                 if row in methods:
                     kept[row][number] = report(pipe).kept

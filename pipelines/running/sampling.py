@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffpatch.errors import DiffpatchError
 from diffpatch.pipelines.running.loading import Pipeline, call_arguments, denoisers
 
 CLOCKS = ("total", "denoising", "step_median")  # of a run
@@ -19,8 +20,17 @@ CLOCKS = ("total", "denoising", "step_median")  # of a run
 OnStep = Callable[[int, float], None]
 
 
-class NonFiniteOutput(RuntimeError):
+class NonFiniteOutput(DiffpatchError, RuntimeError):
     """The model produced NaN or infinity."""
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Say whose output it was that holds NaN or infinity."""
+    try:
+        yield
+    except NonFiniteOutput as error:
+        raise NonFiniteOutput(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ def sample(
         on_step: called after each step with its number and its seconds.
 
     Raises:
-        NonFiniteOutput: at the end of the first step that yields NaN or infinity.
+        NonFiniteOutput: at the end of the first step that yields NaN or infinity; it names the
+            step, the prompt and the seed.
     """
     from diffpatch.internals import execution_device  # diffusers is slow to import
 
@@ -73,13 +84,14 @@ def sample(
         extra["callback_on_step_end"] = clock.step_ended
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with clock.watching(denoisers(pipe)):
+    prompt = f"prompt {call['prompt']!r}, seed {seed}" if "prompt" in call else f"seed {seed}"
+    with named(prompt), clock.watching(denoisers(pipe)):
         start, had = clock.now(), time.thread_time()
         output = pipe(**call, **extra, output_type="pt")
         total, had = clock.now() - start, time.thread_time() - had
     frames = as_frames(output[0])
     if not torch.isfinite(frames).all():
-        raise NonFiniteOutput("the decoded frames hold NaN or infinity")
+        raise NonFiniteOutput(f"{prompt}: the decoded frames hold NaN or infinity")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Sample(frames, total, clock.seconds, peak, cpu_share=min(1.0, had / total))
 
