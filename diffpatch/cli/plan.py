@@ -74,6 +74,14 @@ def run(args: argparse.Namespace) -> int:
         print(to_json([plan.to_dict() for plan in plans.values()]), end="")
         return 0
     print(_comparison(plans))
+    missed = [
+        f"{name} {made.missed_quality}" for name, made in plans.items() if made.missed_quality
+    ]
+    if missed:
+        print(
+            f"--quality {args.quality} chooses without knowing the grid: here {', '.join(missed)};"
+            " `diffpatch sweep --kept` fits to it"
+        )
     for name, why in refused.items():
         print(f"{name}: {why}")
     print(recommendation(plans, args.quality))

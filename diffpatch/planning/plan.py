@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.options.schedule import Amount
-from diffpatch.patching.options.settle import settle
+from diffpatch.patching.options.settle import QUALITIES, settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.info import Trained
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NEAR = 0.1  # relative; what misses a level of quality by more is told
 SHOWN = 0.005  # of what is computed: less padding is not worth a line
 BACKEND = "triton"  # assumed where no device profile names a backend
 
@@ -77,6 +78,7 @@ class Plan:
             latter two may not be known, and None where nothing is.
         scratch_bytes: memory that a call holds for a moment while it decides, batch 1.
         warning: what goes beyond that, and which method is made for it; None if nothing does.
+        quality: the level asked for; None where none was.
     """
 
     model: str
@@ -108,6 +110,15 @@ class Plan:
     trained: tuple[int, int | None, int | None] | None = None
     warning: str | None = None
     scratch_bytes: int = 0
+    quality: str | None = None
+
+    @property
+    def missed_quality(self) -> str | None:
+        """How far a sparse call is from what the level of quality asks for; None if it is near."""
+        wanted = None if self.quality is None else QUALITIES[self.quality]
+        if wanted is None or abs(self.kept_sparse / wanted - 1) <= NEAR:
+            return None
+        return f"{self.kept_sparse:.1%} instead of {wanted:.1%}"
 
     @property
     def computed_speedup(self) -> float:
@@ -179,6 +190,7 @@ class Plan:
             *self._training(),
             f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
             f" {self.kept:.1%} in the run",
+            *self._quality(),
             f"  by step    {runs(self.kept_per_step)}",
             f"  by layer   {runs(self.kept_per_layer)}",
             f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
@@ -197,6 +209,15 @@ class Plan:
         if self.scratch_bytes:
             lines.append(f"  scores     {self.scratch_bytes / 2**20:,.0f} MiB while a call chooses")
         return "\n".join(lines)
+
+    def _quality(self) -> list[str]:
+        """Where a level of quality is missed, and why that may be."""
+        if self.missed_quality is None:
+            return []
+        return [
+            f"  quality    {self.missed_quality}: a level is chosen without knowing the grid;"
+            " `diffpatch.fit_kept` fits to it"
+        ]
 
     def _training(self) -> list[str]:
         """What the model was trained at, and what goes beyond it."""
@@ -328,7 +349,8 @@ def plan(
                 device, shape, grid.num_tokens, run.work,
                 steps=num_inference_steps, branches=branches, dtype=dtype,
             )  # fmt: skip
-        return _plan_of(run, shape, branches, predicted, trained)
+        made = _plan_of(run, shape, branches, predicted, trained)
+        return replace(made, quality=quality)
 
 
 def _plan_of(

@@ -14,6 +14,7 @@ from PIL import Image
 import diffpatch
 from diffpatch import BadParameter, Neighborhood, TokenGrid, UnknownFamily, Window
 from diffpatch.cli import main
+from diffpatch.patching.options.settle import QUALITIES
 from diffpatch.patterns.drawing import KINDS, draw, kept_by_distance, seen_by
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import MODELS
@@ -257,3 +258,17 @@ def test_methods_are_ranked_by_what_is_computed() -> None:
     assert more.computed_speedup < 1
     assert replace(plan, computed=None).computed_speedup == plan.step_speedup
     assert operations(1.304e16) == "13.04 PFLOP"
+
+
+def test_a_level_of_quality_that_is_missed_is_said() -> None:
+    size: dict[str, Any] = {"height": 480, "width": 832, "num_frames": 81}
+    far = diffpatch.plan("wan-1.3b", "window", quality="fast", **size)
+    assert far.missed_quality == f"{far.kept_sparse:.1%} instead of 12.5%" and far.kept_sparse < 0.1
+    assert f"quality    {far.missed_quality}: a level is chosen without" in str(far)
+    near = diffpatch.plan("wan-1.3b", "radial", quality="fast", **size)
+    assert near.missed_quality is None and "quality " not in str(near)
+    assert diffpatch.plan("wan-1.3b", "window", **size).missed_quality is None
+    for name in ("radial", "neighborhood", "linear", "dynamic"):
+        for level, wanted in QUALITIES.items():
+            made = diffpatch.plan("wan-1.3b", name, quality=level, **size)
+            assert made.kept_sparse == pytest.approx(wanted, rel=0.13), (name, level)
