@@ -24,14 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.forks import ROOT, Seen, forked, preload
+from tests.mutation.forks import MORE, ROOT, Seen, forked, preload
 from tests.mutation.mutants import Mutant, changed, function_at, mutants
 from tests.mutation.parts import Target, targets
 from tests.mutation.summary import write_summary
 
 COPY = ROOT / "build" / "mutants"
 NO_TESTS = 5  # pytest's exit code where none was to run
-BUDGET = 12.0  # seconds of a processor for the tests that try one mutant
+NO_TESTS = 5  # pytest's exit code where none was to run
+BUDGET, ROUNDS = 12.0, 6  # seconds of a processor for tests of a mutant, and how often at most
 
 
 def main() -> None:
@@ -191,10 +192,11 @@ class Session:
         self, path: Path, source: str, edited: str, tests: Sequence[str], function: str | None
     ) -> tuple[str, str]:
         """What comes of an edit, and the test that notices it."""
-        files = self._files(tests)
-        while True:
-            known = self._known.tests() | self._fails
+        files, done = self._files(tests), set(self._fails)
+        for _ in range(ROUNDS):
             wanted = self._known.entering(function, files)
+            wanted = {test: cost for test, cost in wanted.items() if test not in done}
+            known = self._known.tests() | done
             path.write_text(edited, encoding="utf-8")
             for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 compiled.unlink()
@@ -202,18 +204,21 @@ class Session:
                 code, seen = forked(self._tree, files, wanted, known, BUDGET)
             finally:
                 path.write_text(source, encoding="utf-8")
+            done |= {one.test for one in seen}
             for one in seen:
                 if one.outcome == "passed":
                     self._known.add(one)
             failed = next((one.test for one in seen if one.outcome == "failed"), None)
-            if failed is None or failed in wanted or self._passes(failed):
+            if failed is not None and failed not in wanted and not self._passes(failed):
+                self._fails.add(failed)
+                failed, code = None, MORE
+            elif code != MORE:
                 break
-            self._fails.add(failed)
         if code < 0:
             return "hung", failed or ""
-        return (
-            ("noticed", failed or "loading") if failed or code not in (0, 5) else ("unnoticed", "")
-        )
+        if failed is not None or code not in (0, NO_TESTS, MORE):
+            return "noticed", failed or "loading"
+        return "unnoticed", ""
 
     def _passes(self, test: str) -> bool:
         """Whether a test of which nothing is known passes on the unedited tree."""

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 MEMORY = 12 * 2**30  # bytes
 HUNG = 90  # seconds of a processor beyond its budget until a run counts as hung
+MORE = 77  # the exit code where the budget is spent, nothing has failed and tests are left
 WAIT = 20  # times as long may pass on a busy machine
 
 
@@ -65,7 +66,7 @@ def forked(
         budget: seconds of a processor.
 
     Returns:
-        The exit code of pytest, negative if it was killed, and what was seen.
+        The exit code of pytest or `MORE`, negative if it was killed, and what was seen.
     """
     noted = tree.parent / "outcomes.jsonl"
     noted.unlink(missing_ok=True)
@@ -128,7 +129,7 @@ class Notes:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if time.process_time() > self._budget:
-            os._exit(0)  # nothing has failed
+            os._exit(MORE)
 
     def listen(self) -> None:
         """Note the functions that are entered from now on, in all threads."""

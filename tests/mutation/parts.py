@@ -11,7 +11,8 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "patching": [
         ("patching/options/schedule.py", "patching/options/test_schedule.py planning/test_plan.py"),
         ("patching/report.py", "tuning/test_attention_error.py patching/test_patch.py"),
-        ("patching/run/*.py", "patching/run/test_runs.py patching/run/test_machine.py"),
+        ("patching/run/*.py", "patching/run/test_callers.py patching/run/test_leaving.py"
+         " patching/run/test_temporal_state.py patching/run/test_runs.py"),
         ("patching/attention/[dlm]*.py", "patching/test_patch.py patching/attention/test_masks.py"),
         ("patching/transformer.py", "patching/test_patch.py patching/test_combinations.py"),
         ("patching/options/settle.py", "patching/test_patch.py pipelines/test_presets.py"),
