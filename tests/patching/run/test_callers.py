@@ -17,7 +17,16 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError
-from tests.patching.run.test_runs import LOCAL, REQUESTS, TEMPORAL, Turns, alone, clone, together
+from tests.patching.run.test_runs import (
+    LATENT,
+    LOCAL,
+    REQUESTS,
+    TEMPORAL,
+    Turns,
+    alone,
+    clone,
+    together,
+)
 from tests.tiny import Tiny, wan
 
 
@@ -233,6 +242,34 @@ def test_threads_that_share_a_scheduler_are_refused() -> None:
     out = together([lambda i=i: run(i) for i in range(2)])
     refused = [x for x in out if isinstance(x, DiffpatchError)]
     assert refused and "share one scheduler" in str(refused[0])
+
+
+@pytest.mark.parametrize("how", ["another pipeline, this thread", "this pipeline, another thread"])
+def test_what_shares_a_scheduler_in_the_middle_of_a_run_is_refused(how: str) -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
+    other = Tiny(copy.copy(tiny.pipe), tiny.call) if "another pipeline" in how else tiny
+    inner: list[int] = []
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("stop")
+
+    def leave() -> None:
+        with contextlib.suppress(RuntimeError):
+            other.run(**LATENT, callback_on_step_end=stop)
+
+    def callback(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 1:
+            inner.append(step)
+            if "another thread" in how:
+                together([leave])
+            else:
+                leave()
+        return {}
+
+    with pytest.raises(DiffpatchError, match="two runs share one scheduler"):
+        tiny.run(**LATENT | {"num_inference_steps": 4}, callback_on_step_end=callback)
+    assert inner == [1]
 
 
 def test_looking_at_callers_keeps_nothing_alive() -> None:
