@@ -100,7 +100,7 @@ def test_the_picture_says_what_the_table_says() -> None:
     from diffpatch.eval.card import card_text
 
     text = README.read_text(encoding="utf-8")
-    [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+\.webp)\)", text)
     said = card_text(ROOT / picture)
     rows = json.loads((ROOT / "eval/results/demo_sweep.json").read_text(encoding="utf-8"))["rows"]
     row = next(row for row in rows if row["facts"]["method"] == said.label)
@@ -109,3 +109,27 @@ def test_the_picture_says_what_the_table_says() -> None:
     [line] = [x for x in text.splitlines() if x.startswith(f"| `{said.label}` |") and "×" in x]
     assert f"| {said.kept:.1%}".replace("%", " %") in line
     assert f"| {said.speedup:.2f}× | {said.psnr:.1f} dB |" in line
+
+
+def test_the_picture_of_the_front_shows_what_was_measured() -> None:
+    found = json.loads((ROOT / "eval/results/front.json").read_text(encoding="utf-8"))
+    timed = found["timed on an otherwise idle machine"]["demo-long, 30 steps"]["points"]
+    picture = (ROOT / "examples/pictures/front.svg").read_text(encoding="utf-8")
+    for point in timed:
+        assert f"{point['label']}: {point['speedup']:.2f}×, {point['psnr']:.1f} dB" in picture
+    assert len(timed) == 5 and picture.count("<circle") == len(timed) + 3 + 1  # legend, chosen
+
+
+def test_the_page_of_the_front_says_what_was_measured() -> None:
+    folder = ROOT / "eval/results"
+    found = json.loads((folder / "front.json").read_text(encoding="utf-8"))
+    page = (folder / "front.md").read_text(encoding="utf-8")
+    for timed in found["timed on an otherwise idle machine"].values():
+        for point in timed["points"]:
+            assert f"{point['speedup']:.2f}× | {point['psnr']:.1f} dB" in page
+    checked = found["fresh prompts, demo, 30 steps, target 30 dB"]
+    for level in (30, 29):
+        reached = sum(one["psnr"] >= level for one in checked)
+        assert f"| {level} dB or more | {reached} of {len(checked)} |" in page
+    near = sum(abs(one["psnr"] - one["predicted"]) <= 1.5 for one in checked)
+    assert f"| within ±1.5 dB of the prediction | {near} of {len(checked)} |" in page
