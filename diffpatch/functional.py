@@ -74,8 +74,8 @@ def attention(
     composition.check_method(method)
     if q.shape[1] != grid.num_tokens:
         raise BadParameter(
-            f"q has {q.shape[1]} tokens and the grid {grid} has {grid.num_tokens}: they must be"
-            " those of one sequence"
+            f"q is {tuple(q.shape)}, in (batch, tokens, heads, channels), and the grid {grid} has"
+            f" {grid.num_tokens} tokens: q has {q.shape[1]}"
         )
     pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
     q, k, v, _ = as_autocast(q, k, v, None)

@@ -27,13 +27,13 @@ examples:
 
 # The commands and what `diffpatch --help` says of them, which needs none of their modules.
 COMMANDS = {
-    "render": "make a video or an image, accelerated and dense side by side",
-    "plan": "what a method will gain, without running anything",
-    "tune": "what a quality costs on your model: settings for targets such as '30 dB'",
-    "calibrate": "find the thresholds of temporal attention from one prompt",
+    "render": "make a video or an image, and compare it with dense attention",
+    "plan": "estimate what methods save, without running the model",
+    "tune": "measure your model, to choose settings for targets such as '30 dB'",
+    "calibrate": "find thresholds for temporal attention from one prompt",
     "bench": "measure speed",
-    "eval": "measure quality, of files or of methods on a model",
-    "sweep": "which method makes a model faster, and what it costs: a report and a card",
+    "eval": "measure quality: of files, or of methods on a model",
+    "sweep": "compare methods on your model: which one is fastest, and at what quality",
     "methods": "list the methods and their parameters",
     "families": "list the supported model families",
 }

@@ -251,8 +251,8 @@ def recommendation(plans: dict[str, diffpatch.Plan], quality: str | None) -> str
             f"which one? none: the best, {name}, gains {gain:.2f}× a step ({how}); attention is too"
             " small a part at this size"
         )
-    fair = "" if quality else ", which keep unlike shares (--quality makes them alike)"
+    fair = "" if quality else ", which keep different fractions (--quality makes them similar)"
     return (
         f"which one? {name} is the fastest {level}{fair}: {gain:.2f}× a step ({how})."
-        " Equal shares are not equal pictures: compare them with `diffpatch sweep`"
+        " Equal fractions do not mean equal quality: `diffpatch sweep` compares that"
     )

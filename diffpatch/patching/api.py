@@ -52,10 +52,10 @@ def patch(
     strict: bool = False,
     **params: Any,
 ) -> Target:
-    """Make a pipeline or transformer attend to less, in place.
+    """Make a pipeline or transformer compute less attention, in place.
 
-    A model of your own is described where it is patched, if its attention modules have a
-    ``processor`` as in diffusers::
+    A model of your own needs a description, and attention modules with a ``processor`` as in
+    diffusers::
 
         def grid(latents, prompt, **_):  # the arguments of its forward
             return TokenGrid(*latents.shape[2:], text_before=prompt.shape[1])
@@ -86,12 +86,12 @@ def patch(
         cache: threshold of diffusers' FirstBlockCache, which is then a part of the patch: steps in
             which the first block changes by less (relative L1) leave out the other blocks. None
             enables none; caches that you enable yourself stay yours.
-        settings: what `diffpatch.tune` found out about this model: a file of it, or the object. The
-            method is then ``dynamic`` with a budget for every head.
+        settings: what `diffpatch.tune` measured for this model, as a file or as the object. The
+            method is then ``dynamic``, with a budget for every head.
         target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x"; in
             its place `quality` keeps that much of sparse calls, dealt out over the heads.
-        strict: raise `NothingSparse` where no call of a forward runs sparsely, for another reason
-            than dense steps before sparse ones. Otherwise a warning says so once, with the reason.
+        strict: raise `NothingSparse` if no call of a forward runs sparsely, unless only because
+            the first steps are dense. If False, a warning says so once, with the reason.
         **params: parameters of the method.
 
     Returns:

@@ -113,7 +113,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quality",
         choices=names.QUALITIES,
-        help="keep about 50, 25 or 12.5 %% of the pairs, where --set leaves it open",
+        help="keep about 50, 25 or 12.5 %% of the pairs, unless --set says how much",
     )
     group.add_argument(
         "--dense-steps",
@@ -142,7 +142,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings for a target")
     group.add_argument(
         "--settings", type=existing_file, metavar="FILE",
-        help="what `diffpatch tune` found out about this model; they choose the method",
+        help="file of settings that `diffpatch tune` wrote for this model; chooses the method",
     )  # fmt: skip
     group.add_argument("--target", help="what to choose: '30 dB', '2x', 'kept 0.25' or 'error 5%%'")
 
@@ -174,7 +174,7 @@ def add_backend_option(group: Any) -> None:
         type=backend,
         default="auto",
         metavar=f"{{{','.join(names.BACKENDS)}}}",
-        help="what computes attention (auto)",
+        help="implementation of the attention (auto)",
     )
 
 
@@ -193,7 +193,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=names.OFFLOADS,
         default="none",
-        help="keep weights that wait in main memory: whole models, or single layers",
+        help="keep idle weights in main memory: of whole models, single layers or groups of layers",
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles to save memory")
     group.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")

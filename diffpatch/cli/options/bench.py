@@ -53,8 +53,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure speed",
-        description="Measure speed against the fastest dense attention on this machine.\n"
-        "Wrong results are an error, never a speedup.",
+        description="Measure speed against the fastest dense attention on this machine. Wrong\n"
+        "results are an error, never a speedup.",
         epilog=EXAMPLES,
     )
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
@@ -109,7 +109,8 @@ def _add_model(kinds: Any) -> None:
         "model",
         help="one step of a model of published size, with random weights",
         description="Time one forward of a transformer of published size with random weights,\n"
-        "which needs no checkpoint: dense and with each method in turns, after checking results.",
+        "which needs no checkpoint: dense and with each method in turns, after\n"
+        "checking results.",
         epilog=OF_MODEL,
     )
     count = arguments.number(int, 1)
@@ -161,9 +162,10 @@ def _add_kernels(kinds: Any) -> None:
         "kernels",
         help="the kernels alone",
         description="Check every kernel against its definition; time the block-sparse kernels at\n"
-        "the shapes of known models, in turns with dense attention and what others ship; tiles\n"
-        "that are chosen by content; and whole steps of models with random weights. On a GPU all\n"
-        "of it, within 8 minutes; on a CPU the kernels at small shapes.",
+        "the shapes of known models, in turns with dense attention and what others\n"
+        "ship; tiles that are chosen by content; and whole steps of models with\n"
+        "random weights. On a GPU all of it, within 8 minutes; on a CPU the kernels\n"
+        "at small shapes.",
         epilog=OF_KERNELS,
     )
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")

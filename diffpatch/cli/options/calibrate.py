@@ -18,9 +18,9 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "calibrate",
-        help="find the thresholds of temporal attention from one prompt",
-        description="Try thresholds of x+temporal in mode skip on one run, and print the options\n"
-        "that keep attention within an error bound for each third of the run.",
+        help="find thresholds for temporal attention from one prompt",
+        description="Try thresholds of x+temporal in mode skip on one prompt, and print those\n"
+        "that keep the attention error within a bound in each third of the run.",
         epilog=EXAMPLES,
     )
     group = parser.add_argument_group("what to calibrate")
@@ -28,11 +28,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--method", default="dense+temporal", help="x+temporal (dense+temporal)")
     group.add_argument(
         "--max-error", type=arguments.number(float, 0), default=0.075, metavar="E",
-        help="relative L1 of the attention to dense, in the middle of a run (0.075)",
+        help="bound on the relative L1 error of attention, in the middle third (0.075)",
     )  # fmt: skip
     group.add_argument(
         "--spread", type=arguments.number(float, 0), default=0.01, metavar="E",
-        help="how much less is allowed early in the run, and more late (0.01)",
+        help="how much lower the bound is in the first third, and higher in the last (0.01)",
     )  # fmt: skip
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)

@@ -30,9 +30,10 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "eval",
-        help="measure quality, of files or of methods on a model",
-        description="Compare folders with a reference folder, or render prompts dense and with\n"
-        "methods and compare in memory. Every table has the floor: dense against dense.",
+        help="measure quality: of files, or of methods on a model",
+        description="Compare files or folders with a reference, or render prompts dense and with\n"
+        "methods and compare those. Every table shows the noise floor: dense compared\n"
+        "with dense.",
         epilog=EXAMPLES,
     )
     group = parser.add_argument_group("folders")
@@ -41,9 +42,11 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument(
         "--reference", type=Path, metavar="FOLDER",
-        help="the dense results, a file or folder (dense beside them)",
+        help="the dense results, a file or a folder (dense beside the others)",
     )  # fmt: skip
-    group.add_argument("--floor", type=Path, metavar="FOLDER", help="dense results once more")
+    group.add_argument(
+        "--floor", type=Path, metavar="FOLDER", help="other dense results, for the noise floor"
+    )
     group.add_argument(
         "--captions", type=arguments.existing_file,
         help="prompts of the files: JSON {name: prompt}, or lines of name, tab, prompt",

@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "families",
         help="list the supported model families",
-        description="The diffusers transformers that diffpatch knows; every pipeline that holds "
-        "one can be patched, unless the note says why not.",
+        description="The diffusers transformers that diffpatch knows. Every pipeline that holds\n"
+        "one can be patched, unless the table says why not.",
         epilog=EXAMPLES,
     )
     form = parser.add_mutually_exclusive_group()

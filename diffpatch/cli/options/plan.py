@@ -26,9 +26,10 @@ def add_parser(commands: Any) -> None:
     models = ", ".join(row.name for row in MODELS)
     parser = commands.add_parser(
         "plan",
-        help="what a method will gain, without running anything",
-        description="Grid, kept pairs, costs beyond them, the share of attention, bounds on the\n"
-        "speedup and, for a device, times. No weights are needed: built-in model shapes, or the\n"
+        help="estimate what methods save, without running the model",
+        description="Print the token grid, the fraction of pairs kept, the share of attention in\n"
+        "a step, memory, bounds on the speedup and, for a known device, predicted\n"
+        "times. Needs no weights, only the shape of the model: a built-in one, or the\n"
         "configs of a folder or a hub id.",
         epilog=EXAMPLES,
     )
@@ -38,7 +39,9 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--height", type=arguments.number(int, 1), help="in pixels")
     parser.add_argument("--width", type=arguments.number(int, 1), help="in pixels")
-    parser.add_argument("--num-frames", type=arguments.number(int, 1), default=1, help="of a video")
+    parser.add_argument(
+        "--num-frames", type=arguments.number(int, 1), default=1, help="of a video (1)"
+    )
     parser.add_argument(
         "--num-inference-steps", "--steps", type=arguments.number(int, 1),
         help="denoising steps (those of the pipeline; 50 for a built-in shape)",
@@ -52,15 +55,18 @@ def add_parser(commands: Any) -> None:
         " `diffpatch bench profile --json FILE` wrote",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=names.DTYPES, help="for the times (bf16; with the torch backend fp32)"
+        "--dtype",
+        choices=names.DTYPES,
+        help="of the predicted times (bf16; fp32 with the torch backend)",
     )
     parser.add_argument(
         "--draw", type=Path, metavar="FILE.png",
-        help="save a picture of the mask, or of every method's; all kinds in a folder/",
+        help="save a picture of the pattern (without --method of all); a folder/ gets all kinds",
     )  # fmt: skip
     parser.add_argument(
         "--draw-kind", choices=names.PICTURES, default="tiles",
-        help="pairs of tiles, what one query sees, or kept by the distance of frames (tiles)",
+        help="what to draw: the kept part of each pair of tiles, what one query sees, or the kept"
+        " part by the distance between frames (tiles)",
     )  # fmt: skip
     parser.add_argument(
         "--draw-query", type=place, metavar="T,H,W", help="the query to draw (the middle one)"

@@ -27,9 +27,10 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "render",
-        help="make a video or an image, accelerated and dense side by side",
-        description="Run a pipeline with a faster attention; with --compare dense also without,\n"
-        "from the same noise, and report times and similarity.",
+        help="make a video or an image, and compare it with dense attention",
+        description="Run a pipeline with faster attention. With --compare dense, run it without\n"
+        "as well, from the same noise, and report both times and how similar the\n"
+        "results are.",
         epilog=EXAMPLES,
     )
     group = parser.add_argument_group("what to make")
@@ -37,16 +38,16 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--prompt-file", type=arguments.existing_file, help="a prompt on each line")
     group.add_argument(
         "--method", default="auto",
-        help="see `diffpatch methods`, or dense (radial; on image models neighborhood)",
+        help="one of `diffpatch methods`, or dense (radial; neighborhood on image models)",
     )  # fmt: skip
     group.add_argument(
         "--compare", choices=("dense", "none"), default="none",
-        help="also render dense, from the same noise, and measure the difference (none)",
+        help="also render dense, from the same noise, and compare (none)",
     )  # fmt: skip
     group.add_argument(
         "--strength", type=float, metavar="S",
-        help="make it in two stages: dense at the size that the model was trained at, then enlarged"
-        " and the last S of the steps denoised again with the method, such as 0.7",
+        help="render in two stages: dense at the size the model was trained at, then enlarged and"
+        " denoised again with the method, in the last S of the steps (such as 0.7)",
     )  # fmt: skip
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)

@@ -51,11 +51,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "sweep",
-        help="which method makes a model faster, and what it costs: a report and a card",
-        description="Render prompts dense and with many methods, and say which one to use: with\n"
-        "-m MODEL -p PROMPT those that suit the model, or what a YAML file describes. Writes\n"
-        "report.html, card.png, summary.md, summary.csv and summary.json. Stopped at any moment,\n"
-        "the same command goes on; several processes may share the work.",
+        help="compare methods on your model: which one is fastest, and at what quality",
+        description="Render prompts dense and with several methods, and say which method to use.\n"
+        "-m MODEL -p PROMPT compares the methods that suit the model; a YAML file\n"
+        "describes a sweep of your own. Writes report.html, card.png, summary.md,\n"
+        "summary.csv, summary.json. You can stop it at any time: the same command\n"
+        "resumes. Processes can share the work.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -66,18 +67,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder (runs)")
     parser.add_argument(
         "--minutes", type=arguments.number(float, 0), metavar="M",
-        help=f"begin no run that would not end by then (without a file {MINUTES:g})",
+        help=f"start no run that would end later than this ({MINUTES:g} without a file)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs")
     parser.add_argument(
-        "--retry-failed", action="store_true", help="try again what failed in earlier starts"
+        "--retry-failed", action="store_true", help="retry the runs that failed before"
     )
     parser.add_argument(
-        "--report-only", action="store_true", help="only write the reports of a folder anew"
+        "--report-only",
+        action="store_true",
+        help="render nothing, only rewrite the reports of a folder",
     )
     parser.add_argument(
-        "--rescore", action="store_true", help="compute the metrics anew from the stored frames"
+        "--rescore", action="store_true", help="compute the metrics again, from the stored frames"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -101,4 +104,6 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         help="fractions of the pairs that methods are fitted to (0.5 0.25)",
     )  # fmt: skip
     group.add_argument("--dtype", choices=("auto", *names.DTYPES), help="of the weights (auto)")
-    group.add_argument("--offload", choices=names.OFFLOADS, help="weights that wait in main memory")
+    group.add_argument(
+        "--offload", choices=names.OFFLOADS, help="keep idle weights in main memory (none)"
+    )

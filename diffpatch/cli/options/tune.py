@@ -22,10 +22,11 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "tune",
-        help="what a quality costs on your model: settings for targets such as '30 dB'",
-        description="Find out what every head loses to sparse attention, render with attention,\n"
-        "with a step cache and with both, and print what each comes to. Writes the settings, and\n"
-        "a page and a picture beside them. Stopped at any moment, the same command goes on.",
+        help="measure your model, to choose settings for targets such as '30 dB'",
+        description="Measure what every attention head loses when its attention is sparse; then\n"
+        "render with sparse attention, with a step cache and with both, and print\n"
+        "speed and quality of each. Writes the settings, a page and a picture. You\n"
+        "can stop it at any time: the same command resumes.",
         epilog=EXAMPLES,
     )
     group = parser.add_argument_group("what to tune with")

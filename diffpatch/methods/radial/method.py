@@ -18,17 +18,19 @@ from diffpatch.patterns.tiles import raster
 @register
 @dataclass(frozen=True)
 class Radial(Method):
-    """Radial Attention (arXiv 2506.19852): frames 0 and 1 apart see each other whole, then the
-    window halves every time the distance doubles; the first frame is seen by all (the sink).
+    """Radial Attention (arXiv 2506.19852): windows that shrink with the distance between frames.
+
+    A query sees all of its own frame and of the next to it; from there on, the window halves every
+    time the distance doubles. All queries see the first frame (the sink).
 
     ``rule="published"`` reproduces the masks that the paper measured: bands over the raster order,
     rounded to 128-token blocks. ``rule="tiles"`` spends the same budget on two-dimensional windows
-    of whole tiles, shifted inwards at the edges of the frame, where raster bands are cut in half
-    and leave visible glitches.
+    of whole tiles. At the edges of a frame these are shifted inwards, where raster bands would be
+    cut in half and leave visible glitches.
 
-    `kept` sets the budget itself: the windows keep the proportions that `decay` gives them and
-    all grow or shrink until they cover that share of the pairs. Below what the near frames and the
-    first one cost whole, those shrink as well.
+    `kept` sets the budget directly: all windows grow or shrink, in the proportions that `decay`
+    gives them, until they cover that fraction of the pairs. If the near frames and the first one
+    alone cost more than that, these shrink too.
     """
 
     name = "radial"

@@ -30,24 +30,23 @@ PHASES = 3  # parts of a run that may have thresholds of their own
 @register
 @dataclass(frozen=True)
 class Temporal(Wrapper):
-    """Another static method, and what earlier denoising steps found out about it.
+    """Another method, together with what earlier denoising steps computed or found out.
 
-    ``mode="tail"``: every `refresh` steps the rest of the attention is computed too, so that the
-    step is dense, and stored: its output and its log-sum-exp. On the steps between, the current
-    sparse result and the stored rest are merged as one softmax, so that the weight of the old rest
-    follows the current queries. Large: about the size of the attention's output.
+    ``mode="tail"``: every `refresh` steps, the attention that the method leaves out is computed
+    too, and stored (its output and its log-sum-exp), so these steps are dense. The steps between
+    merge the stored part with their own sparse result in one softmax, which weighs the old part by
+    the current queries. The state is large: about the size of the attention's output.
 
-    ``mode="skip"``: tiles whose scores stay below the running maximum by `threshold` powers of 2
-    are left out from the next step on, until a re-check after `refresh` steps (LiteAttention).
+    ``mode="skip"``: tiles whose scores are below the running maximum by `threshold` powers of 2 are
+    left out from the next step on. After `refresh` steps all are checked again (LiteAttention).
 
-    ``mode="mask"``: every `refresh` steps, from the current queries, keys and values, each row of
-    tiles chooses those whose loss would change it most, a fraction `kept` of them, and keeps to
-    them (SparseD, which goes by attention alone; the choice is that of `dynamic`).
+    ``mode="mask"``: every `refresh` steps, each row of tiles chooses a fraction `kept` of its
+    tiles: those whose loss would change its output most. The steps between compute only these
+    (SparseD chooses by attention weights alone; this choice is that of `dynamic`).
 
-    The last two store a bit for each pair of tiles, choose for each head, always compute text and
-    each tile's view of itself, and also work on dense attention. State is kept for each layer and
-    guidance branch ("mask": for all branches of a layer, the first of which chooses) and dies with
-    the run.
+    "skip" and "mask" store a bit for each pair of tiles, choose for each head, always compute text
+    and each tile's view of itself, and also work on dense attention. State belongs to a layer and a
+    guidance branch ("mask": to a layer, whose first branch chooses for all) and ends with the run.
 
     Written ``"radial+temporal"``, ``"window+temporal"``, ``"dense+temporal"`` and so on.
     """
