@@ -244,6 +244,24 @@ def test_threads_that_share_a_scheduler_are_refused() -> None:
     assert refused and "share one scheduler" in str(refused[0])
 
 
+def test_a_step_may_be_of_forwards_at_two_timesteps() -> None:
+    """As loops make that look ahead and then call step."""
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
+    scheduler, text = tiny.pipe.scheduler, torch.zeros(1, 8, 32)
+
+    def look_ahead() -> None:
+        x = torch.zeros(1, 16, 3, 4, 8)
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                now, then = (tiny.pipe.transformer(x, t[None] * f, text)[0] for f in (1.0, 0.9))
+            x = scheduler.step(now + then, t, x, return_dict=False)[0]
+
+    look_ahead()
+    assert [k == 1 for k in diffpatch.report(tiny.pipe).kept_per_step] == [True, False, False]
+
+
 @pytest.mark.parametrize("how", ["another pipeline, this thread", "this pipeline, another thread"])
 def test_what_shares_a_scheduler_in_the_middle_of_a_run_is_refused(how: str) -> None:
     tiny = wan()
