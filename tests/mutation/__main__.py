@@ -3,9 +3,10 @@
 A sample of edits, drawn by a seed in turn from every part of the table, is made one at a time in a
 copy of the tree in build/, where links are folders. Each is tried in a fork of one process that has
 torch and diffusers loaded, by the tests that enter the edited function, the quickest first, and
-then by those of which it is not known yet whether they do; every run notes that. What is found out
-is kept line by line, so that the next call with the same seed goes on; a file that has changed
-since is tried again. The summary goes to eval/results/mutants.json and mutants.md.
+then by those of which it is not known yet whether they do; every run notes that. One that none has
+noticed when its time is up is unclear, and tried again by the next call. What is found out is kept
+line by line, so that the next call with the same seed goes on; a file that has changed since is
+tried again. The summary goes to eval/results/mutants.json and mutants.md.
 """
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ class Session:
         source = path.read_text(encoding="utf-8")
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         known = self.found.get(mutant)
-        again = self._again and known is not None and known["end"] == "unnoticed"
+        again = known is not None and (
+            known["end"] == "unclear" or (self._again and known["end"] == "unnoticed")
+        )
         if known and known["digest"] == digest and not again:
             return False
         edited = mutant.applied(source)
@@ -218,7 +221,7 @@ class Session:
             return "hung", failed or ""
         if failed is not None or code not in (0, NO_TESTS, MORE):
             return "noticed", failed or "loading"
-        return "unnoticed", ""
+        return ("unclear" if code == MORE else "unnoticed"), ""
 
     def _passes(self, test: str) -> bool:
         """Whether a test of which nothing is known passes on the unedited tree."""

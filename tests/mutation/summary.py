@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 JUDGED = Path(__file__).with_name("judged.json")
+ENDS = ("noticed", "hung", "equal", "unclear", "unnoticed")
 ENOUGH = 30  # edits of a part, before their share says anything
 
 
@@ -39,7 +40,7 @@ def write_summary(found: Mapping[Any, dict[str, Any]], seed: int, root: Path) ->
 
 def shares(ends: Counter[str]) -> dict[str, Any]:
     """How many of each end, and the fraction noticed of those that change anything."""
-    counted = sum(ends.values()) - ends["equal"]
+    counted = sum(ends.values()) - ends["equal"] - ends["unclear"]
     noticed = ends["noticed"] + ends["hung"]
     return {"tried": sum(ends.values()), **ends, "share": round(noticed / max(counted, 1), 3)}
 
@@ -50,16 +51,17 @@ def _page(parts: Mapping[str, Mapping[str, Any]], seed: int, survivors: int) -> 
         "",
         f"`make mutants SEED={seed}`: a random sample of cosmic-ray's edits. Equal: a survivor that"
         " changes nothing",
-        "a user could see, listed with the reason in `tests/mutation/judged.json`; not in the"
-        " share.",
+        "a user could see, listed with the reason in `tests/mutation/judged.json`. Unclear: no test"
+        " had noticed it",
+        "when its time was up, and some had not run. Neither is in the share.",
         "",
-        "| part | tried | noticed | hung | equal | unnoticed | noticed of those that matter |",
-        "|---|---|---|---|---|---|---|",
+        "| part | tried | noticed | hung | equal | unclear | unnoticed | noticed of the rest |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for part, row in parts.items():
-        ends = [str(row.get(end, 0)) for end in ("noticed", "hung", "equal", "unnoticed")]
+        ends = [str(row.get(end, 0)) for end in ENDS]
         lines.append(f"| {part} | {row['tried']} | {' | '.join(ends)} | {row['share']:.0%} |")
-    if any(row["tried"] < ENOUGH for row in parts.values()):
+    if any(row["tried"] - row.get("unclear", 0) < ENOUGH for row in parts.values()):
         lines += ["", f"Fewer than {ENOUGH} tried in a part say nothing about it."]
     lines += ["", f"The {survivors} unnoticed ones are listed in `mutants.json`.", ""]
     return "\n".join(lines)
