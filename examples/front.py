@@ -1,7 +1,7 @@
 """Caches, sparse attention and both on one front, for the demo models: the table of the README.
 
-    python examples/front.py --models demo --steps 30 --reduced         # 5 minutes, two idle cores
-    python examples/front.py --models demo-long --steps 30 --reduced    # 11 minutes
+    python examples/front.py --models demo --steps 30 --reduced         # about 7 minutes
+    python examples/front.py --models demo-long --steps 30 --reduced    # about 20 minutes
     python examples/front.py                                            # all of it: some hours
 
 Stopped at any moment, the same command goes on. Writes ``front.json`` and ``front.md`` with

@@ -67,7 +67,7 @@ def describe(settings: Settings, found: Answer | None = None) -> str:
     on = settings.measured_on
     grid = "×".join(map(str, on.grid[:3]))
     lines = [
-        f"tuned on {len(on.prompts)} prompts, {grid} tokens, {on.steps} steps, {on.dtype},"
+        f"tuned on {_prompts(len(on.prompts))}, {grid} tokens, {on.steps} steps, {on.dtype},"
         f" {on.time[:10]}"
     ]
     if settings.front:
@@ -113,12 +113,16 @@ def front_table(settings: Settings, found: Answer | None = None) -> str:
             f"≥ {point.low:.1f} dB", f"{point.calls:.0%}", ", ".join(remarks),
         ])  # fmt: skip
     prompts = len({run.prompt for run in settings.front})
-    note = f"times and PSNR against dense, over {prompts} prompts"
+    note = f"times and PSNR against dense, over {_prompts(prompts)}"
     if prompts == 1:
         note += ": others are taken to differ as usual"
     if any(point.applied.sparse < 1 for point in points):
         note += "; 'after': first steps that stay dense"
     return f"{table(rows)}\n{note}"
+
+
+def _prompts(count: int) -> str:
+    return f"{count} prompt" + "s" * (count != 1)
 
 
 def gains(settings: Settings) -> list[tuple[int, float | None, float | None]]:

@@ -48,6 +48,11 @@ def test_the_table_marks_the_front_and_the_choice() -> None:
     assert gain > 1 / finer.point.time and 0 < lost <= STEP and "attention" in line
 
 
+def test_one_prompt_is_one() -> None:
+    told = describe(made(front=runs(only=0.0)))
+    assert "tuned on 1 prompt," in told and "over 1 prompt: others are taken" in told
+
+
 def test_gains_compare_at_equal_quality() -> None:
     settings = made(front=runs(only=0.0))
     by_level = {level: (alone, best) for level, alone, best in gains(settings)}
