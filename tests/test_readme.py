@@ -133,3 +133,14 @@ def test_the_page_of_the_front_says_what_was_measured() -> None:
         assert f"| {level} dB or more | {reached} of {len(checked)} |" in page
     near = sum(abs(one["psnr"] - one["predicted"]) <= 1.5 for one in checked)
     assert f"| within ±1.5 dB of the prediction | {near} of {len(checked)} |" in page
+    tried: dict[tuple[str, str], float] = {
+        (one["prompt"], one["way"]): one["psnr"]
+        for one in found["auto beside the same fraction in every head, demo, 8 steps"]
+    }
+    for kept, row in (("0.25", "| 25 % | 5 |"), ("0.125", "| 12.5 %, heads from 6 % on | 4 |")):
+        gains = [psnr - tried[prompt, f"dynamic {kept}"] for (prompt, way), psnr in tried.items()
+                 if way == f"auto {kept}" and (prompt, f"dynamic {kept}") in tried]  # fmt: skip
+        [line] = [line for line in page.splitlines() if line.startswith(row)]
+        said = [float(x.replace("−", "-")) for x in re.findall(r"[+−][0-9.]+", line)]
+        assert said[:-1] == pytest.approx(gains, abs=0.051)
+        assert said[-1] == pytest.approx(sum(gains) / len(gains), abs=0.051)

@@ -17,6 +17,8 @@ from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 
 DENSE = "dense"
+FEWEST = 0.12  # kept fraction that every head keeps, unless less is asked for: at 12.5 % heads at
+# 6 % cost 0.9 to 4.5 dB on four prompts of the demo model, though they had the smaller mean error
 RULES = ("virtual", "drop")  # what becomes of tiles that are not chosen, the same in all heads
 
 
@@ -173,7 +175,7 @@ def _choose(
     refused: list[BadParameter] = []
     for rest in RULES:
         try:
-            found.append((rest, choose(_of_rule(settings, rest), kept=kept, error=error)))
+            found.append((rest, choose(_of_rule(settings, rest, kept), kept=kept, error=error)))
         except BadParameter as problem:
             refused.append(problem)
     if not found:
@@ -182,15 +184,19 @@ def _choose(
     return _described(settings, rest, best, dense)
 
 
-def _of_rule(settings: Settings, rest: str) -> dict[str, Curve]:
-    """The curves with one rule alone, and dense."""
+def _of_rule(settings: Settings, rest: str, kept: float | None) -> dict[str, Curve]:
+    """The curves with one rule alone, and dense, from `FEWEST` on where `kept` can be had so."""
     curves: dict[str, Curve] = {
         unit: [point for point in curve if point.rule in (rest, DENSE)]
         for unit, curve in settings.points().items()
     }
     if any(len(curve) < 2 for curve in curves.values()):
         raise BadParameter(f"the settings have no curves of {rest!r}")
-    return curves
+    fed: dict[str, Curve] = {
+        unit: [p for p in curve if p.kept >= FEWEST] for unit, curve in curves.items()
+    }
+    spent = math.fsum(min(p.kept for p in curve) for curve in fed.values()) / len(fed)
+    return fed if kept is None or spent <= kept * (1 + 1e-9) else curves
 
 
 def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> Chosen:

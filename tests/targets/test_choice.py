@@ -57,6 +57,14 @@ def test_a_kept_fraction_counts_the_dense_steps() -> None:
     assert flat == sorted(flat), "harder heads keep more"
 
 
+def test_no_head_starves_unless_less_is_asked_for() -> None:
+    for text in ("kept 0.36", "error 20%"):
+        heads = choose_for(settings(), Target.parse(text)).budgets["transformer"]
+        assert min(map(min, heads.values())) >= 0.12
+    little = choose_for(settings(), Target.parse("kept 0.35")).budgets["transformer"]
+    assert min(map(min, little.values())) == 0.1
+
+
 def test_an_error_is_met_by_the_fewest_pairs() -> None:
     loose = choose_for(settings(), Target.parse("error 20%"))
     tight = choose_for(settings(), Target.parse("error 5%"))
