@@ -40,7 +40,7 @@ def write_summary(found: Mapping[Any, dict[str, Any]], seed: int, root: Path) ->
 
 def shares(ends: Counter[str]) -> dict[str, Any]:
     """How many of each end, and the fraction noticed of those that change anything."""
-    counted = sum(ends.values()) - ends["equal"] - ends["unclear"]
+    counted = sum(ends.values()) - ends["equal"]
     noticed = ends["noticed"] + ends["hung"]
     return {"tried": sum(ends.values()), **ends, "share": round(noticed / max(counted, 1), 3)}
 
@@ -51,11 +51,11 @@ def _page(parts: Mapping[str, Mapping[str, Any]], seed: int, survivors: int) -> 
         "",
         f"`make mutants SEED={seed}`: a random sample of cosmic-ray's edits. Equal: a survivor that"
         " changes nothing",
-        "a user could see, listed with the reason in `tests/mutation/judged.json`. Unclear: no test"
-        " had noticed it",
-        "when its time was up, and some had not run. Neither is in the share.",
+        "a user could see, listed with the reason in `tests/mutation/judged.json`; not in the"
+        " share. Unclear:",
+        "no test had noticed it when its time was up, and some had not run; counts as unnoticed.",
         "",
-        "| part | tried | noticed | hung | equal | unclear | unnoticed | noticed of the rest |",
+        "| part | tried | noticed | hung | equal | unclear | unnoticed | noticed, at least |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for part, row in parts.items():

@@ -66,5 +66,5 @@ def test_every_row_of_the_table_names_files_and_tests_that_exist() -> None:
 def test_shares_are_of_those_that_matter() -> None:
     ends = Counter({"noticed": 6, "hung": 1, "equal": 2, "unnoticed": 3})
     assert shares(ends) == {"tried": 12, **ends, "share": 0.7}
-    assert shares(ends + Counter({"unclear": 9}))["share"] == 0.7
+    assert shares(ends + Counter({"unclear": 4}))["share"] == 0.5  # at least
     assert shares(Counter({"equal": 1}))["share"] == 0
