@@ -16,9 +16,10 @@ from diffpatch.eval.sweep.plan import Case, plan_sweep
 from diffpatch.eval.sweep.spec import Prompt, check_spec
 from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.learned import files
-from diffpatch.patching.attention.layout import with_silent
+from diffpatch.patching.attention.layout import layout, with_silent
 from diffpatch.patching.attention.model_masks import read_mask
 from diffpatch.patching.options.schedule import Schedule
+from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.run import PlannedRun
@@ -134,3 +135,10 @@ def test_models_that_guide_by_calls_pay_for_a_guide_in_one_of_them() -> None:
         return first - second
 
     assert guided(1) == pytest.approx(2 * guided(2)) and guided(2) > 0
+
+
+def test_what_a_forward_left_open_is_the_rest_of_the_sequence() -> None:
+    assert layout((2, 3, 4, REST, 5), 31) == TokenGrid(2, 3, 4, text_before=2, text_after=5)
+    assert layout((2, 3, 4, 5, REST), 31) == TokenGrid(2, 3, 4, text_before=5, text_after=2)
+    assert isinstance(layout((2, 3, 4, REST, 8), 31), str)  # more than there is
+    assert isinstance(layout((2, 3, 4, 1, 5), 31), str)  # less
