@@ -40,6 +40,6 @@ class Dense(Method):
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         most = self.tile or (LARGEST if grid.visual_tokens > LARGE else MAX_TILE)
         cuts = Tiling.even(grid, choose_tile(grid.shape, most)).cuts
-        tiling = Tiling(grid, cuts, text_tile=min(most, MAX_TILE))
+        tiling = Tiling(grid, cuts, text_tile=min(most, MAX_TILE), nested=True)
         everything = torch.ones(tiling.num_visual, tiling.num_visual, dtype=torch.bool)
         return from_tiles(grid, tiling, everything)

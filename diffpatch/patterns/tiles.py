@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -27,7 +27,7 @@ def even_cuts(length: int, tile: int) -> Cuts:
     """Borders of the fewest tiles of at most `tile` tokens, made as equal as possible.
 
     >>> even_cuts(10, 4)
-    (0, 3, 6, 10)
+    (0, 3, 7, 10)
     """
     return equal_cuts(length, math.ceil(length / tile))
 
@@ -91,17 +91,19 @@ class Tiling:
     """A grid cut into tiles along each axis, and its text into runs of at most `text_tile` tokens.
 
     Tile order: tiles of the text before, then visual tiles (time, row, column), then the text
-    after; inside a tile, tokens keep the order of the sequence.
+    after; inside a tile, tokens keep the order of the sequence, or stand in that of `halved`.
 
     Attributes:
         grid: the grid that is cut.
         cuts: borders along (time, height, width), each from 0 to the length of the axis.
         text_tile: most tokens in a tile of text.
+        nested: whether visual tiles are halved again and again, so that pieces of one are compact.
     """
 
     grid: TokenGrid
     cuts: tuple[Cuts, Cuts, Cuts]
     text_tile: int = MAX_TILE
+    nested: bool = False
 
     def __post_init__(self) -> None:
         for cuts, length in zip(self.cuts, self.grid.shape, strict=True):
@@ -163,10 +165,44 @@ class Tiling:
         _, rows, columns = self.counts
         t, h, w = tile_of[0][:, None, None], tile_of[1][None, :, None], tile_of[2]
         tile = ((t * rows + h) * columns + w).flatten()
-        visual = tile.argsort(stable=True) + grid.text_before
+        visual = tile.argsort(stable=True)
+        if self.nested:
+            visual = visual[self._nested_places()]
+        visual = visual + grid.text_before
         before = torch.arange(grid.text_before)
         after = torch.arange(grid.num_tokens - grid.text_after, grid.num_tokens)
         return torch.cat([before, visual, after])
+
+    def _nested_places(self) -> torch.Tensor:
+        """int64 (visual_tokens,): where the token at each place stood in plain tile order."""
+        sides = ([b - a for a, b in itertools.pairwise(c)] for c in self.cuts)
+        found, begin = [], 0
+        for box in itertools.product(*sides):
+            found.append(halved(box) + begin)
+            begin += math.prod(box)
+        return torch.cat(found)
+
+
+@lru_cache(maxsize=256)
+def halved(box: tuple[int, int, int]) -> torch.Tensor:
+    """int64 (tokens,): a box in the order that halving its longest side again and again gives.
+
+    Runs of a half, a quarter and so on of the tokens are compact boxes themselves. Of equal sides
+    the last is halved, so that frames, which resemble each other most, stay together longest.
+
+    >>> halved((1, 2, 4)).tolist()
+    [0, 4, 1, 5, 2, 6, 3, 7]
+    """
+    places = torch.arange(math.prod(box)).view(box)
+
+    def order(part: torch.Tensor) -> list[torch.Tensor]:
+        if part.numel() == 1:
+            return [part.flatten()]
+        axis = max(range(3), key=lambda n: (part.shape[n], n))
+        first = part.shape[axis] // 2
+        return [x for half in part.tensor_split([first], axis) for x in order(half)]
+
+    return torch.cat(order(places))
 
 
 def raster(grid: TokenGrid, block: int = MAX_TILE) -> Tiling:

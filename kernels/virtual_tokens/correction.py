@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.pieces import cut
+from diffpatch.kernels.pieces import Pieces, cut
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
 # Scores held at a time. Elsewhere many, because every portion reads all keys again.
@@ -58,12 +58,10 @@ def missed(
     groups = q.shape[2] // k.shape[2]
 
     def of_heads(x: torch.Tensor) -> torch.Tensor:
-        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, ., D)
+        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1).contiguous()  # (B, H, ., D)
 
     tiles = cut(blocks)
-    gathered = q[:, tiles.index].masked_fill(~tiles.valid[..., None, None], 0.0)
-    mean = gathered.sum(2, dtype=wide) / tiles.valid.sum(1)[:, None, None]
-    mean = mean.transpose(1, 2) * scale  # (B, H, N, D)
+    mean = _means(q, blocks, tiles).to(wide).transpose(1, 2) * scale  # (B, H, N, D)
     keys, values = (of_heads(x.index_select(1, blocks.order)) for x in (k, v))
     alive = None if key_mask is None else key_mask[:, None, None, blocks.order]
     length = tokens.pieces.first.diff().long()
@@ -87,6 +85,15 @@ def missed(
         found.append(torch.where(known, torch.cat([exact[0] - near[0], exact[1] - near[1]], 3), 0))
     both = torch.cat(found, 2)
     return Missed(both[..., :-1], both[..., -1])
+
+
+def _means(x: torch.Tensor, blocks: BlockIndex, pieces: Pieces) -> torch.Tensor:
+    """(B, V, H, D): the mean of every piece of (B, S, H, D), in the dtype of sums."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if pieces.even:
+        return x.index_select(1, blocks.order).unflatten(1, (len(pieces), -1)).mean(2, dtype=wide)
+    gathered = x[:, pieces.index].masked_fill(~pieces.valid[..., None, None], 0.0)
+    return gathered.sum(2, dtype=wide) / pieces.valid.sum(1)[:, None, None]
 
 
 def _attention(

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpatch import BadParameter, TokenGrid
-from diffpatch.patterns.tiles import Tiling, choose_tile, even_cuts, raster, refine, step_cuts
+from diffpatch.patterns.tiles import (
+    Tiling,
+    choose_tile,
+    even_cuts,
+    halved,
+    raster,
+    refine,
+    step_cuts,
+)
 
 
 @given(length=st.integers(1, 200), tile=st.integers(1, 200))
@@ -74,6 +82,44 @@ def test_tile_order_is_a_permutation_with_compact_tiles(
             box *= int(axis.max() - axis.min()) + 1
         assert box == size and bool((index.diff() > 0).all())
         start += size
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3))
+@settings(max_examples=50)
+def test_halves_of_a_tile_are_boxes(box: tuple[int, int, int]) -> None:
+    """By hand: cut the longest side in the middle (the last of equal ones), one half, the other."""
+
+    def expected(ranges: tuple[range, ...]) -> list[tuple[int, int, int]]:
+        sides = [len(r) for r in ranges]
+        if max(sides) == 1:
+            return [(ranges[0][0], ranges[1][0], ranges[2][0])]
+        axis = max(n for n in range(3) if sides[n] == max(sides))
+        middle, whole = sides[axis] // 2, ranges[axis]
+        cut = [(*ranges[:axis], part, *ranges[axis + 1 :])
+               for part in (whole[:middle], whole[middle:])]  # fmt: skip
+        return expected(cut[0]) + expected(cut[1])
+
+    right = expected(tuple(range(n) for n in box))
+    found = [tuple(int(x) for x in place) for place in
+             torch.stack(torch.unravel_index(halved(box), box), 1)]  # fmt: skip
+    assert found == right
+
+
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(7, 10, 9, text_before=3, text_after=2), TokenGrid(2, 8, 8)]
+)
+def test_nested_tiles_hold_the_same_tokens_in_compact_pieces(grid: TokenGrid) -> None:
+    cuts = Tiling.even(grid, (2, 4, 4)).cuts
+    plain, nested = Tiling(grid, cuts), Tiling(grid, cuts, nested=True)
+    borders = torch.cat([torch.zeros(1, dtype=torch.int64), plain.sizes.cumsum(0)]).tolist()
+    old, new = plain.order(), nested.order()
+    assert not torch.equal(old, new)
+    for begin, end in itertools.pairwise(borders):
+        assert torch.equal(old[begin:end], new[begin:end].sort().values)
+    assert torch.equal(old[: grid.text_before], new[: grid.text_before])
+    if grid.visual_tokens == grid.num_tokens:  # tiles of 32, and pieces of 8: (2, 2, 2) each
+        place = torch.stack(torch.unravel_index(new[:8], grid.shape), 1)
+        assert place.amax(0).tolist() == [1, 1, 1]
 
 
 def test_raster_blocks_follow_the_sequence() -> None:
