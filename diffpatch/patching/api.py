@@ -17,7 +17,7 @@ from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.found import with_found_weights
 from diffpatch.patching.options.from_settings import from_settings
 from diffpatch.patching.options.schedule import Amount, Schedule
-from diffpatch.patching.options.settle import settle
+from diffpatch.patching.options.settle import no_effect, settle
 from diffpatch.patching.report import Record, Report
 from diffpatch.patching.target import components, cross_attention, layers, models, transformers
 from diffpatch.patterns.grid import PackedGrid, TokenGrid
@@ -75,7 +75,8 @@ def patch(
         quality: "high", "balanced" or "fast": sparse calls keep about 50, 25 or 12.5 % of the
             pairs of visual tokens, or what the family's published setting near that keeps. It only
             chooses what `params` leave open and never the dense steps and layers; `report` and
-            `plan` print the result. None takes the published setting, else the method's defaults.
+            `plan` print the result, and say so where `params` leave nothing to choose. None takes
+            the published setting, else the method's defaults.
         backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
             "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         grid: for models without a family: a `TokenGrid` (or a `PackedGrid`, for several grids in
@@ -111,7 +112,7 @@ def patch(
     internals.check()
     found = transformers(pipe, _custom_family(grid, modules))
     check_grid: CheckGrid | None = None
-    promise: str | None = None
+    remark: str | None = None
     if settings is not None or target is not None:
         given = [*params, *(["cache"] if cache is not None else [])]
         given += [f"method={method!r}"] if method not in ("radial", "dynamic") else []
@@ -120,18 +121,19 @@ def patch(
         method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
         dense_layers = 0 if dense_layers is None else dense_layers
-        promise = f"chosen for {target or quality!r}: {choice.promise}"
+        remark = f"chosen for {target or quality!r}: {choice.promise}"
         quality = None
     if cache is not None:
         check_cache(cache, bare=not hasattr(pipe, "components"))
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
+    remark = remark or no_effect(chosen, quality, params)
     check_backend(backend)
     bare = not hasattr(pipe, "components")
     shared = Patch(
         chosen, schedule, backend, pipe,
-        bare=bare, check_grid=check_grid, promise=promise, strict=strict,
+        bare=bare, check_grid=check_grid, remark=remark, strict=strict,
     )  # fmt: skip
     parts = components(pipe)
     fresh = [
@@ -264,7 +266,7 @@ def report(target: Any) -> Report:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
     for one in patches:
         one.runs.of(target).note_state()
-        notes += [] if one.promise is None else [one.promise]
+        notes += [] if one.remark is None else [one.remark]
     if len(patches) == 1:
         record = patches[0].runs.of(target).record
     else:  # transformers patched one by one, each with counts of its own

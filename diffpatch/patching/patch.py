@@ -84,7 +84,8 @@ class Patch:
         schedule: which calls are dense.
         backend: of the kernels.
         check_grid: refuses grids that the settings say nothing about, or remarks on them.
-        promise: what settings for a target are predicted to give, for the report.
+        remark: what the report says of the choice of settings: what those for a target are
+            predicted to give, or that a level of quality has no effect.
         strict: whether a forward in which nothing runs sparsely is an error.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
@@ -100,14 +101,14 @@ class Patch:
         *,
         bare: bool = False,
         check_grid: CheckGrid | None = None,
-        promise: str | None = None,
+        remark: str | None = None,
         strict: bool = False,
     ) -> None:
         self.method = method
         self.schedule = schedule
         self.backend = backend
         self.check_grid = check_grid
-        self.promise = promise
+        self.remark = remark
         self.strict = strict
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)

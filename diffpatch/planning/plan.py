@@ -15,7 +15,7 @@ from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.options.schedule import Amount
-from diffpatch.patching.options.settle import QUALITIES, settle
+from diffpatch.patching.options.settle import QUALITIES, no_effect, settle
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.info import Trained
@@ -40,18 +40,18 @@ BACKEND = "triton"  # assumed where no device profile names a backend
 class Plan:
     """The cost of a run with a method, next to the same run dense.
 
-    The speedups are bounds: they assume that kept pairs cost what dense pairs cost and that
-    everything counts by its floating-point operations. `predicted` is what a device makes of them.
+    The speedups are upper bounds: they count floating-point operations only, and assume that a
+    kept pair costs as much as a dense one. `predicted` holds the times on a device.
 
     Attributes:
         model: the model planned for.
         method: the method with its parameters.
         grid: the token grid.
         tokens: length of the self-attention sequence.
-        kept: query-key pairs computed over the whole run, dense steps and layers included.
-        kept_sparse: the same over the sparse calls alone.
-        kept_per_step: the same of every step.
-        kept_per_layer: and of every layer.
+        kept: fraction of the query-key pairs computed in the run, dense steps and layers included.
+        kept_sparse: the same fraction over the sparse calls alone.
+        kept_per_step: the same fraction for every step.
+        kept_per_layer: the same fraction for every layer.
         dense_steps: denoising steps that stay dense.
         dense_layers: layers that stay dense.
         steps: denoising steps.
@@ -60,25 +60,24 @@ class Plan:
         attention_speedup: bound on the speedup of all self-attention of the run.
         step_speedup: bound on the speedup of the run's transformer (Amdahl).
         dense_step_flops: floating-point operations of a dense step, all guidance branches.
-        step_flops: of a step with the method, the mean over the run.
-        visited: pairs in the tiles that a sparse call visits, as a fraction of all pairs; what is
-            more than `kept_sparse` lies in tiles of which only a part is kept. None if the method
-            does more than visit tiles.
-        computed: pairs that the backend computes in a sparse call, as a fraction of all: also what
-            it fills up to whole blocks, or computes for several tiles together. None: no model.
+        step_flops: the same for a step with the method, the mean over the run.
+        visited: fraction of all pairs that lie in the tiles a sparse call visits; above
+            `kept_sparse` where tiles are kept in part. None if a method does more.
+        computed: fraction of all pairs that the backend computes in a sparse call, its padding to
+            whole blocks included; None if that is not known for the method.
         backend: the backend that `computed` is about.
-        partial_share: visited tiles that need an element mask, as a fraction.
+        partial_share: fraction of the visited tiles that need an element mask.
         state_bytes: memory held across steps, over all layers and guidance branches.
-        predicted: seconds and speedups on a device; None without a profile, or where no model tells
-            what the method costs.
+        predicted: seconds and speedups on the profile's device; None if nothing can tell them.
         patterns: the patterns of the sparse calls.
-        at_most: whether the run may keep less than this says, because the data decide.
-        fits: whether the state is within what the method may hold; if not, the run is refused.
-        trained: frames, rows and columns of tokens that the model was trained at, the largest; the
-            latter two may not be known, and None where nothing is.
-        scratch_bytes: memory that a call holds for a moment while it decides, batch 1.
-        warning: what goes beyond that, and which method is made for it; None if nothing does.
-        quality: the level asked for; None where none was.
+        at_most: whether the kept fractions are upper bounds, because the data decide.
+        fits: whether the method may hold `state_bytes`; if not, the run is refused.
+        trained: the most frames, rows and columns of tokens that the model was trained at; rows and
+            columns are None if unknown, and all of it is None if nothing is known.
+        scratch_bytes: memory that a call needs while it decides, freed afterwards; batch 1.
+        warning: what exceeds `trained`, and which method is made for it; None if nothing does.
+        quality: the level asked for, or None.
+        unused_quality: why that level has no effect; None if it has one or there is no level.
     """
 
     model: str
@@ -111,12 +110,13 @@ class Plan:
     warning: str | None = None
     scratch_bytes: int = 0
     quality: str | None = None
+    unused_quality: str | None = None
 
     @property
     def missed_quality(self) -> str | None:
         """How far a sparse call is from what the level of quality asks for; None if it is near."""
         wanted = None if self.quality is None else QUALITIES[self.quality]
-        if wanted is None or abs(self.kept_sparse / wanted - 1) <= NEAR:
+        if wanted is None or self.unused_quality or abs(self.kept_sparse / wanted - 1) <= NEAR:
             return None
         return f"{self.kept_sparse:.1%} instead of {wanted:.1%}"
 
@@ -211,7 +211,9 @@ class Plan:
         return "\n".join(lines)
 
     def _quality(self) -> list[str]:
-        """Where a level of quality is missed, and why that may be."""
+        """That a level of quality is missed or has no effect, and why; or nothing."""
+        if self.unused_quality is not None:
+            return [f"  quality    {self.unused_quality}"]
         if self.missed_quality is None:
             return []
         return [
@@ -301,13 +303,12 @@ def plan(
         dense_layers: as in `patch`.
         dense_last_steps: as in `patch`.
         quality: as in `patch`.
-        text_tokens: text tokens in the self-attention sequence; None takes the model's usual.
-        branches: guidance branches: forwards of a step.
+        text_tokens: text tokens in the self-attention sequence; None: the model's default.
+        branches: guidance branches, which is the number of forwards in a step.
         profile: a device to predict times for: a name such as "h100", or a file that
-            `diffpatch bench profile --json FILE` wrote; None for bounds alone.
-        dtype: "fp32", "bf16" or "fp16" for the prediction; None takes what is usual there.
-        backend: a name in `BACKENDS` but "auto", whose padding `Plan.computed` counts; None takes
-            that of the profile, or "triton".
+            `diffpatch bench profile --json FILE` wrote; None gives bounds only.
+        dtype: "fp32", "bf16" or "fp16" for the prediction; None: the device's default.
+        backend: whose padding `Plan.computed` counts, not "auto"; None: the profile's, or "triton".
         **params: parameters of the method.
 
     Raises:
@@ -350,7 +351,7 @@ def plan(
                 steps=num_inference_steps, branches=branches, dtype=dtype,
             )  # fmt: skip
         made = _plan_of(run, shape, branches, predicted, trained)
-        return replace(made, quality=quality)
+        return replace(made, quality=quality, unused_quality=no_effect(chosen, quality, params))
 
 
 def _plan_of(

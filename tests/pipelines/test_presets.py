@@ -115,6 +115,28 @@ def test_what_the_caller_gives_wins() -> None:
     assert combined == diffpatch.Temporal(over=Window(window=(0.5, 0.5, 0.5)), refresh=3)
 
 
+def test_a_level_without_effect_is_said() -> None:
+    tiny = wan()
+    said = "quality='fast' has no effect beside decay=0.9, which sets how much is kept"
+    with diffpatch.patched(tiny.pipe, "radial", quality="fast", decay=0.9):
+        assert diffpatch.report(tiny.pipe).notes == (said,)
+        tiny.run()
+        assert str(diffpatch.report(tiny.pipe)).count(said) == 1
+    two = {"kept": 0.2, "decay": 0.9}
+    with diffpatch.patched(tiny.pipe, "radial+temporal", quality="high", **two):
+        [note] = diffpatch.report(tiny.pipe).notes
+        assert note.endswith("beside kept=0.2 and decay=0.9, which set how much is kept")
+    for options in ({"quality": "fast"}, {"decay": 0.9}, {"quality": "fast", "sink": False}):
+        with diffpatch.patched(tiny.pipe, "radial", **options):
+            assert diffpatch.report(tiny.pipe).notes == ()
+
+
+def test_a_plan_says_that_a_level_has_no_effect() -> None:
+    made = diffpatch.plan("wan-1.3b", "radial", quality="fast", decay=0.9, **SIZES["wan-1.3b"])
+    assert made.missed_quality is None and "without knowing the grid" not in str(made)
+    assert "quality    quality='fast' has no effect beside decay=0.9" in str(made)
+
+
 def test_impossible_levels_say_what_to_do() -> None:
     pipe = wan().pipe
     with pytest.raises(BadParameter, match="unknown quality 'hihg': did you mean 'high'"):

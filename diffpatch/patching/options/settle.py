@@ -94,6 +94,22 @@ def settle(
     return chosen, Schedule(dense_steps, dense_last_steps, dense_layers)
 
 
+def no_effect(method: Method, quality: str | None, params: Mapping[str, Any]) -> str | None:
+    """What to say where a caller's parameters already set how much is kept; None elsewhere.
+
+    Args:
+        method: as `settle` returns it.
+        quality: as given by the caller.
+        params: parameters given by the caller.
+    """
+    own = [f"{name}={params[name]!r}" for name in method.kept_parameters if name in params]
+    if quality is None or not own:
+        return None
+    sets = "sets" if len(own) == 1 else "set"
+    given = " and ".join(own)
+    return f"quality={quality!r} has no effect beside {given}, which {sets} how much is kept"
+
+
 def _at_quality(
     method: str | Method,
     chosen: Method,
@@ -109,8 +125,8 @@ def _at_quality(
             f"quality={quality!r} chooses the size of a method and {chosen} has one: give the name"
             f" {chosen.name!r}, or leave quality out"
         )
-    if set(chosen.kept_parameters) & set(params):
-        return chosen  # the caller chose the size
+    if no_effect(chosen, quality, params) is not None:
+        return chosen
     if quality in preset.levels:
         return make_method(method, **{**preset.params, **preset.levels[quality], **params})
     return chosen.with_kept(QUALITIES[quality], kind)
