@@ -230,6 +230,18 @@ def _adapter(hint: Any) -> Any:
     return TypeAdapter(hint, config=strict)
 
 
+def file_path(value: str | Path) -> Path:
+    """Where a file is to be written.
+
+    Raises:
+        BadParameter: the path is empty or that of a folder.
+    """
+    path = Path(value)
+    if not path.name or path.is_dir():
+        raise BadParameter(f"path={os.fspath(value)!r} must be the path of a file, not of a folder")
+    return path
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it, cut where it is long."""
     text = repr(value)

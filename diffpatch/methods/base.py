@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -109,6 +110,8 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "pattern" in vars(cls):
+            cls.pattern = _checking_grid(cls.pattern)  # type: ignore[method-assign]
         if "__post_init__" in vars(cls):
             raise TypeError(f"{cls.__name__} defines __post_init__: call it validate")
         if "attend" in vars(cls) and "only_skips" not in vars(cls):
@@ -223,7 +226,11 @@ class Method:
         return None
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
-        """The pattern on a grid, for one of the values that `variant` returns."""
+        """The pattern on a grid, for one of the values that `variant` returns.
+
+        Raises:
+            BadParameter: the grid is not a `TokenGrid`, or the method cannot work on it.
+        """
         raise TypeError(f"{type(self).__name__} does not define a pattern")
 
     def attend(
@@ -351,6 +358,21 @@ class Method:
         if not condition:
             value = getattr(self, parameter)
             raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
+
+
+def _checking_grid(pattern: Callable[..., BlockPattern]) -> Callable[..., BlockPattern]:
+    """The pattern of a method, which begins with a look at what it is given for a grid."""
+
+    @functools.wraps(pattern)
+    def checked(self: Method, grid: TokenGrid, *variant: Any, **named: Any) -> BlockPattern:
+        if not isinstance(grid, TokenGrid):
+            raise BadParameter(
+                f"{self.name}: grid={checking.shown(grid)} must be a TokenGrid, such as"
+                " TokenGrid(num_frames, height, width)"
+            )
+        return pattern(self, grid, *variant, **named)
+
+    return checked
 
 
 def param(default: Any, help: str) -> Any:

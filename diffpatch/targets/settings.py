@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diffpatch.checking import file_path
 from diffpatch.errors import BadParameter
 from diffpatch.files import write_text
 from diffpatch.targets.curves import Point
@@ -193,8 +194,12 @@ class Settings(_Part):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
-        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+        """Write the file, whole or not at all.
+
+        Raises:
+            BadParameter: the path is empty or that of a folder.
+        """
+        write_text(file_path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Settings:

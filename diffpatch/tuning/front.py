@@ -198,7 +198,7 @@ class _Job:
         self._name = next(iter(settings.measured_on.transformers))
         curves = settings.model_dump_json(include={"measured_on", "curves"})
         ties = json.dumps([curves, call, seed], sort_keys=True, default=str)
-        self._done = Unfinished(None if path is None else Path(path), ".clips", ties)
+        self._done = Unfinished(path, ".clips", ties)
         self._warm: set[str] = set()
         self._spent: list[float] = []
         self._count = 0

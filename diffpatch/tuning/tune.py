@@ -83,7 +83,7 @@ def tune(
         on_progress: called after each prompt.
 
     Raises:
-        BadParameter: there is no prompt, or a parameter cannot work.
+        BadParameter: there is no prompt, `path` is a folder, or a parameter cannot work.
         UnknownFamily: the pipeline holds no transformer of a known family.
     """
     prompts = list(dict.fromkeys(prompts))
@@ -94,7 +94,7 @@ def tune(
     call = dict(call or {})
     model = _model(pipe)
     ties = json.dumps([model, call, seed, dense_steps, SIZES], sort_keys=True, default=str)
-    done = _Done(None if path is None else Path(path), ties)
+    done = _Done(path, ties)
     for number, prompt in enumerate(prompts):
         wanted = PAIRS if number < pairs else ()
         if not done.has(prompt, len(wanted)):
@@ -197,7 +197,7 @@ def _model(pipe: Any) -> dict[str, Any]:
 class _Done:
     """What the prompts told that are finished, and what their runs were like."""
 
-    def __init__(self, path: Path | None, ties: str) -> None:
+    def __init__(self, path: str | Path | None, ties: str) -> None:
         self._kept = Unfinished(path, ".part", ties)
         self.found: dict[str, _Found] = {}
         self.place: dict[str, Any] = {}

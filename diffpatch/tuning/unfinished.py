@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffpatch.checking import file_path
 from diffpatch.files import write_text
 
 
@@ -22,9 +23,13 @@ class Unfinished:
         path: of the result; None keeps nothing.
         ending: what is appended to its name.
         ties: everything that decides what the units come to.
+
+    Raises:
+        BadParameter: the path is empty or that of a folder.
     """
 
-    def __init__(self, path: Path | None, ending: str, ties: str) -> None:
+    def __init__(self, path: str | Path | None, ending: str, ties: str) -> None:
+        path = None if path is None else file_path(path)
         self._file = None if path is None else path.with_name(path.name + ending)
         self._tensors = None if path is None else path.with_name(f"{path.name}{ending}.safetensors")
         self._ties = ties

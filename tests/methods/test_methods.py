@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 import time
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -197,6 +198,15 @@ def test_a_window_larger_than_the_grid_is_refused() -> None:
         Neighborhood(window=(1, 3, 9)).pattern(TokenGrid(3, 5, 7))
     with pytest.raises(BadParameter, match="use neighborhood or window for images"):
         Radial().pattern(TokenGrid(1, 8, 8))
+
+
+@pytest.mark.parametrize("name", sorted(diffpatch.list_methods()))
+def test_a_pattern_needs_a_grid(name: str) -> None:
+    grids: list[Any] = [(4, 8, 8), None, "4x8x8", diffpatch.PackedGrid((3, (4, 8, 8)))]
+    for grid in grids:
+        with pytest.raises(BadParameter, match=r"grid=.* must be a TokenGrid") as caught:
+            diffpatch.make_method(name).pattern(grid)
+        assert repr(grid)[:60] in str(caught.value)
 
 
 def test_every_method_is_listed_with_its_parameters() -> None:

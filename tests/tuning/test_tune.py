@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,11 @@ def test_a_damaged_or_foreign_part_is_measured_again(small: Tiny, tmp_path: Path
         assert tune(small.pipe, ["a cat"], call=call_of(small), pairs=0, path=path).curves
 
 
-def test_bad_requests_are_refused(small: Tiny) -> None:
+def test_bad_requests_are_refused(small: Tiny, tmp_path: Path) -> None:
+    for path in ("", ".", tmp_path):
+        said = f"path='{path}' must be the path of a file, not of a folder"
+        with pytest.raises(BadParameter, match=re.escape(said)):
+            tune(small.pipe, ["a"], path=path)
     for wrong in ([], [3]):
         with pytest.raises(BadParameter, match="prompts="):
             tune(small.pipe, wrong)  # type: ignore[arg-type]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from diffpatch import BadParameter
+from diffpatch.methods.learned.files import save as save_learned
+from diffpatch.targets.settings import Settings
 from diffpatch.tuning.unfinished import Unfinished
 
 
@@ -24,6 +28,18 @@ def test_units_and_the_last_tensor_are_kept_until_the_result_is_written(tmp_path
     assert other.get("a") is None and other.tensor("clip") is None
     again.forget()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_result_needs_the_path_of_a_file(path: str) -> None:
+    settings: Any = Settings.model_construct()
+    for write in (
+        lambda: Unfinished(path, ".part", "ties"),
+        lambda: settings.save(path),
+        lambda: save_learned(path, {}, "A", {}),
+    ):
+        with pytest.raises(BadParameter, match=f"path='{path}' must be the path of a file"):
+            write()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10_000, b'{"ties": "ties", "done": 3}'])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffpatch.checking import file_path
 from diffpatch.errors import BadParameter
 
 FORMAT, VERSION = "diffpatch learned attention", "1"
@@ -65,6 +66,9 @@ def save(
         family: the class of the transformer.
         method: the parameters of the method, ready for JSON.
         dtype: what tensors of two and more dimensions are stored in; vectors stay fp32.
+
+    Raises:
+        BadParameter: the path is empty or that of a folder.
     """
     tensors = {}
     for layer, values in learned.items():
@@ -72,7 +76,8 @@ def save(
             kind = dtype if value.ndim > 1 and min(value.shape) > 4 else torch.float32
             tensors[f"{layer}.{name}"] = value.detach().to("cpu", kind).contiguous()
     header = {"format": FORMAT, "version": VERSION, "family": family, "method": json.dumps(method)}
-    part = Path(path).with_suffix(".part")
+    path = file_path(path)
+    part = path.with_suffix(".part")
     save_file(tensors, part, metadata=header)
     part.chmod(0o644)
     part.replace(path)
