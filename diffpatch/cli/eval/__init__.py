@@ -45,25 +45,32 @@ def run(args: argparse.Namespace) -> int:
     if args.floor is not None and not args.folders:
         raise UsageError("--floor is for folders; give the folders and --reference")
     result: dict[str, Any] = {}
+    faults: list[OSError] = []
     if not only_read:
         measure = _folders if args.folders or args.reference else _model
-        result = measure(args, process)
-    if process.rank > 0:  # every process has the whole result; one tells it
-        return 0
-    return _tell(args, result, results)
+        result, faults = measure(args, process)
+    if process.rank == 0:  # every process has the whole result; one tells it
+        _tell(args, result, results)
+    for error in faults:
+        raise RunError(f"clips are missing in {args.vbench_export}: {error}") from error
+    return 0
 
 
-def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, Any]) -> int:
+def _tell(args: argparse.Namespace, result: dict[str, Any], vbench: dict[str, Any]) -> None:
+    """Print the result, and write it; where that fails, the whole of it goes to stdout."""
     text = to_json(result | ({"vbench": vbench} if vbench else {}))
     if args.json == "-":
         print(text, end="")
-        return 0
+        return
     shown = [describe(result)] if result else []
     print("\n".join([*shown, *([eval_vbench.describe(vbench)] if vbench else [])]))
     if args.json is not None:
-        output.write_text(Path(args.json), text)
+        try:
+            output.write_text(Path(args.json), text)
+        except OSError:
+            print(text, end="")
+            raise
         print(f"wrote {args.json}")
-    return 0
 
 
 def _tools(args: argparse.Namespace, device: str | None) -> Tools:
@@ -77,7 +84,7 @@ def _say(args: argparse.Namespace, process: Process) -> Callable[[str], None]:
     return lambda text: progress.say(text, args.quiet or process.rank > 0)
 
 
-def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+def _folders(args: argparse.Namespace, process: Process) -> tuple[dict[str, Any], list[OSError]]:
     from diffpatch.eval.quality import evaluate, items
 
     for option in ("prompt", "prompt_file", "count", "method"):
@@ -96,7 +103,7 @@ def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         eval_vbench.export_folders(
             args.vbench_export, folders, args.reference, captions, fps, process
         )
-    return evaluate.evaluate_folders(
+    result = evaluate.evaluate_folders(
         folders,
         args.reference,
         _tools(args, process.device(args.device)),
@@ -105,6 +112,7 @@ def _folders(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         process=process,
         say=_say(args, process),
     )
+    return result, []
 
 
 def _places(folders: Sequence[Path], reference: Path | None) -> tuple[list[Path], Path]:
@@ -127,7 +135,8 @@ def _places(folders: Sequence[Path], reference: Path | None) -> tuple[list[Path]
     return list(folders), reference
 
 
-def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+def _model(args: argparse.Namespace, process: Process) -> tuple[dict[str, Any], list[OSError]]:
+    """The result, and why clips could not be kept."""
     from diffpatch.eval.quality import evaluate
 
     if args.captions is not None:
@@ -140,14 +149,14 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     prompts, device = _prompts(args, source), process.device(args.device)
     tools = _tools(args, device)
     options: dict[str, Any] = {"seed": args.seed, "process": process, "say": _say(args, process)}
+    faults: list[OSError] = []
     if args.vbench_export is not None:
         if not source.is_video:
             raise UsageError(f"--vbench-export is for videos; {args.model} makes images")
         fps = args.fps or frames_per_second(source)
         rows = ["dense", evaluate.ARITHMETIC, evaluate.NOISE, *methods]
-        options["keep"] = eval_vbench.Export.of(
-            args.vbench_export, prompts, fps, rows, process
-        ).write
+        export = eval_vbench.Export.of(args.vbench_export, prompts, fps, rows, process)
+        options["keep"], faults = export.keep, export.faults
     pipe = generation.load(source, generation.load_options(args) | {"device": device})
     applied = {name: shared | values for name, values in methods.items()}
     try:
@@ -160,7 +169,8 @@ def _model(args: argparse.Namespace, process: Process) -> dict[str, Any]:
         raise RunError(
             "out of memory; try --offload model, --vae-tiling, or less to make"
         ) from error
-    return {"model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), **result}
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    return {"model": args.model, "dtype": dtype, **result}, faults
 
 
 def _prompts(args: argparse.Namespace, source: loading.Source) -> list[str]:

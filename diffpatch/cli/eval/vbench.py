@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ class Export:
         folder: of all rows.
         names: of the files, by the number of the prompt; those of this process.
         fps: frames per second.
+        faults: why clips were not kept; after the first, no other is tried.
     """
 
     folder: Path
     names: Mapping[int, str]
     fps: float
+    faults: list[OSError] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -99,6 +101,15 @@ class Export:
         path = self.path(row, number)
         with files.staged(path.parent) as stage:
             media.save(media.to_images(frames), stage / path.name, self.fps)
+
+    def keep(self, row: str, number: int, frames: torch.Tensor) -> None:
+        """The same beside a measurement, which goes on where a clip cannot be written."""
+        if self.faults:
+            return
+        try:
+            self.write(row, number, frames)
+        except OSError as error:
+            self.faults.append(error)
 
     def copy(self, row: str, number: int, source: Path) -> None:
         """A clip on disk: an mp4 as it is, anything else encoded."""
