@@ -148,21 +148,21 @@ class Report:
     """The last run of a patched target.
 
     Attributes:
-        method: what was asked for, with its parameters.
-        kept: computed query-key pairs as a fraction of all pairs of all patched attention calls,
+        method: the method that was asked for, with its parameters.
+        kept: fraction of the query-key pairs that was computed, over all patched attention calls,
             dense steps and layers included.
-        calls: patched attention calls.
-        dense_calls: calls that ran dense.
-        reasons: why they did -> how many.
-        backends: what computed the calls -> how many.
-        steps: denoising steps seen (model evaluations).
-        layers: patched attention layers, over all transformers.
+        calls: number of patched attention calls.
+        dense_calls: how many of them ran dense.
+        reasons: why calls ran dense -> number of calls.
+        backends: name of the backend -> number of calls.
+        steps: denoising steps of the run, counted in model evaluations.
+        layers: number of patched attention layers, over all transformers.
         kept_per_step: kept fraction of every step.
         kept_per_layer: kept fraction of every layer.
-        kept_map: kept fraction of every layer in every step; None where a layer did not run, as
-            one of two experts.
-        state_bytes: the most memory held across steps; it is freed with the last step.
-        notes: what else there is to know, such as steps that nothing told.
+        kept_map: by step, kept fraction of every layer; None if the layer did not run in that step,
+            as happens with two experts.
+        state_bytes: the most memory held from step to step; it is freed after the last step.
+        notes: remarks, such as that the number of the step was unknown.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The settings for a target: which heads keep how much, and what pictures and times to expect."""
+"""From a target to settings: how much each head keeps, and what quality and time to expect."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ RULES = ("virtual", "drop")  # what becomes of tiles that are not chosen, the sa
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a target comes to.
+    """The settings chosen for a target, and what they are predicted to give.
 
     Attributes:
-        rest: "virtual" or "drop", for all heads.
-        budgets: transformer -> layer -> kept fraction of each head in a sparse call; empty where
-            all attention stays dense.
+        rest: what becomes of tiles that are not chosen: "virtual" or "drop", for all heads.
+        budgets: transformer -> layer -> kept fraction of each head in a sparse call; empty if all
+            attention stays dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        kept: fraction of the pairs of all calls, dense steps included.
+        kept: kept fraction of the pairs of all calls, dense steps included.
         error: mean relative L1 error of the attention in sparse calls.
-        psnr: predicted for the pictures, in dB; None where no pairs were rendered.
-        spread: of that prediction, in dB; None likewise.
-        speedup: predicted for the denoising; None likewise.
-        next_kept: error that the next percent of kept fraction would save.
-        cache: threshold of the step cache; None without one.
-        low: PSNR that four of five prompts reach, in dB; None where no pairs were rendered.
+        psnr: predicted PSNR to the dense result, in dB; None if it cannot be predicted.
+        spread: standard deviation of prompts from that prediction, in dB; None as for `psnr`.
+        speedup: predicted speedup of the denoising; None if it cannot be predicted.
+        next_kept: error that keeping one more percent of the pairs would save.
+        cache: threshold of the step cache; None without a cache.
+        low: PSNR that four of five prompts are predicted to reach, in dB; None as for `psnr`.
     """
 
     rest: str
@@ -65,7 +65,7 @@ class Chosen:
 
     @property
     def promise(self) -> str:
-        """What it is predicted to give, in a line."""
+        """The predicted result, in one line."""
         parts = [f"cache {self.cache:g}"] if self.cache is not None else []
         parts += [f"kept {self.kept:.0%}"] if self.budgets else ["attention dense"]
         if self.psnr is not None and self.spread is not None:
@@ -102,8 +102,8 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
         target: what is asked for.
 
     Raises:
-        BadParameter: the target cannot be reached, or the settings do not say how; the message
-            names the best that can be had.
+        BadParameter: the target cannot be reached, or too little was measured to tell; the message
+            says what can be reached, or what to measure.
     """
     if target.goal == "psnr":
         _refuse_noise(settings, target)
@@ -126,7 +126,7 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
 
 
 def at_point(settings: Settings, point: FrontPoint) -> Chosen:
-    """What a point of the front comes to, with what it was predicted to give.
+    """The settings of a point of the front, with the quality and speed of that point.
 
     Raises:
         BadParameter: the curves do not reach its kept fraction.
@@ -138,7 +138,7 @@ def at_point(settings: Settings, point: FrontPoint) -> Chosen:
 
 
 def chosen_for(settings: Settings, applied: Applied) -> Chosen:
-    """What one way to run the model comes to: the budgets of its heads.
+    """The settings for one way to run the model: a budget for every head.
 
     Raises:
         BadParameter: the curves do not reach its kept fraction.
@@ -161,14 +161,14 @@ def _choose(
     kept: float | None = None,
     error: float | None = None,
 ) -> Chosen:
-    """The better of both rules.
+    """The better choice of the two rules.
 
     Args:
-        settings: with curves.
-        target: as errors call it.
-        applied: says what stays dense; None takes the first steps of the settings.
-        kept: mean of sparse calls that may be spent.
-        error: mean of sparse calls that may be made.
+        settings: hold the curves.
+        target: named in errors.
+        applied: says which steps stay dense; None takes the dense steps of the settings.
+        kept: largest mean kept fraction of sparse calls.
+        error: largest mean error of sparse calls.
     """
     dense = settings.measured_on.dense_steps if applied is None else applied.dense_steps
     found: list[tuple[str, Choice]] = []
@@ -185,7 +185,7 @@ def _choose(
 
 
 def _of_rule(settings: Settings, rest: str, kept: float | None) -> dict[str, Curve]:
-    """The curves with one rule alone, and dense, from `FEWEST` on where `kept` can be had so."""
+    """Curves of one rule and dense; without points below `FEWEST` if `kept` allows for that."""
     curves: dict[str, Curve] = {
         unit: [point for point in curve if point.rule in (rest, DENSE)]
         for unit, curve in settings.points().items()
@@ -225,7 +225,7 @@ def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> C
 
 
 def _refuse_noise(settings: Settings, target: Target) -> None:
-    """A target above the noise floor is not one."""
+    """Refuse a PSNR above the noise floor."""
     if settings.floor is not None and target.value > settings.floor:
         raise BadParameter(
             f"target={str(target)!r} means nothing: dense differs from dense computed by another"
@@ -234,7 +234,7 @@ def _refuse_noise(settings: Settings, target: Target) -> None:
 
 
 def _error_for(settings: Settings, target: Target) -> float:
-    """The mean error at which four of five prompts are predicted to have a PSNR."""
+    """The mean error at which four of five prompts are predicted to reach the PSNR asked for."""
     line = quality_line(settings.rendered)
     if line is None:
         raise BadParameter(
@@ -245,7 +245,7 @@ def _error_for(settings: Settings, target: Target) -> float:
 
 
 def _kept_for(settings: Settings, target: Target) -> float:
-    """The kept fraction at which a run is predicted to be that much faster."""
+    """The kept fraction at which a run is predicted to reach the speedup asked for."""
     line = time_line(settings.rendered)
     if line is None:
         raise BadParameter(

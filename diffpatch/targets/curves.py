@@ -1,10 +1,11 @@
-"""Curves of error against kept fraction, and how a budget is dealt out over them.
+"""Curves of error against kept fraction, and how a budget is divided among units.
 
-Every *unit* (a head of a layer, say) has a curve: what it keeps and how far its output is then from
-dense, for every rule and size that was tried. Only the lower convex hull of a curve can be part of
-the best choice at a multiplier λ, min Σ error + λ Σ kept, so a choice is a walk down the hulls:
-their segments, steepest first, until the budget is spent. What is left of the budget then goes to
-the steepest segments that still fit (Everett, Operations Research 11(3), 1963).
+Every *unit* (such as a head of a layer) has a curve. Each of its points is a rule and a size that
+were tried: the fraction kept, and the distance of the output from dense. The best choice for a
+multiplier λ minimises Σ error + λ Σ kept, so it only uses points on the lower convex hulls of the
+curves. `choose` therefore walks down the hulls, taking their segments steepest first until the
+budget is spent. The rest of the budget goes to the steepest segments that still fit (Everett,
+Operations Research 11(3), 1963).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Point:
     """One setting of a unit that was tried.
 
     Attributes:
-        kept: query-key pairs computed, as a fraction of all.
-        error: distance of its output from dense; any measure that adds up over units.
-        rule: what was done to keep that much, such as "virtual" or "drop".
+        kept: fraction of the query-key pairs that was computed.
+        error: distance of the unit's output from dense; any measure that adds up over units.
+        rule: what became of the other pairs, such as "virtual" or "drop".
     """
 
     kept: float
@@ -40,14 +41,14 @@ Curve = Sequence[Point]
 
 @dataclass(frozen=True)
 class Choice:
-    """A point for every unit.
+    """One point chosen for every unit.
 
     Attributes:
         points: unit -> its point.
-        kept: mean kept fraction over the units, by their weights.
-        error: mean error over the units, by their weights.
-        slope: the multiplier λ at which this is the best choice: error that the next bit of kept
-            fraction saves; 0 where nothing is left to save.
+        kept: weighted mean of the kept fractions.
+        error: weighted mean of the errors.
+        slope: the multiplier λ for which this choice is the best: error saved per further kept
+            fraction; 0 if nothing is left to save.
     """
 
     points: Mapping[str, Point]
@@ -57,9 +58,10 @@ class Choice:
 
 
 def lower_hull(curve: Curve) -> list[Point]:
-    """The points of a curve that no mixture of others beats, by ascending kept fraction.
+    """The points of a curve that no mixture of other points beats, by ascending kept fraction.
 
-    Errors fall along the hull, ever more slowly. Of equal points the first by rule's name stays.
+    Errors fall along the hull, ever more slowly. Of equal points, the one whose rule comes first by
+    name stays.
     """
     hull: list[Point] = []
     for point in sorted(curve):
@@ -86,14 +88,14 @@ def choose(
     """The choice of least error within a kept fraction, or of least kept fraction within an error.
 
     Args:
-        curves: unit -> its curve, each with a point at least.
-        kept: mean kept fraction that may be spent, in (0, 1].
-        error: mean error that may be made, at least 0.
-        weights: unit -> its share of the pairs, where units differ in size; None counts them alike.
+        curves: unit -> its curve, which has at least one point.
+        kept: largest mean kept fraction, in (0, 1].
+        error: largest mean error, at least 0.
+        weights: unit -> its share of the pairs, if units differ in size; None weights all alike.
 
     Raises:
-        BadParameter: not exactly one of `kept` and `error` is given, or it cannot be had; the
-            message says what can.
+        BadParameter: not exactly one of `kept` and `error` is given, or it cannot be reached; the
+            message then says what can.
     """
     if (kept is None) == (error is None):
         raise BadParameter(f"kept={kept} and error={error}: give exactly one of them")

@@ -1,15 +1,17 @@
-"""The front of quality against time: what sparse attention, a step cache, or both come to.
+"""The front of quality against time, for sparse attention, a step cache, and both together.
 
-Its points were rendered (`diffpatch.tuning.front`). Between two of them that differ in the kept
-fraction of attention alone, in the steps that stay dense, or in the threshold of the cache, there
-are others, predicted on the line between the two: PSNR over the logarithm of fraction or threshold,
-time over the fraction itself; both over the steps themselves.
+The points of the front were rendered (`diffpatch.tuning.front`). If two of them differ in one thing
+only, points between them are predicted by a straight line. That thing is the kept fraction of
+attention, the number of dense steps, or the threshold of the cache. PSNR is a line over the
+logarithm of the fraction or threshold, and over the dense steps themselves; time is a line over the
+fraction and over the dense steps.
 
-PSNR above `FINEST` counts as that much: nobody sees the difference, and there prompts differ most.
+PSNR above `FINEST` counts as `FINEST`: nobody sees the difference, and prompts differ most there.
 
-A prompt is harder or easier than another by about as much at every point, so the spread over
-prompts is pooled over all points, and a point's `low` is what four of five prompts reach. Few
-prompts tell little of it: `USUAL_SPREAD` counts as much as `USUAL_WEIGHT` prompts would.
+One prompt is harder than another by about the same amount at every point, so the spread over
+prompts is pooled over all points. A point's `low` is the PSNR that four of five prompts reach.
+A few prompts say little about the spread, so `USUAL_SPREAD` is added to it with the weight of
+`USUAL_WEIGHT` prompts.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class Applied:
     """One way to run a model.
 
     Attributes:
-        sparse: kept fraction of sparse attention calls; 1 leaves attention dense.
+        sparse: kept fraction of sparse attention calls; 1 leaves all attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        cache: threshold of the step cache; None without one.
+        cache: threshold of the step cache; None without a cache.
     """
 
     sparse: float
@@ -48,7 +50,7 @@ class Applied:
 
     @property
     def label(self) -> str:
-        """For people, such as "attention 25% after 15% + cache 0.1": the first 15 % stay dense."""
+        """A name such as "attention 25% after 15% + cache 0.1": the first 15 % stay dense."""
         parts = []
         if self.sparse < 1:
             parts = [f"attention {100 * self.sparse:.3g}% after {100 * self.dense_steps:.3g}%"]
@@ -61,12 +63,12 @@ class FrontPoint:
     """What to expect of one way to run a model.
 
     Attributes:
-        applied: the way.
-        psnr: mean over prompts, in dB.
-        spread: standard deviation of a prompt that was not measured, in dB.
-        time: of the denoising, as a part of the dense one.
-        calls: attention calls that the cache leaves over, as a fraction.
-        measured: whether it was rendered; else it lies between two that were.
+        applied: that way.
+        psnr: mean PSNR over the prompts, in dB.
+        spread: standard deviation of the PSNR of another prompt from that mean, in dB.
+        time: time of the denoising, as a fraction of the dense time.
+        calls: fraction of the attention calls that is made in spite of the cache.
+        measured: True if it was rendered; False if it is predicted from two that were.
     """
 
     applied: Applied
@@ -83,7 +85,7 @@ class FrontPoint:
 
 
 def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
-    """A point for everything that was rendered with all of the prompts, fastest first."""
+    """One point for each way that was rendered with all prompts, fastest first."""
     groups: dict[Applied, list[Measured]] = defaultdict(list)
     for run in front:
         groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
@@ -104,7 +106,7 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
 
 
 def _spread(groups: Sequence[Sequence[float]]) -> float:
-    """How far a prompt that is not among them lies from the mean of those that are."""
+    """Standard deviation of another prompt's PSNR from the mean of those that were measured."""
     count = min(map(len, groups), default=0)
     if not count:
         return 0.0
@@ -115,9 +117,9 @@ def _spread(groups: Sequence[Sequence[float]]) -> float:
 
 
 def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """The points, and those on the way to the next kept fraction or threshold, fastest first.
+    """The points, and predicted ones between neighbours that differ in one thing; fastest first.
 
-    A step from sparse to dense attention is not cut: another kernel computes it.
+    Nothing is predicted between sparse and dense attention, which different kernels compute.
     """
     by_sparse: dict[Applied, list[FrontPoint]] = defaultdict(list)
     by_steps: dict[Applied, list[FrontPoint]] = defaultdict(list)
@@ -181,7 +183,7 @@ def _mixed(
 
 
 def pareto(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """Those that no faster one is as good as, fastest first."""
+    """The points that are better than every faster one, fastest first."""
     front: list[FrontPoint] = []
     for point in sorted(points, key=lambda point: (point.time, -point.psnr)):
         if not front or point.psnr > front[-1].psnr:
@@ -195,10 +197,10 @@ def time_at(points: Iterable[FrontPoint], psnr: float) -> float | None:
 
 
 def fastest(front: Sequence[Measured], psnr: float, target: str) -> FrontPoint:
-    """The fastest point that four of five prompts reach a PSNR at.
+    """The fastest point at which four of five prompts reach a PSNR.
 
     Raises:
-        BadParameter: nothing that is faster than dense does; says what can be had.
+        BadParameter: no point that is faster than dense does; the message names the best one.
     """
     points = [point for point in with_between(measured_points(front)) if point.time < 1]
     fitting = [point for point in points if point.low >= psnr]
@@ -215,10 +217,10 @@ def fastest(front: Sequence[Measured], psnr: float, target: str) -> FrontPoint:
 
 
 def best_within(front: Sequence[Measured], time: float, target: str) -> FrontPoint:
-    """The best point that takes no longer than a part of the dense time.
+    """The best point that takes at most a given fraction of the dense time.
 
     Raises:
-        BadParameter: nothing is that fast; says what is.
+        BadParameter: no point is that fast; the message names the fastest.
     """
     points = with_between(measured_points(front))
     fitting = [point for point in points if point.time <= time]

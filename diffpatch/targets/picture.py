@@ -1,8 +1,8 @@
-"""From errors of attention to decibels of pictures, and from kept fractions to seconds.
+"""PSNR predicted from the error of attention, and time predicted from the kept fraction.
 
-Both are straight lines fitted on rendered pairs: PSNR against the logarithm of the mean error
-(decibels are a logarithm of squared errors: a linear response falls by 20 of them a decade), and
-the time of a run, as a part of the dense one, against the fraction it keeps.
+Both predictions are straight lines, fitted to rendered pairs. PSNR is fitted against the logarithm
+of the mean error: if pictures respond linearly to errors, it falls by 20 dB for ten times the
+error. The time of a run, as a fraction of the dense time, is fitted against the kept fraction.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class FittedLine:
     """A straight line, y = at_zero + slope · x, and how far points lie from it.
 
     Attributes:
-        at_zero: where it meets x = 0.
-        slope: its rise.
-        spread: root mean square distance of a point from the line through the others (leave one
-            out), in units of y.
+        at_zero: y at x = 0.
+        slope: change of y per unit of x.
+        spread: root mean square distance of each point from the line fitted to the others
+            (leave-one-out), in units of y.
     """
 
     at_zero: float
@@ -44,7 +44,7 @@ class FittedLine:
 
 
 def fitted(x: Sequence[float], y: Sequence[float]) -> FittedLine | None:
-    """The least-squares line, or None where points are too few or all at one place."""
+    """The least-squares line; None if there are too few points, or all have the same x."""
     if len(x) < FEWEST or max(x) - min(x) < 1e-9:
         return None
     points, values = np.asarray(x), np.asarray(y)
@@ -57,13 +57,14 @@ def fitted(x: Sequence[float], y: Sequence[float]) -> FittedLine | None:
 
 
 def quality_line(rendered: Sequence[Rendered]) -> FittedLine | None:
-    """PSNR in dB against log10 of the error; None where pairs say nothing or the wrong thing."""
+    """PSNR in dB against log10 of the error; None if there is no line, or it does not fall."""
     points = [(math.log10(max(pair.error, SMALLEST)), pair.psnr) for pair in rendered]
     line = fitted([x for x, _ in points], [y for _, y in points])
     return line if line is not None and line.slope < 0 else None
 
 
 def time_line(rendered: Sequence[Rendered]) -> FittedLine | None:
-    """Time of a run, as a part of the dense one, against its kept fraction."""
+    """Time of a run, as a fraction of the dense time, against the kept fraction; None if there is
+    no line, or it does not rise."""
     line = fitted([p.kept for p in rendered], [p.seconds / p.dense_seconds for p in rendered])
     return line if line is not None and line.slope > 0 else None

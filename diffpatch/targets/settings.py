@@ -1,7 +1,8 @@
-"""What tuning found out about a model, as a file that can be shared: curves, not one choice.
+"""What tuning measured on a model, as a file that can be shared.
 
-The file is plain JSON with a version. Everything that ties the curves to what they were measured on
-stands in it, so that they are refused, with the reason, where they would not hold.
+The file holds curves, from which settings for any target follow. It is plain JSON with a version,
+and says what the curves were measured on: for another model or size they are refused, with the
+reason.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Unit = Annotated[str, Field(pattern=r"^\w{1,200}\.\d{1,6}\.\d{1,6}$")]
 
 
 class _Part(BaseModel):
-    """A part of the file: nothing may change, be missing or be unknown; numbers are finite."""
+    """A part of the file: fixed once read; what is missing, unknown or not finite is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -48,15 +49,15 @@ class MeasuredOn(_Part):
         transformers: name in the pipeline -> (class, layers, heads).
         grid: (num_frames, height, width) in tokens, and tokens of text.
         kind: "video" or "image".
-        tile: most tokens of a tile.
-        pool: tokens of a virtual token.
+        tile: most tokens in a tile.
+        pool: tokens that one virtual token stands for.
         steps: denoising steps of the runs.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        dtype: of the weights, such as "bfloat16".
-        prompts: the texts of the runs.
-        seeds: of their noise.
+        dtype: dtype of the weights, such as "bfloat16".
+        prompts: prompts of the runs.
+        seeds: seeds of the noise of the runs.
         versions: package -> version.
-        time: when, in ISO 8601.
+        time: time of the measurement, in ISO 8601.
     """
 
     model: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -75,15 +76,15 @@ class MeasuredOn(_Part):
 
 
 class Rendered(_Part):
-    """One rendered pair: a choice, what it was predicted to give, and what it gave.
+    """A prompt rendered dense and with one choice: the predicted error and the measured result.
 
     Attributes:
-        prompt: its text.
+        prompt: text of the prompt.
         kept: fraction of all pairs of the run that was computed.
         error: mean error that the curves predict.
-        psnr: measured against dense, in dB.
-        seconds: of the denoising, and of the dense one in the same process.
-        dense_seconds: see above.
+        psnr: measured PSNR to the dense result, in dB.
+        seconds: time of the denoising.
+        dense_seconds: time of the dense denoising in the same process.
     """
 
     prompt: Text
@@ -95,19 +96,19 @@ class Rendered(_Part):
 
 
 class Measured(_Part):
-    """One rendered run of the front: what was applied to a model, and what came of it.
+    """One rendered run of the front: what was applied to the model, and the measured result.
 
     Attributes:
-        prompt: its text.
-        sparse: kept fraction of sparse calls, dealt out over the heads by the curves; 1 leaves all
+        prompt: text of the prompt.
+        sparse: kept fraction of sparse calls, divided among the heads by the curves; 1 leaves all
             attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        cache: threshold of the step cache; None without one.
-        kept: fraction of the pairs of all calls that were made.
+        cache: threshold of the step cache; None without a cache.
+        kept: fraction of the pairs that was computed, over the calls that were made.
         calls: attention calls that were made, as a fraction of those without a cache.
-        psnr: against dense, in dB.
-        seconds: of the denoising, and of the dense one in the same process.
-        dense_seconds: see above.
+        psnr: PSNR to the dense result, in dB.
+        seconds: time of the denoising.
+        dense_seconds: time of the dense denoising in the same process.
     """
 
     prompt: Text
@@ -122,16 +123,16 @@ class Measured(_Part):
 
 
 class Checked(_Part):
-    """One prompt that no curve was made from, rendered with what a target came to.
+    """A prompt that was not used for tuning, rendered with the settings chosen for a target.
 
     Attributes:
-        prompt: its text.
-        target: what was asked for.
-        predicted: PSNR that was predicted, in dB; None where there was no prediction.
-        psnr: what was reached, in dB.
-        predicted_speedup: of the denoising; None likewise.
-        seconds: of the denoising, and of the dense one in the same process.
-        dense_seconds: see above.
+        prompt: text of the prompt.
+        target: the target, as a text.
+        predicted: predicted PSNR, in dB; None if there was no prediction.
+        psnr: measured PSNR, in dB.
+        predicted_speedup: predicted speedup of the denoising; None if there was no prediction.
+        seconds: time of the denoising.
+        dense_seconds: time of the dense denoising in the same process.
     """
 
     prompt: Text
@@ -144,19 +145,19 @@ class Checked(_Part):
 
 
 class Settings(_Part):
-    """The file.
+    """What `tune` measured on a model, for ``patch(pipe, settings=…, target=…)``.
 
     Attributes:
-        format: says what it is.
-        version: of the format.
-        measured_on: what ties the curves.
-        objective: what an error is.
+        format: the mark of such a file.
+        version: version of the format.
+        measured_on: the model, sizes and prompts that the curves hold for.
+        objective: which error the curves hold.
         curves: "transformer.layer.head" -> rule -> [[kept, error], …].
-        rendered: pairs that were rendered to learn and to check how errors become pictures.
-        front: runs with sparse attention, with a step cache and with both, from which targets in dB
-            and in speed are chosen.
-        checked: other prompts, rendered with what was chosen.
-        floor: PSNR of dense against dense with another kernel, in dB: what no target can exceed.
+        rendered: rendered pairs, from which PSNR and time are predicted.
+        front: rendered runs with sparse attention, with a step cache and with both; targets in dB
+            and speedups are chosen from them.
+        checked: other prompts, rendered with the settings chosen for a target.
+        floor: PSNR of dense against dense with another kernel, in dB; no target can be higher.
     """
 
     format: Literal["diffpatch settings"] = "diffpatch settings"
@@ -186,7 +187,7 @@ class Settings(_Part):
         return self
 
     def points(self) -> dict[str, list[Point]]:
-        """Unit -> all of its points, with the dense one."""
+        """Unit -> all points of its curves, and the dense point."""
         dense = Point(1.0, 0.0, "dense")
         return {
             unit: [*(Point(k, e, rule) for rule, curve in rules.items() for k, e in curve), dense]
@@ -220,7 +221,7 @@ class Settings(_Part):
 
     @classmethod
     def parse(cls, text: str, name: str = "settings") -> Settings:
-        """The same from the text of a file; `name` is what errors call it."""
+        """The same from the text of a file; errors call the file `name`."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):
@@ -242,13 +243,13 @@ class Settings(_Part):
             ) from None
 
     def check_model(self, models: Mapping[str, torch.nn.Module]) -> None:
-        """Refuse another model.
+        """Refuse a model that the curves were not measured on.
 
         Args:
             models: the transformers of a pipeline, by name.
 
         Raises:
-            BadParameter: the curves are of another model.
+            BadParameter: the classes or the weights of the transformers differ.
         """
         own = {name: cls for name, (cls, _, _) in self.measured_on.transformers.items()}
         here = {name: type(model).__name__ for name, model in models.items()}
@@ -265,13 +266,14 @@ class Settings(_Part):
             )
 
     def check_grid(self, grid: tuple[int, int, int, int]) -> str | None:
-        """Refuse a grid that the curves say nothing about.
+        """Refuse a grid that is too different from the one the curves were measured on.
 
         Returns:
-            None if it is the one they were measured on, else a remark for the report.
+            None for the measured grid, else a remark for the report.
 
         Raises:
-            BadParameter: it is of another kind, or its tokens differ by more than a factor of 2.
+            BadParameter: one grid is a video and the other an image, or their numbers of tokens
+                differ by more than a factor of 2.
         """
         own = self.measured_on.grid
         if grid[:3] == own[:3]:  # as much text as there is; it is kept whole
@@ -297,8 +299,9 @@ def _size(grid: tuple[int, int, int, int]) -> str:
 def fingerprint(transformers: Mapping[str, torch.nn.Module]) -> str:
     """16 hex digits that name a model's weights, without reading all of them.
 
-    Names, shapes and a few values of every parameter go into it, so a merged LoRA or another
-    checkpoint of the same shape counts as another model. Dtype and device do not, nor offload.
+    It depends on the names, the shapes and a few values of all parameters, so a merged LoRA or
+    another checkpoint of the same shape counts as another model. It does not depend on dtype,
+    device or offload.
     """
     digest = hashlib.sha256()
     for name in sorted(transformers):

@@ -1,4 +1,4 @@
-"""What a user asks for: a quality, a fraction kept, an error or a speedup, read from one text."""
+"""What a user asks for, read from one text: a quality, a kept fraction, an error or a speedup."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Target:
     """A goal and its value.
 
     Attributes:
-        goal: "psnr" (of the pictures against dense, in dB, at least), "kept" (fraction of all pairs
-            of a run, at most), "error" (mean relative L1 error of the attention, at most) or
-            "speedup" (of the whole denoising, at least).
-        value: in the unit of the goal; fractions, not percent.
+        goal: "psnr" (at least that PSNR to the dense result, in dB), "kept" (at most that fraction
+            of all pairs of a run), "error" (at most that mean relative L1 error of the attention)
+            or "speedup" (at least that speedup of the whole denoising).
+        value: in the unit of the goal; a fraction is not given in percent.
     """
 
     goal: Goal
@@ -39,7 +39,7 @@ class Target:
         """Read a target such as '30 dB', 'kept 0.25', 'kept 25%', 'error 5%', '2x'.
 
         Raises:
-            BadParameter: the text is none of these, or its number cannot be.
+            BadParameter: the text has another form, or its number is out of range.
         """
         words = text.strip() if isinstance(text, str) else ""
         for goal, form in _FORMS:

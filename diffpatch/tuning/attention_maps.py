@@ -36,19 +36,20 @@ _HOW = ": run the pipeline in the with block, and choose a step and a layer that
 class AttentionMaps:
     """What one query of a layer attends to, and the mass that each head of each layer keeps.
 
-    The *mass* of keys is what dense attention gives to them: its weights, after the softmax, sum to
-    1. A method keeps the mass of the keys that it computes exactly; what it sums up in virtual
-    tokens, or remembers from an earlier step, is not counted.
+    The *mass* of a key is its weight in dense attention, after the softmax: over all keys it sums
+    to 1. A method keeps the mass of the keys that it computes exactly. Keys that it reads as
+    virtual tokens, or remembers from an earlier step, do not count.
 
     Attributes:
-        layer: of the map.
-        step: denoising step.
-        query: (frame, row, column) of the map.
-        grid: the tokens; None until the step was reached.
-        mass: fp32 (H, S), dense attention of the query, in the order of the sequence.
-        exact: bool (H, S), the keys that the method computes exactly.
-        mass_kept: mean over queries for each head, by layer as in `Report.kept_per_layer`.
-        note: why calls could not be looked at, if some could not.
+        layer: number of the mapped layer.
+        step: the denoising step, counted in model evaluations.
+        query: (frame, row, column) of the mapped query.
+        grid: the token grid; None until the step is reached.
+        mass: fp32 (H, S), the mass of each key for the query, in the order of the sequence.
+        exact: bool (H, S), True for keys that the method computes exactly.
+        mass_kept: layer, named as in `Report.kept_per_layer` -> mass kept by each head, the mean
+            over some queries.
+        note: why some calls could not be examined; empty if all could.
     """
 
     layer: int
@@ -62,16 +63,17 @@ class AttentionMaps:
 
     @property
     def mass_per_frame(self) -> torch.Tensor:
-        """fp32 (H, num_frames): dense mass in each frame; the rest is that of text."""
+        """fp32 (H, num_frames): the mass in each frame; what is missing to 1 lies in text."""
         grid = self._seen()
         return self._frames(self.mass).sum((2, 3)).reshape(-1, grid.num_frames)
 
     @checked()
     def frames(self, head: Natural | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense mass fp32 and what is exact, both (num_frames, height, width).
+        """The mass (fp32) and which keys are exact (bool), both (num_frames, height, width).
 
         Args:
-            head: None takes the mean over heads, and as exact what is so in most of them.
+            head: one head; None takes the mean mass, and calls a key exact if at least half of the
+                heads compute it exactly.
 
         Raises:
             BadParameter: there is no such head.
@@ -259,21 +261,21 @@ def attention_maps(
     step: Natural,
     query: tuple[int, int, int] | None = None,
 ) -> Iterator[AttentionMaps]:
-    """Look at what dense attention does in one step of a run, and what of it a method computes::
+    """Record where dense attention looks in one step of a run, and what a method keeps of it::
 
         with diffpatch.attention_maps(pipe, layer=3, step=5, query=(6, 8, 8)) as maps:
             pipe("a red fox runs through snow")
-        maps.plot()        # where the query looks, frame by frame; what is computed outlined
+        maps.plot()        # where the query looks, frame by frame; exact keys are outlined
         maps.plot_heads()  # the mass that each head of each layer keeps
 
-    It costs little: only some queries of one step are looked at. Outputs stay the same.
+    It costs little, because it examines only a few queries of one step. Outputs do not change.
 
     Args:
         target: a patched pipeline or transformer.
-        layer: of the map, among the patched ones; None takes the middle one. The mass kept is of
-            all layers.
-        step: denoising step, counted in model evaluations; one that is not dense.
-        query: (frame, row, column) in tokens; None takes the middle.
+        layer: number of the layer to map, among the patched ones; None takes the middle one.
+            `AttentionMaps.mass_kept` covers all layers.
+        step: the denoising step to map, counted in model evaluations; it must not be a dense one.
+        query: (frame, row, column) in tokens; None takes the middle of the grid.
 
     Raises:
         NotPatched: the target carries no patch.

@@ -61,26 +61,28 @@ def tune(
     path: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Settings:
-    """Find out what every head of a model loses to sparse attention, to choose settings from.
+    """Measure what every head of a model loses to sparse attention; settings follow from that.
 
-    Two experts that are alike, as in Wan 2.2, get the same settings, from errors in both.
+    Each prompt is run dense once. At three of its steps all candidates are tried beside dense
+    attention. With few steps this takes two to three times as long as the dense run alone, with
+    many steps hardly longer. For the first `pairs` prompts a dense clip and three sparse ones are
+    rendered as well.
 
-    Each prompt is run dense once with all candidates tried beside it at three steps, which takes
-    two to three times as long as a dense run of few steps and hardly longer than one of many. For
-    the first `pairs` prompts a dense clip and three sparse ones are rendered besides. A patch that
-    the pipeline carries is back afterwards.
+    Two experts of the same architecture, as in Wan 2.2, get the same settings, from the errors of
+    both. A patch that the pipeline carries is taken off for the measurement and put back.
 
     Args:
         pipe: a diffusers pipeline of a known family.
-        prompts: typical ones; four say far more than one.
+        prompts: typical prompts; four give far better settings than one.
         call: other arguments of the pipeline's call, such as ``num_inference_steps``.
         seed: of the noise.
         dense_steps: first steps that stay dense, as a fraction of the run.
-        pairs: prompts that are rendered sparsely as well; three pairs and more let PSNR and time
-            be predicted, so one prompt is enough for a prediction and two tell how good it is.
-        path: where the result is written. What is done is kept beside it, so that the same call
-            goes on after it was stopped, and loses at most the prompt it was at.
-        on_progress: called after each prompt.
+        pairs: number of prompts that are also rendered. One is enough to predict PSNR and time
+            from settings; two also tell how good the prediction is.
+        path: the file to write the result to. Finished prompts are kept beside it: if the call is
+            stopped, the same call resumes and repeats at most the prompt that was under way.
+        on_progress: called after each prompt with the prompt, its number from 1, and how many
+            there are.
 
     Raises:
         BadParameter: there is no prompt, `path` is a folder, or a parameter cannot work.

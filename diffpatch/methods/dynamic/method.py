@@ -42,27 +42,28 @@ Budgets = tuple[tuple[int, tuple[float, ...]], ...]
 @register
 @dataclass(frozen=True)
 class Dynamic(Method):
-    """Each head chooses for every tile of queries which strips of keys it attends to exactly.
+    """For every tile of queries, each head chooses the strips of keys that it attends to exactly.
 
-    The choice is made from this layer's queries, keys and values, for each batch entry, kept for
-    `refresh` steps, and never used in another layer. The first guidance branch of a step chooses
-    for all of them: guidance computes the difference between branches, times its scale, and what
-    all leave out alike cancels there. By default a strip is chosen if leaving it out would change
-    the output most, and what is not chosen is not dropped but read in virtual tokens, the means of
-    `pool` keys, in the same softmax, corrected by what the mean query of the tile sees in the keys
-    themselves. Text, each tile's view of itself and the first `keep_frames` frames are always
-    exact. The same tensors give the same choice; of equal scores the first strips win.
+    The choice depends on the layer's own queries, keys and values. It is made for each batch entry,
+    kept for `refresh` steps, and never used in another layer. The first guidance branch of a step
+    chooses for all branches: guidance scales the difference between branches, and what all of them
+    leave out alike cancels in it.
 
-    `kept` counts the pairs of visual queries and visual keys; a virtual token counts as one key,
-    the correction as one query a tile.
-    Rules other than "error" are published ones, to be compared at the same `kept`; with `threshold`
-    the four that have one cut there as in print, and the data decide how much is kept.
+    By default the strips are chosen whose loss would change the output most. The others are not
+    dropped: in the same softmax, virtual tokens stand for them, each the mean of `pool` keys. These
+    are corrected by what the tile's mean query sees in the keys themselves. Text, each tile's view
+    of itself and the first `keep_frames` frames are always exact. The same tensors always give the
+    same choice; among equal scores the first strips win.
 
+    `kept` counts pairs of visual queries and visual keys. A virtual token counts as one key, and
+    the correction as one query per tile.
+    Rules other than "error" are published ones, for comparison at the same `kept`. Four of them
+    have a published cut: `threshold` applies it, and the data then decide how much is kept.
     A torch profile names the parts of a call: "dynamic: choose", "dynamic: exact" and
     "dynamic: virtual tokens".
 
-    With `weights` a model is run as it was trained: `kept` is then a fraction of the tiles (0.1
-    where it is not given), and no other parameter means anything.
+    With `weights` a model runs as it was trained: `kept` is then a fraction of the tiles (0.1 if
+    not given), and all other parameters are ignored.
     """
 
     name = "dynamic"
