@@ -1,7 +1,9 @@
-"""The pages that `make docs` builds beside the reference: their links and pictures are there."""
+"""What `make docs` shows: links and pictures of its pages are there, examples in docstrings run."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("diffpatch", "kernels", "pipelines", "eval")
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +40,22 @@ def test_the_template_shows_every_page(build: Any) -> None:
     shown = build.template().render(title="Gallery", pages=pages, body="<b>&")
     assert all(f'href="{page["file"]}"' in shown for page in pages)
     assert 'aria-current="page">Gallery' in shown and "&lt;b&gt;&amp;" in shown
+
+
+def modules() -> list[str]:
+    """Every module with an example, by the name it is imported by."""
+    found = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name == "__init__.py":  # pictures of a session, with a pipeline of the reader's
+                continue
+            if not path.is_symlink() and ">>> " in path.read_text(encoding="utf-8"):
+                name = path.relative_to(ROOT).with_suffix("").parts
+                found.append(".".join(name if folder == "diffpatch" else ("diffpatch", *name)))
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted and not result.failed
