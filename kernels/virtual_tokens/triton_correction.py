@@ -32,8 +32,8 @@ LONGEST = 64  # tokens of a piece, all of which are in one step
 # (bytes an element, padded head size) -> mean queries, virtual tokens of a step, warps, stages.
 CONFIGS = {
     (2, 64): VirtualConfig(32, 32, 4, 2),
-    (2, 128): VirtualConfig(64, 32, 8, 2),
-    (2, 256): VirtualConfig(32, 32, 8, 1),
+    (2, 128): VirtualConfig(32, 32, 8, 2),
+    (2, 256): VirtualConfig(16, 32, 8, 1),
     (4, 64): VirtualConfig(32, 16, 8, 1),
     (4, 128): VirtualConfig(16, 16, 8, 1),
     (4, 256): VirtualConfig(16, 16, 8, 1),

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
 from diffpatch.cli.bench import kernels as command
+from diffpatch.cli.options import names
 from diffpatch.eval.bench import timing as bench_timing
 from diffpatch.eval.bench.kernels import bench as bench_kernels
 from diffpatch.eval.bench.kernels import choices, steps
@@ -66,6 +67,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks([16, 7], kept=0.6)
     monkeypatch.setattr(chooser, "small_blocks", lambda: blocks)
     window = Neighborhood(window=(1, 5, 9), stride=(1, 1, 1))
+    monkeypatch.setattr(names, "SHAPES", (*names.SHAPES, "tiny"))  # of the parser
     monkeypatch.setitem(SHAPES, "tiny", Shape(TokenGrid(1, 8, 16), 1, 64, window))
     monkeypatch.setattr(bench_timing, "SHORTEST", 0.0)
     for name in list(choices.CHOICES):

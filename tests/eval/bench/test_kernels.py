@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
+from diffpatch.cli.options import names
 from diffpatch.eval import environment
 from diffpatch.eval.bench import timing as bench_timing
 from diffpatch.eval.bench.case import Tensors
@@ -39,6 +40,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     window = Neighborhood(window=(1, 5, 9), stride=(1, 1, 1))
+    monkeypatch.setattr(names, "SHAPES", (*names.SHAPES, "tiny", "tiny-last"))  # of the parser
     for name, last in (("tiny", False), ("tiny-last", True)):
         shape = Shape(TokenGrid(1, 8, 32, text_after=20), 1, 64, window, last)
         monkeypatch.setitem(SHAPES, name, shape)
