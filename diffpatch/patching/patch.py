@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,6 +138,15 @@ class Patch:
         """Be told of what the target's schedulers do, from now on."""
         for scheduler in schedulers:
             self.runs.follow(scheduler)
+
+    @contextlib.contextmanager
+    def observed(self, observe: Observer) -> Iterator[None]:
+        """Show every sparse call of the runs in the block."""
+        self.observers.append(observe)
+        try:
+            yield
+        finally:
+            self.observers.remove(observe)
 
     def undo(self) -> None:
         """Make all that carries the patch what it was, also what the target has lost meanwhile."""

@@ -219,11 +219,8 @@ def attention_error(target: Any) -> Iterator[AttentionErrors]:
 
     patches = {id(owner.patch): (name, owner.patch) for name, owner in found.items()}
     # Transformers patched one by one do not know what they are called in the target.
-    watched = [(p, observer(n if len(patches) > 1 else None)) for n, p in patches.values()]
-    for one, observe in watched:
-        one.observers.append(observe)
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, patch in patches.values():
+            observe = observer(name if len(patches) > 1 else None)
+            stack.enter_context(patch.observed(observe))
         yield errors
-    finally:
-        for one, observe in watched:
-            one.observers.remove(observe)

@@ -289,16 +289,12 @@ def attention_maps(
     if layer is None:
         layer = len(next(iter(found.values())).modules) // 2
     maps = AttentionMaps(layer, step, query)
-    patches = list(dict.fromkeys(owner.patch for owner in found.values()))
 
     def observe(call: SparseCall) -> None:
         if not internals.is_pipeline(target) or call.run.pipeline in (None, target):
             maps.add(call)
 
-    for patch in patches:
-        patch.observers.append(observe)
-    try:
+    with contextlib.ExitStack() as stack:
+        for patch in dict.fromkeys(owner.patch for owner in found.values()):
+            stack.enter_context(patch.observed(observe))
         yield maps
-    finally:
-        for patch in patches:
-            patch.observers.remove(observe)

@@ -42,11 +42,7 @@ def chosen_tiles(target: Any) -> Iterator[ChosenTiles]:
         if chosen is not None:
             seen.map = chosen[0].float().mean((0, 1)).cpu()
 
-    patches = list(dict.fromkeys(owner.patch for owner in found))
-    for patch in patches:
-        patch.observers.append(observe)
-    try:
+    with contextlib.ExitStack() as stack:
+        for patch in dict.fromkeys(owner.patch for owner in found):
+            stack.enter_context(patch.observed(observe))
         yield seen
-    finally:
-        for patch in patches:
-            patch.observers.remove(observe)

@@ -17,9 +17,8 @@ from diffpatch.kernels.block_sparse.operators import VIRTUAL_TOKENS
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.pieces import cut
-from diffpatch.kernels.virtual_tokens import correction, reference, torch_impl
-from diffpatch.kernels.virtual_tokens.correction import Missed
-from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
+from diffpatch.kernels.virtual_tokens import reference, torch_correction, torch_impl
+from diffpatch.kernels.virtual_tokens.tokens import Missed, VirtualTokens
 
 
 def pool(
@@ -147,7 +146,7 @@ def missed(
 
             if kernels.supports(tokens):
                 return kernels.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
-        return correction.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
+        return torch_correction.missed(q, k, v, tokens, blocks, scale, seen, key_mask)
 
     return run(VIRTUAL_TOKENS, backend, blocks, (q, k, v), compute)[0]
 

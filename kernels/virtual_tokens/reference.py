@@ -10,8 +10,7 @@ import torch
 
 from diffpatch.kernels.blocks import NOTHING, BlockIndex
 from diffpatch.kernels.pieces import Pieces
-from diffpatch.kernels.virtual_tokens.correction import Missed
-from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
+from diffpatch.kernels.virtual_tokens.tokens import Missed, VirtualTokens
 
 
 def pool(

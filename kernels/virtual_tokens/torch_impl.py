@@ -36,18 +36,17 @@ def pool(
     def mean(x: torch.Tensor) -> torch.Tensor:
         return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
 
-    def gathered(x: torch.Tensor) -> torch.Tensor:
-        # (Indexing by the table itself would be several times slower on a CPU.)
-        x = x.index_select(1, pieces.index.flatten()).unflatten(1, pieces.index.shape).to(wide)
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        x = gathered(x, pieces).to(wide)
         return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
 
-    keys = gathered(k)
+    keys = counted(k)
     centre = mean(keys)
     variance = None
     if second_order:
         largest = torch.finfo(k.dtype).max
         variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
-    values = mean(gathered(v))[:, :, 0].to(v.dtype)
+    values = mean(counted(v))[:, :, 0].to(v.dtype)
     keys = centre[:, :, 0].to(k.dtype)
     return VirtualTokens(keys, values, variance, count.log(), pieces)
 
@@ -71,14 +70,11 @@ def attend(
     Returns:
         The output (B, S, H, D) and its log-sum-exp (B, S, H).
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[2] // tokens.keys.shape[2]
-
-    def of_heads(x: torch.Tensor) -> torch.Tensor:
-        return x.to(wide).transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, V, D)
-
-    k, v = of_heads(tokens.keys), of_heads(tokens.values)
-    spread = None if tokens.variance is None else of_heads(tokens.variance).mT * (0.5 * scale**2)
+    wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[2]
+    k, v = (of_heads(x, heads, wide) for x in (tokens.keys, tokens.values))
+    spread = None
+    if tokens.variance is not None:
+        spread = of_heads(tokens.variance, heads, wide).mT * (0.5 * scale**2)
     count = tokens.log_count.to(wide)  # (B, V)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and not needs_grad:
@@ -110,17 +106,51 @@ def _written_out(
         rows = slice(begin, min(begin + step, length))
         x = q[:, rows].transpose(1, 2).to(k.dtype)  # (B, H, R, D)
         bias = hidden[:, :, tile_of[rows]]  # (B or 1, H or 1, R, V)
-        scores = x @ k
-        if spread is not None:
-            scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
-        scores = (scores + log_count).add_(bias)
-        # Constant for the gradients: the maximum drops out of what follows.
-        top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out[:, rows] = ((weights @ v) / total.clamp(min=TINY)).transpose(1, 2).to(q.dtype)
-        lse[:, rows] = (total.log() + top)[..., 0].transpose(1, 2)
+        found, total = softmax_of(scores_of(x, k, spread, log_count).add_(bias), v)
+        out[:, rows], lse[:, rows] = found.transpose(1, 2).to(q.dtype), total.transpose(1, 2)
     return out, lse
+
+
+def gathered(x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """(B, V, L, K, D): the tokens of every piece of (B, S, K, D), shorter ones filled up."""
+    # (Indexing by the table itself would be several times slower on a CPU.)
+    return x.index_select(1, pieces.index.flatten()).unflatten(1, pieces.index.shape)
+
+
+def of_heads(x: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, V, D): what every head of queries reads of (B, V, K, D)."""
+    return x.to(dtype).transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+
+
+def scores_of(
+    x: torch.Tensor, k: torch.Tensor, spread: torch.Tensor | None, log_count: torch.Tensor
+) -> torch.Tensor:
+    """Scores (B, H, R, V) of queries and virtual tokens, to second order, capped.
+
+    Args:
+        x: queries (B, H, R, D).
+        k: mean keys (B, H, D, V); the scale is in these or in the queries.
+        spread: half of their variances (B, H, D, V), likewise; None for the first order alone.
+        log_count: (B, 1, 1, V).
+    """
+    scores = x @ k
+    if spread is not None:
+        scores = scores + torch.minimum(x.square() @ spread, log_count.clamp(min=0))
+    return scores + log_count
+
+
+def softmax_of(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (B, H, R, D) and the log-sum-exp (B, H, R) of scores, which are written over.
+
+    Scores of -inf hide; where all of them do, the output is 0 and the log-sum-exp -inf.
+    """
+    # Constant for the gradients: the maximum drops out of what follows.
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    safe = total.clamp(min=TINY)
+    lse = (safe.log() + top).masked_fill(total == 0, -torch.inf)
+    return (weights @ values) / safe, lse[..., 0]
 
 
 def _fused(

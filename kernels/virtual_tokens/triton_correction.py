@@ -16,8 +16,7 @@ import triton.language as tl
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu.common import LOG2_E
 from diffpatch.kernels.pieces import cut
-from diffpatch.kernels.virtual_tokens.correction import Missed
-from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
+from diffpatch.kernels.virtual_tokens.tokens import Missed, VirtualTokens
 from diffpatch.kernels.virtual_tokens.triton_impl import (
     LARGEST,
     LN_2,
@@ -152,7 +151,7 @@ def missed(
     seen: torch.Tensor,
     key_mask: torch.Tensor | None,
 ) -> Missed:
-    """As `correction.missed`, of fp32, bf16 or fp16; means of queries are rounded to that."""
+    """As `torch_correction.missed`, of fp32, bf16 or fp16; means of queries are rounded to that."""
     batch, length, heads, size = q.shape
     config = CONFIGS[q.dtype.itemsize, padded(size)]
     mean = moments(q, blocks, cut(blocks).first, None)[0]

@@ -85,13 +85,14 @@ def sample(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     prompt = f"prompt {call['prompt']!r}, seed {seed}" if "prompt" in call else f"seed {seed}"
-    with named(prompt), clock.watching(denoisers(pipe)):
-        start, had = clock.now(), time.thread_time()
-        output = pipe(**call, **extra, output_type="pt")
-        total, had = clock.now() - start, time.thread_time() - had
-    frames = as_frames(output[0])
-    if not torch.isfinite(frames).all():
-        raise NonFiniteOutput(f"{prompt}: the decoded frames hold NaN or infinity")
+    with named(prompt):
+        with clock.watching(denoisers(pipe)):
+            start, had = clock.now(), time.thread_time()
+            output = pipe(**call, **extra, output_type="pt")
+            total, had = clock.now() - start, time.thread_time() - had
+        frames = as_frames(output[0])
+        if not torch.isfinite(frames).all():
+            raise NonFiniteOutput("the decoded frames hold NaN or infinity")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Sample(frames, total, clock.seconds, peak, cpu_share=min(1.0, had / total))
 
