@@ -1,9 +1,9 @@
-# make demo    render a clip dense and accelerated, with the built-in model, into out/
+# make demo    render a clip dense and accelerated, with the built-in model, into out/; and the
+#              README's picture from it, with the figures of the README's table, if it has to change
 # make test    lint, types and tests
 # make mutants do the tests notice small wrong edits? MINUTES=10 SEED=1, goes on where it stopped
 # make fuzz    random grids, methods, sweeps, settings and weights, for MINUTES=10
 # make docs    README, map, gallery and an API reference, into build/docs/
-# make picture the README's picture: the clip of make demo, with the figures of the README's table
 # make drift   the family matrix with the oldest supported diffusers, and with the newest
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
@@ -23,17 +23,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test mutants fuzz docs picture drift drift-oldest drift-newest lint format clean
+.PHONY: demo test mutants fuzz docs drift drift-oldest drift-newest lint format clean
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \
 		--method $(METHOD) $(OPTIONS) --compare dense -o out/ --overwrite
+	@$(BIN)/python examples/readme_card.py out/
 	@printf '\n%s\n' "next: open out/index.html, and see which method suits your own prompt:"
 	@printf '  %s\n' "source $(BIN)/activate" \
 		'diffpatch sweep --model demo --prompt "a small blue ring grows over a gray background" -o runs/ring'
-
-picture: demo
-	@$(BIN)/python examples/readme_card.py out/
 
 docs: $(VENV)/.ready-test
 	@$(BIN)/python examples/docs/build.py build/docs

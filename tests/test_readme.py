@@ -6,11 +6,18 @@ import itertools
 import json
 import re
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from diffpatch.cli import build_parser, main
+from diffpatch.eval.card import DESCRIPTION, card_text
+from diffpatch.eval.media import save, to_images
+from tests.scripts import load_example
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -95,13 +102,15 @@ def test_programs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
-def test_the_picture_says_what_the_table_says() -> None:
-    """`make picture` makes it from the JSON behind the table."""
-    from diffpatch.eval.card import card_text
+PICTURE = ROOT / "examples" / "card.webp"
 
+
+def test_the_picture_says_what_the_table_says() -> None:
+    """`make demo` makes it from the JSON behind the table."""
     text = README.read_text(encoding="utf-8")
     [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+\.webp)\)", text)
-    said = card_text(ROOT / picture)
+    assert ROOT / picture == PICTURE
+    said = card_text(PICTURE)
     rows = json.loads((ROOT / "eval/results/demo_sweep.json").read_text(encoding="utf-8"))["rows"]
     row = next(row for row in rows if row["facts"]["method"] == said.label)
     assert said.speedup == row["speedup"]["total"]["median"]
@@ -111,36 +120,38 @@ def test_the_picture_says_what_the_table_says() -> None:
     assert f"| {said.speedup:.2f}× | {said.psnr:.1f} dB |" in line
 
 
-def test_the_picture_of_the_front_shows_what_was_measured() -> None:
-    found = json.loads((ROOT / "eval/results/front.json").read_text(encoding="utf-8"))
-    timed = found["timed on an otherwise idle machine"]["demo-long, 30 steps"]["points"]
-    picture = (ROOT / "examples/pictures/front.svg").read_text(encoding="utf-8")
-    for point in timed:
-        assert f"{point['label']}: {point['speedup']:.2f}×, {point['psnr']:.1f} dB" in picture
-    assert len(timed) == 5 and picture.count("<circle") == len(timed) + 3 + 1  # legend, chosen
+def test_make_demo_ends_with_the_picture() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    _, _, recipe = makefile.partition("\ndemo:")
+    recipe, _, _ = recipe.partition("\n\n")
+    assert recipe.index("diffpatch render") < recipe.index("examples/readme_card.py out/")
+    [prompt] = re.findall(r"^PROMPT \?= (.+)$", makefile, flags=re.MULTILINE)
+    assert card_text(PICTURE).prompt == prompt
 
 
-def test_the_page_of_the_front_says_what_was_measured() -> None:
-    folder = ROOT / "eval/results"
-    found = json.loads((folder / "front.json").read_text(encoding="utf-8"))
-    page = (folder / "front.md").read_text(encoding="utf-8")
-    for timed in found["timed on an otherwise idle machine"].values():
-        for point in timed["points"]:
-            assert f"{point['speedup']:.2f}× | {point['psnr']:.1f} dB" in page
-    checked = found["fresh prompts, demo, 30 steps, target 30 dB"]
-    for level in (30, 29):
-        reached = sum(one["psnr"] >= level for one in checked)
-        assert f"| {level} dB or more | {reached} of {len(checked)} |" in page
-    near = sum(abs(one["psnr"] - one["predicted"]) <= 1.5 for one in checked)
-    assert f"| within ±1.5 dB of the prediction | {near} of {len(checked)} |" in page
-    tried: dict[tuple[str, str], float] = {
-        (one["prompt"], one["way"]): one["psnr"]
-        for one in found["auto beside the same fraction in every head, demo, 8 steps"]
-    }
-    for kept, row in (("0.25", "| 25 % | 5 |"), ("0.125", "| 12.5 %, heads from 6 % on | 4 |")):
-        gains = [psnr - tried[prompt, f"dynamic {kept}"] for (prompt, way), psnr in tried.items()
-                 if way == f"auto {kept}" and (prompt, f"dynamic {kept}") in tried]  # fmt: skip
-        [line] = [line for line in page.splitlines() if line.startswith(row)]
-        said = [float(x.replace("−", "-")) for x in re.findall(r"[+−][0-9.]+", line)]
-        assert said[:-1] == pytest.approx(gains, abs=0.051)
-        assert said[-1] == pytest.approx(sum(gains) / len(gains), abs=0.051)
+def test_make_demo_writes_the_picture_only_where_it_says_something_else(tmp_path: Path) -> None:
+    module = load_example("readme_card")
+    shown = card_text(PICTURE)
+    result = {"prompt": "a blue ring", "model": "demo-long", "runs": {"dense": {}, "radial": {}}}
+    clip = torch.rand(3, 3, 16, 16)
+    for name in ("dense", "radial"):
+        save(to_images(clip), tmp_path / f"{name}.mp4", 8)
+    card = tmp_path / "card.webp"
+
+    def made(**other: Any) -> str:
+        (tmp_path / "render.json").write_text(json.dumps(result | other), encoding="utf-8")
+        return str(module.write(tmp_path, card))
+
+    assert "stays as it is" in made(model="demo")
+    assert "stays as it is" in made(runs={"dense": {}, "window": {}})
+    assert not card.exists()
+    assert made() == f"wrote {card}"
+    assert card_text(card) == replace(shown, prompt="a blue ring")
+    before = card.read_bytes()
+    assert "already says" in made(prompt="a red square")
+    assert card.read_bytes() == before
+    other = Image.open(card)
+    exif = other.getexif()
+    exif[DESCRIPTION] = json.dumps(asdict(replace(shown, speedup=9.0)))
+    other.save(card, exif=exif)
+    assert made() == f"wrote {card}" and card_text(card).speedup == shown.speedup
