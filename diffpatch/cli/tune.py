@@ -62,11 +62,12 @@ def say_cost(
 ) -> None:  # fmt: skip
     """How long it will take and what it needs, by two steps of the model."""
     caches = CACHES if args.caches is None else args.caches
+    skips = len(set(caches)) + len(set(args.holds))
     probe = {**call, "prompt": "a test", "num_inference_steps": 2}
     progress.say("timing two steps", args.quiet)
     known = cost(
         sampling.sample(pipe, probe, args.seed), steps, curves=own, fronts=rendered, checks=held,
-        ways=(1 + len(set(args.kept)) * len(set(args.dense_steps))) * (1 + len(set(caches))) - 1,
+        ways=(1 + len(set(args.kept)) * len(set(args.dense_steps))) * (1 + skips) - 1,
     )  # fmt: skip
     progress.say(told(known), args.quiet)
 
@@ -87,7 +88,7 @@ def _measure(
     # Every stage has a file of its own until the last is done, named by what decides it.
     ties = [type(pipe).__name__, args.model, str(pipe.dtype), call, args.seed, own]
     curves = _stage(path, "curves", [*ties, args.curve_steps])
-    ways = [args.kept, args.dense_steps, args.caches]
+    ways = [args.kept, args.dense_steps, args.caches, args.holds]
     front = _stage(path, "front", [*ties, args.curve_steps, rendered, *ways])
 
     def prompt_done(prompt: str, done: int, of: int) -> None:
@@ -107,10 +108,11 @@ def _measure(
         )  # fmt: skip
     if front.is_file():
         settings = Settings.load(front)
-    elif args.kept or args.caches != []:
+    elif args.kept or args.caches != [] or args.holds:
         settings = measure_front(
             pipe, settings, rendered, call=call, seed=args.seed, sparse=args.kept,
-            dense_steps=args.dense_steps, caches=args.caches, path=front, on_progress=begins,
+            dense_steps=args.dense_steps, caches=args.caches, holds=args.holds, path=front,
+            on_progress=begins,
         )  # fmt: skip
     if held and answer(settings, target).chosen is not None:
         settings = check_prompts(

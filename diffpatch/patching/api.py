@@ -47,6 +47,7 @@ def patch(
     grid: Grid | None = None,
     modules: str | None = None,
     cache: float | None = None,
+    hold: float | None = None,
     settings: str | Path | Settings | None = None,
     target: str | None = None,
     strict: bool = False,
@@ -87,6 +88,9 @@ def patch(
         cache: threshold of diffusers' FirstBlockCache, which is then a part of the patch: steps in
             which the first block changes by less (relative L1) leave out the other blocks. None
             enables none; caches that you enable yourself stay yours.
+        hold: tolerance within which steps are held: the transformer is not run, and its last result
+            is given again, while that leads astray by no more than this fraction of it (see
+            `diffpatch.patching.run.path`). 0.01 is careful, 0.04 fast. None holds no step.
         settings: what `diffpatch.tune` measured for this model, as a file or as the object. The
             method is then ``dynamic``, with a budget for every head.
         target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x"; in
@@ -107,6 +111,7 @@ def patch(
     from diffpatch import internals
     from diffpatch.patching.patch import Patch
     from diffpatch.patching.swap.cache import check_cache
+    from diffpatch.patching.swap.hold import check_hold
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()
@@ -114,30 +119,33 @@ def patch(
     check_grid: CheckGrid | None = None
     remark: str | None = None
     if settings is not None or target is not None:
-        given = [*params, *(["cache"] if cache is not None else [])]
+        given = [*params, *(n for n, x in (("cache", cache), ("hold", hold)) if x is not None)]
         given += [f"method={method!r}"] if method not in ("radial", "dynamic") else []
         here = {name: model for name, model, _ in found}
         loaded, choice = from_settings(here, settings, target, quality, given)
-        method, cache, check_grid = choice.method(found[0][0]), choice.cache, loaded.check_grid
+        method, check_grid = choice.method(found[0][0]), loaded.check_grid
+        cache, hold = choice.cache, choice.hold
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
         dense_layers = 0 if dense_layers is None else dense_layers
         remark = f"chosen for {target or quality!r}: {choice.promise}"
         quality = None
+    bare = not hasattr(pipe, "components")
     if cache is not None:
-        check_cache(cache, bare=not hasattr(pipe, "components"))
+        check_cache(cache, bare=bare)
+    if hold is not None:
+        check_hold(hold, bare=bare)
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
     remark = remark or no_effect(chosen, quality, params)
     check_backend(backend)
-    bare = not hasattr(pipe, "components")
     shared = Patch(
         chosen, schedule, backend, pipe,
         bare=bare, check_grid=check_grid, remark=remark, strict=strict,
     )  # fmt: skip
     parts = components(pipe)
     fresh = [
-        PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache)
+        PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache, hold)
         for name, model, family in found
     ]
     for transformer in fresh:

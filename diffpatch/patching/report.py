@@ -41,6 +41,7 @@ class Record:
     by_place: defaultdict[tuple[int, str, int], list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
+    held: set[int] = field(default_factory=set)  # steps that repeated the last result
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
     guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.guide`)
     state_bytes: int = 0  # the most that was held across steps
@@ -86,6 +87,11 @@ class Record:
             bucket[0] += pairs
             bucket[1] += pairs * kept
 
+    def hold(self, step: int) -> None:
+        """A step whose forward was not made."""
+        with self.lock:
+            self.held.add(step)
+
     def add_beside(self, where: str, layer: int, step: int, pairs: float) -> None:
         """A dense call of a guide forward, which the pipeline itself did not make."""
         with self.lock:
@@ -104,7 +110,8 @@ class Record:
                 self._count(where, layer, step, pairs, kept)
             return replace(
                 self, lock=threading.Lock(), waiting=[], notes=list(self.notes),
-                reasons=self.reasons.copy(), backends=self.backends.copy(),
+                held=set(self.held), reasons=self.reasons.copy(),
+                backends=self.backends.copy(),
                 by_step=_copied(self.by_step), by_layer=_copied(self.by_layer),
                 by_place=_copied(self.by_place),
             )  # fmt: skip
@@ -127,6 +134,7 @@ class Record:
             out.reasons += one.reasons
             out.backends += one.backends
             out.guides += one.guides
+            out.held |= one.held
             out.state_bytes += one.state_bytes
             out.notes += one.notes
             out.by_layer |= {(name, layer): both for (_, layer), both in one.by_layer.items()}
@@ -155,12 +163,13 @@ class Report:
         dense_calls: how many of them ran dense.
         reasons: why calls ran dense -> number of calls.
         backends: name of the backend -> number of calls.
-        steps: denoising steps of the run, counted in model evaluations.
+        steps: denoising steps of the run, counted in model evaluations, without held ones.
         layers: number of patched attention layers, over all transformers.
         kept_per_step: kept fraction of every step.
         kept_per_layer: kept fraction of every layer.
         kept_map: by step, kept fraction of every layer; None if the layer did not run in that step,
             as happens with two experts.
+        held_steps: steps that repeated the last result of the transformer; they make no calls.
         state_bytes: the most memory held from step to step; it is freed after the last step.
         notes: remarks, such as that the number of the step was unknown.
     """
@@ -178,6 +187,7 @@ class Report:
     kept_map: list[list[float | None]]
     state_bytes: int = 0
     notes: tuple[str, ...] = ()
+    held_steps: int = 0
 
     @classmethod
     def of(cls, method: str, layers: int, record: Record, notes: Sequence[str] = ()) -> Report:
@@ -208,6 +218,7 @@ class Report:
             kept_map=record.kept_map(),
             state_bytes=record.state_bytes,
             notes=tuple(told),
+            held_steps=len(record.held - set(record.by_step)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,6 +267,8 @@ class Report:
             f"  calls     {self.calls} in {self.steps} steps × {self.layers} layers,"
             f" {self.dense_calls} dense",
         ]
+        if self.held_steps:
+            lines.append(f"  held      {self.held_steps} more steps repeat the result before them")
         lines += [f"  dense     {count} calls: {why}" for why, count in self.reasons.items()]
         lines += [f"  backend   {name}: {count} calls" for name, count in self.backends.items()]
         if self.state_bytes:

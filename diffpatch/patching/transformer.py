@@ -26,7 +26,8 @@ from diffpatch.patching.patch import Patch, SparseCall
 from diffpatch.patching.run import callers
 from diffpatch.patching.swap import guide, hooks, operator, rebind, rope
 from diffpatch.patching.swap.cache import StepCache
-from diffpatch.patching.swap.gates import Gates
+from diffpatch.patching.swap.gates import Gates, on_device
+from diffpatch.patching.swap.hold import Hold
 from diffpatch.patching.target import argument_names, layers, unreadable
 from diffpatch.pipelines.families.table import FamilyInfo
 
@@ -42,6 +43,7 @@ class PatchedTransformer:
         patch: Patch,
         wrappers: Iterable[Any] = (),
         cache: float | None = None,
+        hold: float | None = None,
     ) -> None:
         self.handle = operator.new_handle(self)
         self.name = name
@@ -57,7 +59,7 @@ class PatchedTransformer:
             begun = functools.partial(remarks.on_turns, self.cache, weakref.ref(model), patch, name)
         self.forwards = Forwards(name, len(self.modules), patch, begun)
         self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
-        self.active = False
+        self.active, self._hold = False, hold
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
         self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
@@ -91,12 +93,8 @@ class PatchedTransformer:
 
     def _on(self, device: torch.device, layer: int) -> adapter.Learned:
         """What a layer learned, moved once to the device that its calls run on."""
-        learned = self.learned[layer]
-        if any(x.device != device for x in learned.values()):
-            with torch.inference_mode(False):  # a training step may use them next
-                learned = {n: x.to(device) for n, x in learned.items()}
-            self.learned[layer] = learned
-        return learned
+        self.learned[layer] = on_device(self.learned[layer], device)
+        return self.learned[layer]
 
     def install(self) -> None:
         """Swap the processors and start listening to forwards."""
@@ -115,6 +113,8 @@ class PatchedTransformer:
             *rope_hooks,
             *(self._guide.listen() if self._guide is not None else ()),
         ]
+        if self._hold is not None:
+            self._hooks.append(Hold(self._hold, self.forwards, self._arguments, self.name, model))
         model._diffpatch = self
         self.patch.installed.add(self)
         self.active = True

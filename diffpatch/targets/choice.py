@@ -38,6 +38,7 @@ class Chosen:
         speedup: predicted speedup of the denoising; None if it cannot be predicted.
         next_kept: error that keeping one more percent of the pairs would save.
         cache: threshold of the step cache; None without a cache.
+        hold: tolerance within which steps are held; None if none are.
         low: PSNR that four of five prompts are predicted to reach, in dB; None as for `psnr`.
     """
 
@@ -51,6 +52,7 @@ class Chosen:
     speedup: float | None
     next_kept: float
     cache: float | None = None
+    hold: float | None = None
     low: float | None = None
 
     def method(self, transformer: str) -> Method:
@@ -67,6 +69,7 @@ class Chosen:
     def promise(self) -> str:
         """The predicted result, in one line."""
         parts = [f"cache {self.cache:g}"] if self.cache is not None else []
+        parts += [f"hold {self.hold:g}"] if self.hold is not None else []
         parts += [f"kept {self.kept:.0%}"] if self.budgets else ["attention dense"]
         if self.psnr is not None and self.spread is not None:
             parts.append(f"{self.psnr:.1f} ± {self.spread:.1f} dB")
@@ -85,6 +88,8 @@ class Chosen:
             ]
         if self.cache is not None:
             lines.append(f"cache     steps in which the first block changes by < {self.cache:g}")
+        if self.hold is not None:
+            lines.append(f"hold      steps that lead astray by < {self.hold:g} of the result")
         if self.psnr is not None and self.spread is not None:
             lines.append(f"pictures  {self.psnr:.1f} ± {self.spread:.1f} dB to dense (predicted)")
         if self.low is not None:
@@ -146,11 +151,11 @@ def chosen_for(settings: Settings, applied: Applied) -> Chosen:
     if applied.sparse >= 1:
         return Chosen(
             rest=RULES[0], budgets={}, dense_steps=0.0, kept=1.0, error=0.0, psnr=None, spread=None,
-            speedup=None, next_kept=0.0, cache=applied.cache,
+            speedup=None, next_kept=0.0, cache=applied.cache, hold=applied.hold,
         )  # fmt: skip
     wanted = Target("kept", applied.sparse)
     chosen = _choose(settings, wanted, applied, kept=applied.sparse)
-    return replace(chosen, cache=applied.cache)
+    return replace(chosen, cache=applied.cache, hold=applied.hold)
 
 
 def _choose(

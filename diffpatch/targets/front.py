@@ -1,10 +1,10 @@
-"""The front of quality against time, for sparse attention, a step cache, and both together.
+"""The front of quality against time: sparse attention, steps that are cached or held, and both.
 
 The points of the front were rendered (`diffpatch.tuning.front`). If two of them differ in one thing
 only, points between them are predicted by a straight line. That thing is the kept fraction of
-attention, the number of dense steps, or the threshold of the cache. PSNR is a line over the
-logarithm of the fraction or threshold, and over the dense steps themselves; time is a line over the
-fraction and over the dense steps.
+attention, the number of dense steps, the threshold of the cache, or the tolerance of held steps.
+PSNR is a line over the logarithm of the fraction, threshold or tolerance, and over the dense steps
+themselves; time is a line over the fraction and over the dense steps.
 
 PSNR above `FINEST` counts as `FINEST`: nobody sees the difference, and prompts differ most there.
 
@@ -42,11 +42,18 @@ class Applied:
         sparse: kept fraction of sparse attention calls; 1 leaves all attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
         cache: threshold of the step cache; None without a cache.
+        hold: tolerance within which steps are held; None if none are.
     """
 
     sparse: float
     dense_steps: float
-    cache: float | None
+    cache: float | None = None
+    hold: float | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether it leaves steps out, in part or as a whole."""
+        return self.cache is not None or self.hold is not None
 
     @property
     def label(self) -> str:
@@ -55,6 +62,7 @@ class Applied:
         if self.sparse < 1:
             parts = [f"attention {100 * self.sparse:.3g}% after {100 * self.dense_steps:.3g}%"]
         parts += [f"cache {self.cache:g}"] if self.cache is not None else []
+        parts += [f"hold {self.hold:g}"] if self.hold is not None else []
         return " + ".join(parts) or "dense"
 
 
@@ -88,7 +96,7 @@ def measured_points(front: Sequence[Measured]) -> list[FrontPoint]:
     """One point for each way that was rendered with all prompts, fastest first."""
     groups: dict[Applied, list[Measured]] = defaultdict(list)
     for run in front:
-        groups[Applied(run.sparse, run.dense_steps, run.cache)].append(run)
+        groups[Applied(run.sparse, run.dense_steps, run.cache, run.hold)].append(run)
     most = max((len(runs) for runs in groups.values()), default=0)
     whole = {applied: runs for applied, runs in groups.items() if len(runs) == most}
     spread = _spread([[min(run.psnr, FINEST) for run in runs] for runs in whole.values()])
@@ -124,6 +132,7 @@ def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
     by_sparse: dict[Applied, list[FrontPoint]] = defaultdict(list)
     by_steps: dict[Applied, list[FrontPoint]] = defaultdict(list)
     by_cache: dict[Applied, list[FrontPoint]] = defaultdict(list)
+    by_hold: dict[Applied, list[FrontPoint]] = defaultdict(list)
     found = list(points)
     for point in found:
         if (applied := point.applied).sparse < 1:
@@ -131,12 +140,16 @@ def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
             by_steps[replace(applied, dense_steps=0.0)].append(point)
         if applied.cache is not None:
             by_cache[replace(applied, cache=0.0)].append(point)
+        if applied.hold is not None:
+            by_hold[replace(applied, hold=0.0)].append(point)
     for line in by_sparse.values():
         found += _cut(line, lambda point: point.applied.sparse, _between_kept)
     for line in by_steps.values():
         found += _cut(line, lambda point: point.applied.dense_steps, _between_steps)
     for line in by_cache.values():
         found += _cut(line, lambda point: point.applied.cache or 0.0, _between_thresholds)
+    for line in by_hold.values():
+        found += _cut(line, lambda point: point.applied.hold or 0.0, _between_tolerances)
     return sorted(found, key=lambda point: point.time)
 
 
@@ -163,9 +176,17 @@ def _between_steps(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint
 
 
 def _between_thresholds(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
-    least, most = low.applied.cache or 0.0, high.applied.cache or 0.0
-    cache = float(f"{least * (most / least) ** part:.3g}")
+    cache = _geometric(low.applied.cache or 0.0, high.applied.cache or 0.0, part)
     return _mixed(low, high, part, part, replace(low.applied, cache=cache))
+
+
+def _between_tolerances(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
+    hold = _geometric(low.applied.hold or 0.0, high.applied.hold or 0.0, part)
+    return _mixed(low, high, part, part, replace(low.applied, hold=hold))
+
+
+def _geometric(least: float, most: float, part: float) -> float:
+    return float(f"{least * (most / least) ** part:.3g}")
 
 
 def _mixed(

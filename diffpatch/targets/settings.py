@@ -104,8 +104,9 @@ class Measured(_Part):
             attention dense.
         dense_steps: first steps that stay dense, as a fraction of the run.
         cache: threshold of the step cache; None without a cache.
+        hold: tolerance within which steps are held; None if none are.
         kept: fraction of the pairs that was computed, over the calls that were made.
-        calls: attention calls that were made, as a fraction of those without a cache.
+        calls: attention calls that were made, as a fraction of those of a dense run.
         psnr: PSNR to the dense result, in dB.
         seconds: time of the denoising.
         dense_seconds: time of the dense denoising in the same process.
@@ -115,6 +116,7 @@ class Measured(_Part):
     sparse: Share
     dense_steps: Fraction
     cache: Positive | None
+    hold: Positive | None = None
     kept: Fraction
     calls: Fraction
     psnr: Decibels
@@ -154,8 +156,8 @@ class Settings(_Part):
         objective: which error the curves hold.
         curves: "transformer.layer.head" -> rule -> [[kept, error], …].
         rendered: rendered pairs, from which PSNR and time are predicted.
-        front: rendered runs with sparse attention, with a step cache and with both; targets in dB
-            and speedups are chosen from them.
+        front: rendered runs with sparse attention, with a step cache, with held steps and with two
+            of them; targets in dB and speedups are chosen from them.
         checked: other prompts, rendered with the settings chosen for a target.
         floor: PSNR of dense against dense with another kernel, in dB; no target can be higher.
     """

@@ -1,4 +1,4 @@
-"""Rendering the front: what sparse attention, a step cache and both together come to on a model."""
+"""Rendering the front: what sparse attention, skipped steps and both come to on a model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from diffpatch.tuning.unfinished import Unfinished
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
+HOLDS = (0.01, 0.02, 0.04)  # tolerances within which steps are held, beside none
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def measure_front(
     sparse: Sequence[float] = SPARSE,
     dense_steps: Sequence[float] = DENSE_STEPS,
     caches: Sequence[float] | None = None,
+    holds: Sequence[float] = HOLDS,
     path: str | Path | None = None,
     on_progress: OnAdvance | None = None,
 ) -> Settings:
-    """Render prompts with every pair of a kept fraction and a cache threshold, and time them.
+    """Render prompts with sparse attention, with steps cached or held, and with both; time them.
 
-    Targets in dB and in speed are then chosen from what was seen, caches included. On n prompts
-    with s fractions, each after d parts of the run, and c thresholds it renders
-    n · (s · d + 1) · (c + 1) clips, of which n are dense and the others faster.
+    Targets in dB and in speed are then chosen from what was seen. On n prompts with s fractions,
+    each after d parts of the run, c thresholds and h tolerances it renders
+    n · (s · d + 1) · (c + h + 1) clips, of which n are dense and the others faster.
 
     Args:
         pipe: the pipeline that the settings are of. A patch that it carries is back afterwards.
@@ -81,6 +83,7 @@ def measure_front(
         dense_steps: first steps that stay dense before sparse ones, as fractions of the run.
         caches: thresholds of diffusers' FirstBlockCache; None takes `CACHES`, and none where
             diffusers cannot cache the model.
+        holds: tolerances within which steps are held, as in `diffpatch.patch`.
         path: where the result is written, and what is done kept beside it, so that the same call
             goes on after it was stopped and loses at most the clip it was at.
         on_progress: called before every clip.
@@ -93,12 +96,13 @@ def measure_front(
     prompts = list(dict.fromkeys(prompts))
     if caches is None:
         caches = CACHES if _can_cache(pipe) else ()
-    ways = _ways(sparse, dense_steps, caches)
+    ways = _ways(sparse, dense_steps, caches, holds)
     if not all(0 <= part < 1 for part in dense_steps):
         raise BadParameter(f"dense_steps={dense_steps!r} must be fractions of a run, below 1")
     if not prompts or not ways:
         raise BadParameter(
-            f"prompts={prompts!r}, sparse={sparse!r}, caches={caches!r}: there is nothing to render"
+            f"prompts={prompts!r}, sparse={sparse!r}, caches={caches!r}, holds={holds!r}: there is"
+            " nothing to render"
         )
     job = _Job(pipe, settings, dict(call or {}), seed, path, len(prompts) * (1 + len(ways)))
     for prompt in prompts:
@@ -168,11 +172,15 @@ def _can_cache(pipe: Any) -> bool:
 
 
 def _ways(
-    sparse: Sequence[float], dense_steps: Sequence[float], caches: Sequence[float]
+    sparse: Sequence[float],
+    dense_steps: Sequence[float],
+    caches: Sequence[float],
+    holds: Sequence[float],
 ) -> list[Applied]:
     """What is rendered beside dense, cheapest kernels first."""
     first = [(1.0, 0.0), *itertools.product((kept for kept in sparse if kept < 1), dense_steps)]
-    found = [Applied(*one, cache) for one in dict.fromkeys(first) for cache in (None, *caches)]
+    skips = [(None, None), *((cache, None) for cache in caches), *((None, hold) for hold in holds)]
+    found = [Applied(*one, *skip) for one in dict.fromkeys(first) for skip in skips]
     return list(dict.fromkeys(found))[1:]
 
 
@@ -220,7 +228,7 @@ class _Job:
             ran = self._run(prompt, chosen_for(self._settings, applied))
             known = Measured(
                 prompt=prompt, sparse=applied.sparse, dense_steps=applied.dense_steps,
-                cache=applied.cache,
+                cache=applied.cache, hold=applied.hold,
                 kept=min(ran.kept, 1.0), calls=min(ran.calls, 1.0),
                 psnr=ran.psnr, seconds=ran.seconds, dense_seconds=ran.dense_seconds,
             ).model_dump()  # fmt: skip
@@ -273,7 +281,7 @@ class _Job:
 
         began = time.monotonic()
         method = Dense() if chosen is None else chosen.method(self._name)
-        cache = None if chosen is None else chosen.cache
+        cache, hold = (None, None) if chosen is None else (chosen.cache, chosen.hold)
         first = 0 if chosen is None else chosen.dense_steps
         call = {"prompt": prompt, **self._call}
         on_cpu = execution_device(self._pipe).type == "cpu"
@@ -282,7 +290,9 @@ class _Job:
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
                     warm_up(self._pipe, call, self._seed)
                 self._warm.add(str(chosen))
-            own = patched(self._pipe, method, dense_steps=first, dense_layers=0, cache=cache)
+            own = patched(
+                self._pipe, method, dense_steps=first, dense_layers=0, cache=cache, hold=hold
+            )
             with named("dense" if chosen is None else str(chosen)), own:
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)

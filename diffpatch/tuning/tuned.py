@@ -47,15 +47,16 @@ def tuned(
         folder: where files are kept; None takes ``diffpatch/settings`` in the user's cache folder.
         on_progress: as in `tune`.
         on_clip: ``on_progress`` of `measure_front`.
-        **options: ``sparse``, ``dense_steps`` and ``caches`` of `measure_front`.
+        **options: ``sparse``, ``dense_steps``, ``caches`` and ``holds`` of `measure_front`.
 
     Raises:
         BadParameter, UnknownFamily: as in `tune` and `measure_front`.
     """
-    unknown = sorted(set(options) - {"sparse", "dense_steps", "caches"})
+    unknown = sorted(set(options) - {"sparse", "dense_steps", "caches", "holds"})
     if unknown:
         raise BadParameter(
-            f"tuned: unknown argument {unknown[0]!r}: sparse, dense_steps and caches are known"
+            f"tuned: unknown argument {unknown[0]!r}: sparse, dense_steps, caches and holds are"
+            " known"
         )
     found = {name: model for name, model, _ in transformers(pipe, None)}
     dtypes = sorted({str(model.dtype) for model in found.values()})

@@ -45,7 +45,9 @@ def plan_run(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.P
         **variant.options,
         **(variant.method.options if variant.method else {}),
     }
-    options = {key: value for key, value in options.items() if key not in ("backend", "cache")}
+    options = {
+        key: value for key, value in options.items() if key not in ("backend", "cache", "hold")
+    }
     sizes: dict[str, Any] = {
         key: call[key] for key in ("height", "width", "num_frames") if key in call
     }

@@ -161,6 +161,7 @@ class MethodEntry(ScheduleEntry, total=False):
     backend: Backend
     kept: KeptFractions
     cache: Annotated[list[Annotated[float, Ge(1e-6)]], LISTED, DIFFERENT]
+    hold: Annotated[list[Annotated[float, Ge(1e-6)]], LISTED, DIFFERENT]
 
 
 @with_config(STRICT)
@@ -207,7 +208,7 @@ def _check_prompt(entry: Any) -> None:
 def _check_entry(entry: Any) -> None:
     if "method" not in entry:
         raise BadSweep("name the method, as in {method: radial}")
-    if entry["method"] == "dense" and "cache" not in entry:
+    if entry["method"] == "dense" and not {"cache", "hold"} & set(entry):
         raise BadSweep("dense is rendered anyway, for every prompt; drop it")
     Schedule(**{key: entry[key] for key in SCHEDULE_KEYS if key in entry})
 

@@ -229,13 +229,14 @@ def _varied(entry: MethodEntry) -> list[MethodSpec]:
     options: dict[str, Any] = {k: v for k, v in entry.items() if k in (*SCHEDULE_KEYS, "backend")}
     kept = tuple(entry["kept"]) if "kept" in entry else None
     found = []
-    for threshold, *values in itertools.product(entry.get("cache", [None]), *varied.values()):
+    skips = (entry.get("cache", [None]), entry.get("hold", [None]))
+    for cache, hold, *values in itertools.product(*skips, *varied.values()):
         parameters = {**entry.get("set", {}), **dict(zip(varied, values, strict=True))}
         try:
             diffpatch.make_method(name, **parameters)
         except BadParameter as error:
             raise BadSweep(f"methods: {error}") from None
-        beside = {} if threshold is None else {"cache": threshold}
+        beside = {k: v for k, v in (("cache", cache), ("hold", hold)) if v is not None}
         found.append(MethodSpec(name, parameters, options | beside, kept))
     return found
 

@@ -17,7 +17,10 @@ from diffpatch.targets.target import Target
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 56, 20, 34, 50
-COLOURS = {"caches alone": "#b35900", "attention alone": "#0072b2", "both": "#00795a"}
+COLOURS = {
+    "caches alone": "#b35900", "attention alone": "#0072b2", "held steps alone": "#8a3fa0",
+    "attention and steps": "#00795a",
+}  # fmt: skip
 
 Place = tuple[float, float]
 
@@ -102,8 +105,8 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
 def kind(point: FrontPoint) -> str:
     """Which series a point belongs to."""
     if point.applied.sparse >= 1:
-        return "caches alone"
-    return "attention alone" if point.applied.cache is None else "both"
+        return "caches alone" if point.applied.hold is None else "held steps alone"
+    return "attention and steps" if point.applied.skips else "attention alone"
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _line(points: list[FrontPoint], x: _Ruler, y: _Ruler) -> str:
 
 def _short(point: FrontPoint) -> str:
     """Kept fraction and threshold, as they stand beside a mark."""
-    return point.applied.label.replace("attention ", "").replace("cache ", "")
+    return point.applied.label.replace("attention ", "").replace("cache ", "").replace("hold ", "h")
 
 
 def _about(point: FrontPoint) -> str:

@@ -23,7 +23,7 @@ from diffpatch.targets.settings import Checked, Settings
 from diffpatch.targets.target import Target
 
 STEP = 2  # dB that the next step down may cost
-LEVELS = (25, 28, 30, 32, 34, 36)  # dB at which caches alone and both are compared
+LEVELS = (25, 28, 30, 32, 34, 36)  # dB at which caches alone and all are compared
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _prompts(count: int) -> str:
 def gains(settings: Settings) -> list[tuple[int, float | None, float | None]]:
     """(dB, speedup of the best cache alone, of the best of all) at equal mean PSNR."""
     points = measured_points(settings.front)
-    alone = with_between(point for point in points if point.applied.sparse >= 1)
+    alone = with_between(p for p in points if p.applied.sparse >= 1 and p.applied.hold is None)
     everything = with_between(points)
     return [
         (level, _speed(time_at(alone, level)), _speed(time_at(everything, level)))
@@ -141,7 +141,7 @@ def _speed(time: float | None) -> float | None:
 
 
 def gain_table(settings: Settings) -> str:
-    """Caches alone against caches with attention at equal quality; empty without caches."""
+    """Caches alone against everything at equal quality; empty without caches."""
     known = [(level, alone, best) for level, alone, best in gains(settings) if best is not None]
     if not any(run.cache for run in settings.front) or not known:
         return ""

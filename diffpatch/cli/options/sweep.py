@@ -22,8 +22,8 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   schedules         {dense_steps: …, dense_layers: …, dense_last_steps: …}
   methods           names, or {method: NAME, set: {…}, vary: {KEY: [VALUES]}, and for this one
                     method dense_steps, dense_layers, dense_last_steps, backend, kept, cache
-                    (thresholds of a step cache)}, or {settings: FILE, target: [TARGETS]} of
-                    `diffpatch tune`
+                    (thresholds of a step cache), hold (tolerances of held steps)}, or
+                    {settings: FILE, target: [TARGETS]} of `diffpatch tune`
   kept              fractions of the pairs, such as [0.5, 0.25], that methods are fitted to
   noise_floor       dense beside itself: [kernel, seed] unless said otherwise
   attention_error   for how many prompts attention outputs are compared with dense (0)

@@ -24,8 +24,8 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="measure your model, to choose settings for targets such as '30 dB'",
         description="Measure what every attention head loses when its attention is sparse; then\n"
-        "render with sparse attention, with a step cache and with both, and print\n"
-        "speed and quality of each. Writes the settings, a page and a picture. You\n"
+        "render with sparse attention, with steps cached or held and with both, and\n"
+        "print speed and quality of each. Writes the settings, a page and a picture. You\n"
         "can stop it at any time: the same command resumes.",
         epilog=EXAMPLES,
     )
@@ -55,6 +55,11 @@ def add_parser(commands: Any) -> None:
         "--caches", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
         help="thresholds of diffusers' FirstBlockCache, none without any (0.05 0.1 0.2 where"
         " diffusers knows the model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--holds", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
+        default=[0.01, 0.02, 0.04],
+        help="tolerances within which steps are held (0.01 0.02 0.04)",
     )  # fmt: skip
     group.add_argument(
         "--curve-steps", type=arguments.number(int, 3), metavar="N",

@@ -28,7 +28,7 @@ def from_settings(
         models: the transformers that are patched, by name.
         settings: a file that was tuned, or what it holds.
         target: such as "30 dB".
-        quality: a level of `QUALITIES`, which sparse calls keep; no cache is chosen then.
+        quality: a level of `QUALITIES`, which sparse calls keep; no step is cached or held then.
         given: what the caller said about the method, which settings choose.
 
     Raises:
@@ -54,6 +54,4 @@ def from_settings(
         return loaded, choose_for(loaded, Target.parse(target))
     if quality is None or quality not in QUALITIES:
         raise BadParameter(f"unknown quality {quality!r}: {choices(str(quality), QUALITIES)}")
-    return loaded, chosen_for(
-        loaded, Applied(QUALITIES[quality], loaded.measured_on.dense_steps, None)
-    )
+    return loaded, chosen_for(loaded, Applied(QUALITIES[quality], loaded.measured_on.dense_steps))

@@ -14,6 +14,7 @@ from diffpatch.methods.base import Method
 from diffpatch.patching.options.schedule import BoundSchedule, Schedule
 from diffpatch.patching.report import Record
 from diffpatch.patching.run.frames import FrameClock
+from diffpatch.patching.run.path import Path
 
 ALL_BRANCHES = -1  # in place of a branch: what its layer keeps for all of them
 # What tells the states of a method apart: transformer, layer, guidance branch, sample.
@@ -33,6 +34,7 @@ class Run:
         state: what the method keeps.
         memos: the decisions about the grids of this run, held so that none is made anew within it.
         clocks: of the frames of each transformer.
+        paths: of each transformer, where steps are held.
         ended: whether its loop was left, with the last step or before.
     """
 
@@ -44,6 +46,7 @@ class Run:
         self.state: defaultdict[StateKey, dict[str, Any]] = defaultdict(dict)
         self.memos: dict[Any, Memo] = {}
         self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
+        self.paths: dict[str, Path] = {}
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._loop: weakref.ref[Any] | None = None
         # By number of layers and of steps: a loop that skips the first ones shows it with a step.
@@ -94,6 +97,7 @@ class Run:
         self.state.clear()
         self.memos.clear()
         self.clocks.clear()
+        self.paths.clear()
         self._bound.clear()
         self._in_step.clear()
         self._branches.clear()
@@ -102,12 +106,14 @@ class Run:
         """Forget all counts and all state."""
         self.record = Record()
         self.state.clear()
+        self.paths.clear()
 
     def forget(self, transformer: str) -> None:
         """Forget the state of one transformer; its counts stay."""
         for key in list(self.state):  # to which a forward of another thread may add
             if key[0] == transformer:
                 self.state.pop(key, None)
+        self.paths.pop(transformer, None)
 
     def place(self, step: int) -> int:
         """The step in the record, where windows follow each other."""
@@ -144,7 +150,8 @@ class Run:
     def state_bytes(self) -> int:
         """Memory that the method holds now."""
         held = [value for one in list(self.state.values()) for value in list(one.values())]
-        return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
+        paths = sum(path.nbytes() for path in list(self.paths.values()))
+        return paths + sum(x.nbytes for x in held if isinstance(x, torch.Tensor))
 
     def check_state(self, method: Method) -> None:
         """Refuse politely before the state outgrows what the method may hold."""

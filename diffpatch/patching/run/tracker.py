@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -182,6 +183,21 @@ class Tracker:
             self.stepped = places[0] != places[1]
         elif self.branch + 1 == MANY and time.shape == before.shape:
             self.lost = not torch.equal(time, before)
+
+    def times(self) -> list[float] | None:
+        """Where the run's steps stand on their way from 0 to 1, and 1; None where it is unknown.
+
+        Read from the scheduler's timesteps, which waits for the device.
+        """
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if self.total is None or self.evaluations != 1 or not isinstance(timesteps, torch.Tensor):
+            return None
+        read = [float(time) for time in timesteps[-self.total :].flatten().tolist()]
+        if len(read) != self.total or not read[0] > 0:
+            return None
+        times = [1 - time / read[0] for time in read] + [1.0]
+        rising = all(a < b for a, b in itertools.pairwise(times[:-1])) and times[-2] <= 1
+        return times if rising else None
 
     @property
     def _scheduler(self) -> Any:

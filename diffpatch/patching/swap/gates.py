@@ -15,6 +15,7 @@ import torch
 
 from diffpatch.methods.dynamic import trained
 from diffpatch.methods.learned.checkpoint import VSA
+from diffpatch.methods.learned.files import Learned
 
 UNTOLD = "the input of compiled layers, of which their gate is made, is not known"
 
@@ -63,3 +64,11 @@ class Gates:
             return learned
         gate = trained.linear(noted.to(q.dtype), learned, VSA)
         return {**learned, "gate": gate.unflatten(-1, (q.shape[2], -1))}
+
+
+def on_device(learned: Learned, device: torch.device) -> Learned:
+    """What a layer learned, moved to the device that its calls run on."""
+    if all(x.device == device for x in learned.values()):
+        return learned
+    with torch.inference_mode(False):  # a training step may use them next
+        return {name: x.to(device) for name, x in learned.items()}

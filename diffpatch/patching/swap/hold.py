@@ -1,0 +1,156 @@
+"""Steps in which a transformer's result would hardly change: its last one is given again.
+
+Which steps these are is said in `diffpatch.patching.run.path`. Unlike a step cache
+(`diffpatch.patching.swap.cache`), this makes no block of the transformer in a step that it holds,
+and it looks at the results, which guide the picture, in place of the first block.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.patching.attention import parallel
+from diffpatch.patching.forwards import Forward, Forwards
+from diffpatch.patching.run.path import Given, Path, copied
+from diffpatch.patching.swap.guide import RECORD
+
+FORWARD = "forward"
+TEXT = "encoder_hidden_states"  # what a caller may exchange in the middle of a run
+
+
+class Hold:
+    """Stands in for the forward of one transformer, and leaves some out.
+
+    Args:
+        tolerance: how far the path may be led astray at a time, as a fraction of the result.
+        forwards: tells which forward it is.
+        arguments: names of the forward's arguments, in order.
+        name: of the transformer in the patch.
+        model: the transformer.
+    """
+
+    def __init__(
+        self, tolerance: float, forwards: Forwards, arguments: Sequence[str], name: str, model: Any
+    ) -> None:
+        self.tolerance, self._forwards, self._arguments = tolerance, forwards, arguments
+        self._name, self._model = name, weakref.ref(model)
+        self._before = vars(model).get(FORWARD)  # such as accelerate's, that moves weights first
+        self._on = True
+        setattr(model, FORWARD, self)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        # For those who look at a forward's arguments.
+        if self._before is not None:
+            return self._before  # type: ignore[no-any-return]
+        model = self._model()
+        return getattr(type(model), FORWARD).__get__(model)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original = self.__wrapped__
+        if torch.compiler.is_compiling() or not self._on:
+            return original(*args, **kwargs)
+        forward = self._forwards.current
+        path = None if forward is None or torch.is_grad_enabled() else self._path(forward)
+        if forward is None or path is None:
+            return original(*args, **kwargs)
+        place, given = forward.place, self._given(args, kwargs)
+        if place.first:
+            path.begin_step(place.step, self.tolerance)
+        held = path.results.get(place.branch)
+        if path.holding and held is not None and held[0].fits(given):
+            place.run.record.hold(place.run.place(place.step))
+            return copied(held[1])
+        result = original(*args, **kwargs)
+        path.made(place.step, place.branch, given, result, first=place.first)
+        return result
+
+    def _path(self, forward: Forward) -> Path | None:
+        """How far the forward's run is; None where nothing tells."""
+        place = forward.place
+        if (
+            not forward.hooked
+            or forward.guide == RECORD
+            or place.tracker is None
+            or place.total is None
+        ):
+            return None
+        paths = place.run.paths
+        if self._name not in paths:
+            times = place.tracker.times()
+            if times is None or len(times) != place.total + 1:
+                return None
+            _check_processes(self._model())
+            paths[self._name] = Path(times)
+        return paths[self._name]
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        latents = next((x for x in named.values() if isinstance(x, torch.Tensor)), None)
+        return Given(() if latents is None else tuple(latents.shape), named.get(TEXT))
+
+    def remove(self) -> None:
+        """Give the model its own forward back; under what somebody has put on top, do nothing."""
+        self._on = False
+        model = self._model()
+        if model is None or vars(model).get(FORWARD) is not self:
+            return
+        if self._before is None:
+            delattr(model, FORWARD)
+        else:
+            setattr(model, FORWARD, self._before)
+
+    def __reduce__(self) -> Any:
+        # Copies and pickles of the model have the forward that it had before.
+        if self._before is not None:
+            return _same, (self._before,)
+        return getattr, (self._model(), FORWARD)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def check_hold(tolerance: Any, *, bare: bool) -> None:
+    """Refuse what cannot be a tolerance, and a transformer whose runs nobody tells apart.
+
+    Raises:
+        BadParameter: says what can be.
+    """
+    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not number or not math.isfinite(tolerance) or tolerance <= 0:
+        raise BadParameter(
+            f"hold={tolerance!r} must be a number above 0, such as 0.01: how far a held result may"
+            " lead astray before the transformer is run again"
+        )
+    if bare:
+        raise BadParameter(
+            f"hold={tolerance!r} repeats results from step to step, but a bare transformer knows"
+            " no steps: patch the pipeline"
+        )
+
+
+def _check_processes(model: Any) -> None:
+    """Refuse a model that is cut over processes, which would wait for each other.
+
+    Raises:
+        DiffpatchError: it is.
+    """
+    from torch import distributed
+
+    cut = parallel.context(model) is not None
+    if not cut and distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        cut = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if cut:
+        raise DiffpatchError(
+            f"hold: {type(model).__name__} is cut over several processes, which might not hold the"
+            " same steps and would wait for each other for ever: leave hold out"
+        )

@@ -1,0 +1,225 @@
+"""Held steps: which they are, what they give, whose they are, and how they go."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import diffpatch
+from diffpatch import BadParameter
+from diffpatch.patching.run.path import Given, Path
+from tests.tiny import Tiny, wan
+
+STEPS, LAYERS = 8, 2
+ALWAYS = 1e9  # a tolerance within which everything is
+
+
+@pytest.fixture
+def tiny() -> Tiny:
+    return wan(layers=LAYERS)
+
+
+def forwards(tiny: Tiny, **call: Any) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
+    """The frames, and the timestep and result of every forward that was made."""
+    made: list[tuple[float, torch.Tensor]] = []
+    cls = type(tiny.pipe.transformer)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        made.append((float(kwargs["timestep"].flatten()[0]), out[0].clone()))
+        return out
+
+    plain, cls.forward = cls.forward, forward
+    try:
+        return tiny.run(num_inference_steps=STEPS, **call), made
+    finally:
+        cls.forward = plain
+
+
+def astray(times: list[float], node: int, step: int) -> float:
+    """The sum of the rule, by hand."""
+    total = 0.0
+    for held in range(node + 1, step + 1):
+        total += (times[held + 1] - times[held]) * (times[held] - times[node])
+    return total
+
+
+def test_the_rule_by_hand() -> None:
+    times = [0.0, 0.1, 0.2, 0.35, 0.5, 0.8, 1.0]
+    path = Path(times)
+    given = Given((2, 3), None)
+    path.begin_step(0, 1.0)
+    assert not path.holding, "nothing is known yet"
+    path.made(0, 0, given, (torch.tensor([3.0, 4.0]),), first=True)
+    path.begin_step(1, 1.0)
+    assert not path.holding, "one result does not tell how fast it changes"
+    path.made(1, 0, given, (torch.tensor([3.0, 5.0]),), first=True)
+    rate = 1 / math.sqrt(34) / 0.1
+    for step in (2, 3, 4, 5):
+        limit = rate * astray(times, 1, step)
+        path.begin_step(step, limit * 1.0001)
+        assert path.holding
+        path.begin_step(step, limit * 0.9999)
+        assert not path.holding
+    path.made(4, 0, given, (torch.tensor([float("nan"), 0.0]),), first=True)
+    path.begin_step(5, ALWAYS)
+    assert not path.holding, "NaN is within no tolerance"
+
+
+def test_a_held_step_gives_the_last_result_of_its_branch(tiny: Tiny) -> None:
+    plain, all_made = forwards(tiny)
+    assert len(all_made) == 2 * STEPS
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    held, made = forwards(tiny)
+    assert len(made) == 2 * 2, "two steps tell how fast it changes, the others are held"
+    for mine, theirs in zip(made, all_made, strict=False):
+        assert torch.equal(mine[1], theirs[1])
+    report = diffpatch.report(tiny.pipe)
+    assert report.held_steps == STEPS - 2 and report.steps == 2 and report.calls == 4 * LAYERS
+    assert f"held      {STEPS - 2} more steps" in str(report)
+    assert not torch.equal(held, plain)
+    diffpatch.unpatch(tiny.pipe)
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
+    assert "forward" not in vars(tiny.pipe.transformer)
+
+
+def test_a_small_tolerance_holds_nothing(tiny: Tiny) -> None:
+    plain = tiny.run(num_inference_steps=STEPS)
+    diffpatch.patch(tiny.pipe, "dense", hold=1e-12)
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
+    assert diffpatch.report(tiny.pipe).held_steps == 0
+
+
+@pytest.mark.parametrize("tolerance", [0.003, 0.01, 0.03, 0.1])
+def test_steps_are_held_by_the_rule(tiny: Tiny, tolerance: float) -> None:
+    diffpatch.patch(tiny.pipe, "dense", hold=tolerance)
+    _, made = forwards(tiny)
+    timesteps = [float(t) for t in tiny.pipe.scheduler.timesteps]
+    times = [1 - t / timesteps[0] for t in timesteps] + [1.0]
+    firsts = [(timesteps.index(t), out) for t, out in made[::2]]
+    steps = [step for step, _ in firsts]
+    expected = [0, 1]
+    for step in range(2, STEPS):
+        (before, old), (last, new) = firsts[len(expected) - 2], firsts[len(expected) - 1]
+        rate = float((new - old).norm() / new.norm()) / (times[last] - times[before])
+        if rate * astray(times, last, step) > tolerance:
+            expected.append(step)
+    assert steps == expected
+
+
+def test_pipelines_may_write_into_what_they_are_given(tiny: Tiny) -> None:
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    clean = tiny.run(num_inference_steps=STEPS)
+    step = type(tiny.pipe.scheduler).step
+
+    def writing(self: Any, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, model_output, *args, **kwargs)
+        model_output.fill_(float("nan"))
+        return result
+
+    cls = type(tiny.pipe.scheduler)
+    cls.step = writing
+    try:
+        assert torch.equal(tiny.run(num_inference_steps=STEPS, guidance_scale=1.0),
+                           tiny.run(num_inference_steps=STEPS, guidance_scale=1.0))  # fmt: skip
+        assert tiny.run(num_inference_steps=STEPS).isfinite().all()
+    finally:
+        cls.step = step
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), clean)
+
+
+def test_a_text_that_is_exchanged_is_not_answered_with_another(tiny: Tiny) -> None:
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+
+    def exchange(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        if step == 3:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"] + 1
+        return tensors
+
+    _, made = forwards(
+        tiny, callback_on_step_end=exchange,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], guidance_scale=1.0,
+    )  # fmt: skip
+    timesteps = [float(t) for t in tiny.pipe.scheduler.timesteps]
+    assert [timesteps.index(t) for t, _ in made] == [0, 1, 4]
+
+
+def test_runs_of_two_sizes_in_turns_are_what_they_are_alone(tiny: Tiny) -> None:
+    other = type(tiny.pipe)(**tiny.pipe.components)
+    other.scheduler = copy.deepcopy(tiny.pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    diffpatch.patch(tiny.pipe, "window", window=2, dense_steps=0, dense_layers=0, hold=0.05)
+    small = {**tiny.call, "num_inference_steps": 3, "height": 32, "prompt": "another"}
+    alone = tiny.run(num_inference_steps=STEPS), other(**small).frames
+    inner = []
+
+    def between(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        if step == 2:
+            inner.append(other(**small | {"generator": torch.Generator().manual_seed(0)}).frames)
+        return tensors
+
+    del alone
+    first = other(**small | {"generator": torch.Generator().manual_seed(0)}).frames
+    plain = tiny.run(num_inference_steps=STEPS)
+    mixed = tiny.run(num_inference_steps=STEPS, callback_on_step_end=between)
+    assert torch.equal(mixed, plain)
+    assert torch.equal(torch.as_tensor(inner[0]), torch.as_tensor(first))
+
+
+def test_an_interrupted_run_leaves_nothing_to_the_next(tiny: Tiny) -> None:
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    clean = tiny.run(num_inference_steps=STEPS)
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(num_inference_steps=STEPS, prompt="another", callback_on_step_end=stop)
+    assert not diffpatch.patching.api.owners(tiny.pipe)[0].patch.runs.last.paths
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), clean)
+
+
+def test_copies_and_pickles_hold_nothing(tiny: Tiny) -> None:
+    model = tiny.pipe.transformer
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for weight in twin.parameters():
+                weight.zero_()
+        assert twin.forward.__self__ is twin
+    diffpatch.unpatch(tiny.pipe)
+    assert model.forward.__self__ is model
+
+
+def test_a_forward_that_somebody_put_there_before_is_kept(tiny: Tiny) -> None:
+    model = tiny.pipe.transformer
+    calls = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = forward
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    tiny.run(num_inference_steps=STEPS)
+    assert len(calls) == 4
+    diffpatch.unpatch(tiny.pipe)
+    assert model.forward is forward
+
+
+@pytest.mark.parametrize("hold", [0, -0.1, float("nan"), float("inf"), True, "0.1"])
+def test_tolerances_are_numbers_above_zero(tiny: Tiny, hold: Any) -> None:
+    with pytest.raises(BadParameter, match=r"hold=.* must be a (finite )?number"):
+        diffpatch.patch(tiny.pipe, "window", hold=hold)
+
+
+def test_a_bare_transformer_knows_no_steps(tiny: Tiny) -> None:
+    with pytest.raises(BadParameter, match="patch the pipeline"):
+        diffpatch.patch(tiny.pipe.transformer, "window", hold=0.1)
