@@ -141,11 +141,11 @@ def patch(
     check_backend(backend)
     shared = Patch(
         chosen, schedule, backend, pipe,
-        bare=bare, check_grid=check_grid, remark=remark, strict=strict,
+        bare=bare, check_grid=check_grid, remark=remark, strict=strict, hold=hold,
     )  # fmt: skip
     parts = components(pipe)
     fresh = [
-        PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache, hold)
+        PatchedTransformer(model, name, family, shared, bypassing(parts[name]), cache)
         for name, model, family in found
     ]
     for transformer in fresh:

@@ -20,6 +20,9 @@ from diffpatch.patching.run.idle import Idle
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.run.runs import Place
 
+_COMPILED = (
+    "the transformer is compiled as a whole; compile its blocks with compile_repeated_blocks()"
+)
 UNTOLD = "the arguments of the forward do not tell the token grid"
 
 
@@ -141,6 +144,8 @@ class Forwards:
         place = patch.begin_forward(self._name, self.context, time)
         if self._begun is not None:
             self._begun(place.run)
+        if not hooked and patch.hold is not None:
+            patch.holds_none(place.run, _COMPILED)
         bound = place.run.bound(patch.schedule, self._layers, place.total, place.evaluations)
         forward = Forward(place, bound, self.context, hooked, grid, why)
         self._here.forward = forward

@@ -88,6 +88,7 @@ class Patch:
         remark: what the report says of the choice of settings: what those for a target are
             predicted to give, or that a level of quality has no effect.
         strict: whether a forward in which nothing runs sparsely is an error.
+        hold: tolerance within which steps are held; None holds none.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
         installed: the transformers that carry it.
@@ -104,6 +105,7 @@ class Patch:
         check_grid: CheckGrid | None = None,
         remark: str | None = None,
         strict: bool = False,
+        hold: float | None = None,
     ) -> None:
         self.method = method
         self.schedule = schedule
@@ -111,6 +113,7 @@ class Patch:
         self.check_grid = check_grid
         self.remark = remark
         self.strict = strict
+        self.hold = hold
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)
         self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()
@@ -161,7 +164,13 @@ class Patch:
             why = place.run.untold or "a bare transformer knows no steps"
             text = f"{self.method.name} takes every forward for the first of a run: {why}"
             self.note([place.run], text)
+        if place.total is None and self.hold is not None:
+            self.holds_none(place.run, place.run.untold or "nothing tells the steps")
         return place
+
+    def holds_none(self, run: Run, why: str) -> None:
+        """Say that no step of a run is held though that was asked for, and why."""
+        self.note([run], f"hold={self.hold}: no step is held: {why}")
 
     def remark_on(self, grid: Sequence[int]) -> str | None:
         """What the settings that were chosen from say of a grid that they were not measured on.

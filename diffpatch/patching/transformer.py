@@ -43,7 +43,6 @@ class PatchedTransformer:
         patch: Patch,
         wrappers: Iterable[Any] = (),
         cache: float | None = None,
-        hold: float | None = None,
     ) -> None:
         self.handle = operator.new_handle(self)
         self.name = name
@@ -59,7 +58,7 @@ class PatchedTransformer:
             begun = functools.partial(remarks.on_turns, self.cache, weakref.ref(model), patch, name)
         self.forwards = Forwards(name, len(self.modules), patch, begun)
         self._guide = guide.of(model, self.modules, name, patch.method, self.forwards)
-        self.active, self._hold = False, hold
+        self.active = False
         self._model = weakref.ref(model)
         # Wrappers that call the forward of the model past its hooks.
         self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
@@ -113,8 +112,8 @@ class PatchedTransformer:
             *rope_hooks,
             *(self._guide.listen() if self._guide is not None else ()),
         ]
-        if self._hold is not None:
-            self._hooks.append(Hold(self._hold, self.forwards, self._arguments, self.name, model))
+        if self.patch.hold is not None:
+            self._hooks.append(Hold(self.patch, self.forwards, self._arguments, self.name, model))
         model._diffpatch = self
         self.patch.installed.add(self)
         self.active = True

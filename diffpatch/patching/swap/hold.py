@@ -17,9 +17,11 @@ import torch
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.forwards import Forward, Forwards
+from diffpatch.patching.patch import Patch
 from diffpatch.patching.run.path import Given, Path, copied
 from diffpatch.patching.swap.guide import RECORD
 
+_NO_TIMES = "its scheduler runs the model twice a step, or its timesteps do not fall towards 0"
 FORWARD = "forward"
 TEXT = "encoder_hidden_states"  # what a caller may exchange in the middle of a run
 
@@ -28,7 +30,7 @@ class Hold:
     """Stands in for the forward of one transformer, and leaves some out.
 
     Args:
-        tolerance: how far the path may be led astray at a time, as a fraction of the result.
+        patch: says how far the path may be led astray at a time, as a fraction of the result.
         forwards: tells which forward it is.
         arguments: names of the forward's arguments, in order.
         name: of the transformer in the patch.
@@ -36,9 +38,9 @@ class Hold:
     """
 
     def __init__(
-        self, tolerance: float, forwards: Forwards, arguments: Sequence[str], name: str, model: Any
+        self, patch: Patch, forwards: Forwards, arguments: Sequence[str], name: str, model: Any
     ) -> None:
-        self.tolerance, self._forwards, self._arguments = tolerance, forwards, arguments
+        self._patch, self._forwards, self._arguments = patch, forwards, arguments
         self._name, self._model = name, weakref.ref(model)
         self._before = vars(model).get(FORWARD)  # such as accelerate's, that moves weights first
         self._on = True
@@ -62,7 +64,7 @@ class Hold:
             return original(*args, **kwargs)
         place, given = forward.place, self._given(args, kwargs)
         if place.first:
-            path.begin_step(place.step, self.tolerance)
+            path.begin_step(place.step, self._patch.hold or 0.0)
         held = path.results.get(place.branch)
         if path.holding and held is not None and held[0].fits(given):
             place.run.record.hold(place.run.place(place.step))
@@ -84,7 +86,8 @@ class Hold:
         paths = place.run.paths
         if self._name not in paths:
             times = place.tracker.times()
-            if times is None or len(times) != place.total + 1:
+            if times is None:
+                self._patch.holds_none(place.run, _NO_TIMES)
                 return None
             _check_processes(self._model())
             paths[self._name] = Path(times)

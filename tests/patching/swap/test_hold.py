@@ -223,3 +223,54 @@ def test_tolerances_are_numbers_above_zero(tiny: Tiny, hold: Any) -> None:
 def test_a_bare_transformer_knows_no_steps(tiny: Tiny) -> None:
     with pytest.raises(BadParameter, match="patch the pipeline"):
         diffpatch.patch(tiny.pipe.transformer, "window", hold=0.1)
+
+
+def test_no_step_is_held_where_nothing_tells_the_steps(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    seen = []
+    hook = tiny.pipe.transformer.register_forward_pre_hook(
+        lambda *given: seen.append(given), with_kwargs=True
+    )
+    tiny.run(num_inference_steps=1)
+    hook.remove()
+    _, args, kwargs = seen[0]
+    with torch.no_grad():
+        first = tiny.pipe.transformer(*args, **kwargs)[0]
+        twice = tiny.pipe.transformer(*args, **{**kwargs, "timestep": kwargs["timestep"] / 2})[0]
+    assert not torch.equal(first, twice)
+    assert "no step is held: no denoising loop is seen" in caplog.text
+
+
+def test_schedulers_that_run_the_model_twice_a_step_hold_nothing(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    tiny.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    plain = tiny.run(num_inference_steps=4)
+    diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+    assert torch.equal(tiny.run(num_inference_steps=4), plain)
+    assert "runs the model twice a step" in caplog.text
+    assert "no step is held" in str(diffpatch.report(tiny.pipe))
+
+
+def test_a_transformer_that_is_compiled_as_a_whole_holds_nothing_and_says_so(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = tiny.run(num_inference_steps=STEPS)
+    diffpatch.patch(tiny.pipe, "window", window=2, dense_steps=0, dense_layers=0, hold=ALWAYS)
+    tiny.pipe.transformer.compile(backend="eager")
+    compiled = tiny.run(num_inference_steps=STEPS)
+    assert compiled.isfinite().all() and compiled.shape == plain.shape
+    assert "compiled as a whole" in caplog.text
+
+
+def test_blocks_that_are_compiled_are_held(tiny: Tiny) -> None:
+    diffpatch.patch(tiny.pipe, "window", window=2, dense_steps=0, dense_layers=0, hold=ALWAYS)
+    eager = tiny.run(num_inference_steps=STEPS)
+    tiny.pipe.transformer.compile_repeated_blocks(backend="eager")
+    _, made = forwards(tiny)
+    assert len(made) == 4
+    torch.testing.assert_close(tiny.run(num_inference_steps=STEPS), eager)
