@@ -18,7 +18,8 @@ from diffpatch.tuning import tune as tuning
 from tests import tiny
 
 SIZE = ["--height", "128", "--width", "128", "--num-frames", "9", "--steps", "4"]
-TUNE = ["-p", "a cat", "-p", "a dog", "-p", "a fox", *SIZE, "--kept", "0.5", "--caches", "1000"]
+TUNE = ["-p", "a cat", "-p", "a dog", "-p", "a fox", *SIZE, "--kept", "0.5", "--caches", "1000",
+        "--holds"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_a_sweep_takes_settings_and_caches(tuned: Path, model: str, tmp_path: Pa
         f"model: {model}\nprompts: [a bird]\nsteps: 4\nnoise_floor: []\n"
         "sizes: {height: 128, width: 128, num_frames: 9}\n"
         "methods:\n  - {method: dense, cache: [1000]}\n"
+        "  - {method: dense, hold: [1000]}\n"
         f"  - {{settings: {tuned}, target: [kept 0.8]}}\n",
         encoding="utf-8",
     )
@@ -113,13 +115,23 @@ def test_a_sweep_takes_settings_and_caches(tuned: Path, model: str, tmp_path: Pa
     assert main(["sweep", str(sweep), "-o", str(out), "--quiet"]) == 0
     rows = json.loads((out / "summary.json").read_text(encoding="utf-8"))["rows"]
     labels = {row["label"] for row in rows}
-    assert labels == {"dense", "dense cache=1000.0", "kept 0.8 (wan.json)"}
+    assert labels == {"dense", "dense cache=1000.0", "dense hold=1000.0", "kept 0.8 (wan.json)"}
 
 
 def test_killed_at_any_moment_it_goes_on(model: str, tmp_path: Path) -> None:
     path = tmp_path / "wan.json"
     words = [sys.executable, "-m", "diffpatch", "tune", "-m", model, "-p", "a cat", *SIZE]
-    words += ["--kept", "0.5", "--caches", "1000", "--target", "kept 0.8", "-o", str(path)]
+    words += [
+        "--kept",
+        "0.5",
+        "--caches",
+        "1000",
+        "--holds",
+        "--target",
+        "kept 0.8",
+        "-o",
+        str(path),
+    ]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:  # the first clip of the front is begun, its curves are done

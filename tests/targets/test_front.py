@@ -177,6 +177,22 @@ def test_a_way_comes_to_budgets_and_a_cache() -> None:
     assert "attention dense" in str(dense) and "cache" in str(dense)
 
 
+def test_between_two_tolerances_and_nowhere_else_held_steps_are_predicted() -> None:
+    def run(hold: float | None, sparse: float, time: float, psnr: float) -> Measured:
+        return Measured(
+            prompt="a", sparse=sparse, dense_steps=0.0, cache=None, hold=hold, kept=sparse,
+            calls=time, psnr=psnr, seconds=time, dense_seconds=1.0,
+        )  # fmt: skip
+
+    front = [run(0.01, 1.0, 0.5, 40.0), run(0.04, 1.0, 0.25, 30.0), run(0.01, 0.5, 0.4, 35.0)]
+    found = with_between(measured_points(front))
+    between = [point for point in found if not point.measured]
+    assert {point.applied.sparse for point in between} == {1.0}
+    middle = next(point for point in between if point.applied.hold == pytest.approx(0.02))
+    assert middle.psnr == pytest.approx(35.0) and middle.time == pytest.approx(0.375)
+    assert middle.applied.cache is None and middle.applied.label == "hold 0.02"
+
+
 def test_labels_say_what_is_applied() -> None:
     assert Applied(1.0, 0.0, None).label == "dense"
     point: dict[str, Any] = {"psnr": 30.0, "spread": 0.0, "time": 0.5}

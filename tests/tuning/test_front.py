@@ -54,7 +54,7 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
 
     options: dict[str, Any] = {
         "call": call_of(tiny), "sparse": (0.5,), "dense_steps": (0.15,), "caches": (ALWAYS,),
-        "path": path,
+        "holds": (), "path": path,
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         measure_front(tiny.pipe, settings, **options, on_progress=stop)
@@ -95,6 +95,7 @@ def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: 
         sparse=(0.5,),
         dense_steps=(0.15,),
         caches=(ALWAYS,),
+        holds=(),
     )
     fast = {"seconds": 1.0, "dense_seconds": 10.0, "psnr": 31.0}
     slow = {"seconds": 5.0, "dense_seconds": 10.0, "psnr": 40.0}
@@ -116,6 +117,35 @@ def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: 
     assert torch.equal(tiny.run(**CALL), plain)
     with pytest.raises(BadParameter, match=r"the best that is faster than dense has 36\.4 dB"):
         choose_for(made, Target.parse("50 dB"))
+
+
+def test_a_target_may_choose_held_steps(tiny: Tiny, settings: Settings) -> None:
+    found = measure_front(
+        tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(0.5,), dense_steps=(0.5,),
+        caches=(), holds=(ALWAYS,),
+    )  # fmt: skip
+    points = {point.applied.label: point for point in measured_points(found.front)}
+    both = "attention 50% after 50% + hold 1e+09"
+    assert set(points) == {"hold 1e+09", "attention 50% after 50%", both}
+    for label in ("hold 1e+09", both):  # two steps are computed
+        assert points[label].calls == pytest.approx(2 / CALL["num_inference_steps"])
+    fast = {"seconds": 1.0, "dense_seconds": 10.0, "psnr": 31.0}
+    slow = {"seconds": 5.0, "dense_seconds": 10.0, "psnr": 40.0}
+    front = [run.model_copy(update=fast if run.hold else slow) for run in found.front]
+    made = settings.model_copy(update={"front": front})
+    chosen = choose_for(made, Target.parse("27 dB"))
+    assert chosen.hold == ALWAYS and chosen.cache is None and "hold" in str(chosen)
+    assert choose_for(made, Target.parse("35 dB")).hold is None
+    plain = tiny.run(**CALL)
+    diffpatch.patch(tiny.pipe, settings=made, target="27 dB")
+    assert not torch.equal(tiny.run(**CALL), plain)
+    report = diffpatch.report(tiny.pipe)
+    assert report.held_steps == CALL["num_inference_steps"] - 2
+    assert any("chosen for '27 dB': hold 1e+09" in note for note in report.notes)
+    diffpatch.unpatch(tiny.pipe)
+    assert torch.equal(tiny.run(**CALL), plain)
+    with pytest.raises(BadParameter, match="leave out hold"):
+        diffpatch.patch(tiny.pipe, settings=made, target="27 dB", hold=0.1)
 
 
 def test_settings_of_another_grid_are_refused_at_the_first_forward(
@@ -180,6 +210,7 @@ def test_a_model_is_tuned_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.M
         "sparse": (0.5,),
         "dense_steps": (0.5,),
         "caches": (),
+        "holds": (),
     }
     first = diffpatch.tuned(tiny.pipe, ["a cat"], **options)
     (file,) = (tmp_path / "settings").iterdir()
@@ -198,7 +229,7 @@ def test_a_model_is_tuned_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.M
 
 def test_bad_requests_are_refused(tiny: Tiny, settings: Settings) -> None:
     with pytest.raises(BadParameter, match="nothing to render"):
-        measure_front(tiny.pipe, settings, sparse=(), caches=())
+        measure_front(tiny.pipe, settings, sparse=(), caches=(), holds=())
     with pytest.raises(BadParameter, match="other weights"):
         measure_front(wan(layers=2, heads=3).pipe, settings)
     with pytest.raises(BadParameter, match="fractions of a run, below 1"):
