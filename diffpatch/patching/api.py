@@ -90,7 +90,7 @@ def patch(
             enables none; caches that you enable yourself stay yours.
         hold: tolerance within which steps are held: the transformer is not run, and its last result
             is given again, while that leads astray by no more than this fraction of it (see
-            `diffpatch.patching.run.path`). 0.01 is careful, 0.04 fast. None holds no step.
+            `diffpatch.patching.run.path`). 0.0025 is careful, 0.01 fast. None holds no step.
         settings: what `diffpatch.tune` measured for this model, as a file or as the object. The
             method is then ``dynamic``, with a budget for every head.
         target: what to choose settings for, such as "30 dB", "kept 0.25", "error 5%" or "2x"; in

@@ -28,7 +28,7 @@ from diffpatch.tuning.unfinished import Unfinished
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
-HOLDS = (0.01, 0.02, 0.04)  # tolerances within which steps are held, beside none
+HOLDS = (0.0025, 0.005, 0.01)  # tolerances within which steps are held, beside none
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--holds", nargs="*", type=arguments.number(float, 1e-6), metavar="T",
-        default=[0.01, 0.02, 0.04],
-        help="tolerances within which steps are held (0.01 0.02 0.04)",
+        default=[0.0025, 0.005, 0.01],
+        help="tolerances within which steps are held (0.0025 0.005 0.01)",
     )  # fmt: skip
     group.add_argument(
         "--curve-steps", type=arguments.number(int, 3), metavar="N",

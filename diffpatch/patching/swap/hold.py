@@ -129,7 +129,7 @@ def check_hold(tolerance: Any, *, bare: bool) -> None:
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if not number or not math.isfinite(tolerance) or tolerance <= 0:
         raise BadParameter(
-            f"hold={tolerance!r} must be a number above 0, such as 0.01: how far a held result may"
+            f"hold={tolerance!r} must be a number above 0, such as 0.005: how far a held result may"
             " lead astray before the transformer is run again"
         )
     if bare:
