@@ -1,4 +1,4 @@
-"""Caches, sparse attention and both on one front, for the demo models: the table of the README.
+"""Caches, held steps, sparse attention and both on one front, for the demo models.
 
     python examples/front.py --models demo --steps 30 --reduced         # about 7 minutes
     python examples/front.py --models demo-long --steps 30 --reduced    # about 20 minutes
@@ -84,6 +84,8 @@ def tuned(model: str, steps: int, reduced: bool, folder: Path) -> Settings:
             *(["0.25"] if reduced else ["0.25", "0.125"]),
         ]
         words += ["--caches", *(["0.1", "0.2"] if reduced else ["0.05", "0.1", "0.15", "0.2"])]
+        words += ["--holds", "0.0025", "0.005", "0.01", *([] if reduced else ["0.02"])]
+        words += ["--dense-steps", *(["0.5"] if reduced else ["0.15", "0.5"])]
         if main(words):
             raise SystemExit(1)
     return Settings.load(path)
