@@ -35,11 +35,11 @@ patch first or enable first, it makes no difference
 any other                      refused, because it is not known what it expects of attention
 =============================  ==================================================================
 
-Held steps (``patch(…, hold=0.005)``, see `diffpatch.patching.run.path`) combine with every method and
-cache. They belong to a run, so that runs at once do not mix. A step that is held runs no part of the
-transformer: what methods carry ages by steps, as under a cache. None is held, and the report says
-why, where nothing tells the steps, where the scheduler runs the model twice a step, and in a
-transformer that is compiled as a whole; a transformer that is cut over several processes is refused.
+Held steps (``patch(…, hold=0.005)``, see `diffpatch.patching.run.path`) combine with every method
+and cache. They belong to a run, so that runs at once do not mix. A held step runs no part of the
+transformer: what methods carry ages by steps, as under a cache. Where nothing tells the steps,
+where the scheduler runs the model twice a step, and in a transformer that is compiled as a whole,
+none is held, and the report says why. A transformer that is cut over several processes is refused.
 
 Every cache keeps its results on the model, so that two runs over it at once are mixed up, patched
 or not: a warning and a note in the report say so.

@@ -274,3 +274,24 @@ def test_blocks_that_are_compiled_are_held(tiny: Tiny) -> None:
     _, made = forwards(tiny)
     assert len(made) == 4
     torch.testing.assert_close(tiny.run(num_inference_steps=STEPS), eager)
+
+
+def test_models_that_are_cut_over_processes_are_refused(tiny: Tiny) -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = tiny.pipe.transformer
+        diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
+        clean = tiny.run(num_inference_steps=STEPS)
+        assert clean.isfinite().all(), "processes alone are no reason"
+        weight = torch.nn.Parameter(distribute_tensor(model.proj_out.weight, mesh, [Replicate()]))
+        model.proj_out.weight = weight
+        with pytest.raises(diffpatch.DiffpatchError, match="cut over several processes"):
+            tiny.run(num_inference_steps=STEPS)
+    finally:
+        distributed.destroy_process_group()
