@@ -32,6 +32,8 @@ from diffpatch.planning.fit import fit_kept
 
 Say = Callable[[str], None]
 DEFAULT = "torch's choice"
+TURN_SECONDS = 0.3  # a forward that is shorter is timed several times in a turn
+OVERHEAD_SECONDS = 20.0  # for all turns, unless the rounds that are asked for take longer
 
 
 @dataclass(frozen=True)
@@ -275,24 +277,28 @@ class _Stage:
         """What a patch costs that leaves nothing out: its time by the unpatched model's, in turns.
 
         On a CPU that is time of the process, which what else runs on the machine disturbs least.
+        Short forwards have longer and more turns: one of them varies by more than a patch costs.
         """
+        self.seconds()
+        once = self._busy(1)
+        count = max(1, round(TURN_SECONDS / once))
         ratios = []
-        for _ in range(repeats):
-            seconds = []
-            for method in (None, diffpatch.make_method("dense")):
-                with contextlib.nullcontext() if method is None else self._patched(method):
+        for turn in range(max(repeats, round(OVERHEAD_SECONDS / (2 * count * once)))):
+            seconds = {}
+            for patched in (False, True) if turn % 2 else (True, False):
+                method = diffpatch.make_method("dense")
+                with self._patched(method) if patched else contextlib.nullcontext():
                     self.seconds()
-                    seconds.append(self._busy())
-            ratios.append(seconds[1] / seconds[0])
+                    seconds[patched] = self._busy(count)
+            ratios.append(seconds[True] / seconds[False])
         return ratios
 
-    def _busy(self) -> float:
-        """The time of one forward, that of the process alone on a CPU."""
-        if self.device.type != "cpu":
-            return self.seconds()
+    def _busy(self, count: int) -> float:
+        """The time of some forwards, that of the process alone on a CPU."""
+        cpu = self.device.type == "cpu"
         start = time.process_time()
-        self.seconds()
-        return time.process_time() - start
+        seconds = sum(self.seconds() for _ in range(count))
+        return time.process_time() - start if cpu else seconds
 
     def rounds(
         self, fastest: str, methods: Mapping[str, diffpatch.Method], repeats: int, say: Say

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 
@@ -29,4 +30,7 @@ def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[objec
 
 
 def _is_on(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # asked four times a call

@@ -127,8 +127,10 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
             " nothing to carry over: use one of the two"
         )
     for module in modules:
-        hooks = getattr(getattr(module, internals.HOOKS, None), "hooks", {})
-        if any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values()):
+        # Not getattr: modules search long for an attribute that they do not have.
+        registry = vars(module).get(internals.HOOKS)
+        hooks = {} if registry is None else registry.hooks
+        if hooks and any(getattr(h, "skip_attention_scores", False) for h in hooks.values()):
             raise DiffpatchError(
                 "a hook skips attention scores (perturbed-attention guidance), which reaches into"
                 " torch's attention and misses a patched one: remove the hook or unpatch first"

@@ -26,6 +26,11 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_model, "OVERHEAD_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
 def test_a_random_model_is_the_published_one_and_takes_its_inputs(shape: ModelShape) -> None:
     build: dict[str, Any] = {"dtype": torch.bfloat16, "device": META}
@@ -60,6 +65,21 @@ def test_the_table_shows_what_a_patch_costs(capsys: pytest.CaptureFixture[str]) 
     assert main([*SMALL, "--method", "window"]) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if "all kept" in line]
     assert 0.1 < float(row.split()[4]) < 10 and "100.0%" in row
+
+
+def test_short_forwards_have_longer_and_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench_model.ModelCase(shape_of("wan-1.3b"), 13, 64, 96, layers=1, dtype=torch.float32)
+    seen: list[int] = []
+
+    def busy(self: Any, count: int) -> float:
+        seen.append(count)
+        return 0.001 * count
+
+    monkeypatch.setattr(bench_model._Stage, "_busy", busy)
+    monkeypatch.setattr(bench_model, "OVERHEAD_SECONDS", 6.0)
+    window = {"window": {"window": 0.5}}
+    result = bench_model.bench_model(case, window, repeats=1, dense=bench_model.DEFAULT)
+    assert seen == [1] + 2 * 10 * [300] and result["overhead"]["median"] == 1
 
 
 def test_what_needs_several_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
