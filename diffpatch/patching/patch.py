@@ -64,6 +64,10 @@ Observer = Callable[[SparseCall], None]
 # What tuned settings say of a grid (num_frames, height, width, text); raises BadParameter.
 CheckGrid = Callable[[tuple[int, int, int, int]], str | None]
 
+_TAKEN_UP = (
+    "the function that loops over its steps was left, which freed what was carried, and another"
+    " one went on; let one function, or a generator, loop over all steps"
+)
 _CACHED_GRIDS = 4  # grids about which a patch remembers its decisions, beside those of its runs
 
 
@@ -166,6 +170,8 @@ class Patch:
             self.note([place.run], text)
         if place.total is None and self.hold is not None:
             self.holds_none(place.run, place.run.untold or "nothing tells the steps")
+        if place.run.resumed:
+            self.note([place.run], f"{self.method.name} began anew in the middle: {_TAKEN_UP}")
         return place
 
     def holds_none(self, run: Run, why: str) -> None:

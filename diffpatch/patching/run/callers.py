@@ -10,8 +10,10 @@ pipeline whose call it is, else a local variable, else an attribute of one.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +27,10 @@ TRACKER = "_diffpatch_tracker"  # where a scheduler keeps the tracker it reports
 _BETWEEN = (
     "torch.", "accelerate.", "peft.", "diffusers.models.", "diffusers.hooks.", "diffpatch.patching."
 )  # fmt: skip
-# The frame, the variable and the argument of getrefcount; one more is somebody else's.
-_OUR_REFERENCES = 3
+# The frame, two variables and the argument of getrefcount; one more is somebody else's.
+_OUR_REFERENCES = 4
+_ANCHOR = "_diffpatch_anchor"  # beside the variables of a function that is under way
+_NEAR = 6  # functions around a forward: helpers for one step, and the one that loops
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,28 @@ def calling_pipeline() -> Any:
     """The innermost pipeline whose call is on the stack, or None."""
     called = (_pipeline_called(frame, _locals(frame)) for frame in _frames() if _is_call(frame))
     return next(filter(None, called), None)
+
+
+class _Anchor:
+    """What only the frame of one function holds."""
+
+
+def functions_under_way() -> list[weakref.ref[Any]]:
+    """What dies when a function on the stack is left: one for each, from the inside out.
+
+    Frames take no weak references, but keep what is put beside their variables. A module has one
+    code and runs it once, and so has a notebook's cell.
+    """
+    found: list[weakref.ref[Any]] = []
+    for frame in itertools.islice(_frames(), _NEAR):
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return [*found, weakref.ref(frame.f_code)]
+        held = frame.f_locals
+        anchor = held.setdefault(_ANCHOR, _Anchor())
+        _empty(frame, held)
+        found.append(weakref.ref(anchor))
+        del held
+    return found
 
 
 def _frames() -> Iterator[types.FrameType]:
@@ -178,14 +204,23 @@ def _distinct(schedulers: Iterable[Any]) -> list[Any]:
 
 
 def _locals(frame: types.FrameType) -> dict[str, Any]:
-    """The local variables of a running function.
-
-    Up to Python 3.12 looking leaves a copy of them in the frame, which would keep what the function
-    deletes alive; the copy is emptied, unless the function itself has asked for it by `locals`.
-    """
+    """The local variables of a running function."""
     held = frame.f_locals
     values = dict(held)
+    values.pop(_ANCHOR, None)
+    _empty(frame, held)
+    return values
+
+
+def _empty(frame: types.FrameType, held: Any) -> None:
+    """Let go of a frame's `f_locals`.
+
+    Up to Python 3.12 looking leaves a copy of the variables in the frame, which would keep what the
+    function deletes alive; it is emptied, unless the function itself has asked for it by `locals`.
+    """
     copied = sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED
     if copied and sys.getrefcount(held) <= _OUR_REFERENCES:
+        anchor = held.get(_ANCHOR)
         held.clear()
-    return values
+        if anchor is not None:
+            held[_ANCHOR] = anchor

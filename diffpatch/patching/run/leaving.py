@@ -2,8 +2,8 @@
 
 A scheduler tells of its steps, and nothing tells that no more of them will come. But pipelines loop
 within ``with self.progress_bar(...)``, and whatever leaves that block closes the bar. So the bar of
-a run is listened to. A loop without one ends for us with its scheduler (`Run.end_with`), or with
-the scheduler's next run.
+a run is listened to. A loop without one ends for us with the function that has made forwards of two
+steps (`Run.go`), with its scheduler, or with the scheduler's next run.
 """
 
 from __future__ import annotations

@@ -36,19 +36,22 @@ class Run:
         clocks: of the frames of each transformer.
         paths: of each transformer, where steps are held.
         ended: whether its loop was left, with the last step or before.
+        resumed: whether it went on after that, when what it carried was freed.
     """
 
     def __init__(self, pipeline: Any = None, untold: str | None = None, number: int = 0) -> None:
         self.number = number
         self.untold = untold
-        self.ended = False
+        self.ended = self.resumed = False
         self.record = Record()
         self.state: defaultdict[StateKey, dict[str, Any]] = defaultdict(dict)
         self.memos: dict[Any, Memo] = {}
         self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
         self.paths: dict[str, Path] = {}
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._loop: weakref.ref[Any] | None = None
+        self._holders: list[weakref.ref[Any]] = []
+        self._began = 0  # the step of the first forward, and the functions around it
+        self._functions: list[weakref.ref[Any]] = []
         # By number of layers and of steps: a loop that skips the first ones shows it with a step.
         self._bound: dict[tuple[int, int | None], BoundSchedule] = {}
         self._in_step: dict[str, tuple[int, Counter[str | None]]] = {}
@@ -62,7 +65,7 @@ class Run:
 
     def go_on(self, number: int) -> None:
         """The same call denoises once more, as long videos do for each window."""
-        self.number, self.ended = number, False
+        self.number, self.ended, self.resumed = number, False, False
         self._earlier = max(self.record.by_step, default=-1) + 1
         self._forget()
 
@@ -72,15 +75,36 @@ class Run:
         self.note_state()
         self._forget()
 
-    def end_with(self, tracker: Any) -> None:
-        """Free what is carried when the scheduler is gone, and with it what follows it."""
+    def begin(self, tracker: Any, functions: list[weakref.ref[Any]]) -> None:
+        """The first forward begins.
+
+        Args:
+            tracker: follows the scheduler and is gone with it, and with it what is carried.
+            functions: under way, see `callers.functions_under_way`.
+        """
+        self._began, self._functions, self._holders = tracker.step, functions, []
+        self._end_with(tracker)
+
+    def go(self, step: int) -> None:
+        """Another forward begins, perhaps after the loop was left."""
+        self.resumed = self.resumed or (self.ended and self.record.state_bytes > 0)
+        self.ended = False
+        if self._functions and step > self._began:
+            # Helpers for one step are left by now, so that the innermost one left is the loop's.
+            alive = (one() for one in self._functions)
+            self._end_with(next((one for one in alive if one is not None), None))
+            self._functions = []
+
+    def _end_with(self, holder: Any) -> None:
+        """Free what is carried when something is gone without which the loop cannot go on."""
         ending = weakref.WeakMethod(self.end)
 
         def gone(_: Any) -> None:
             if (end := ending()) is not None:
                 end()
 
-        self._loop = weakref.ref(tracker, gone)
+        if holder is not None:
+            self._holders.append(weakref.ref(holder, gone))
 
     def states(
         self, transformer: str, layer: int, branch: int, sample: int, shared: bool

@@ -162,8 +162,8 @@ class Runs:
                     run.end()
                 run = Run(loop.pipeline, number=tracker.run)
             leaving.listen(values, run)
-            run.end_with(tracker)
-        run.ended = False
+            run.begin(tracker, callers.functions_under_way())
+        run.go(tracker.step)
         if run is not self.last:
             self._keep(run, tracker)
         return run
