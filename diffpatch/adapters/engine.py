@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,7 @@ class EngineAttention:
         self._check(told)
         self.reasons: Counter[str] = Counter()  # why calls were dense; "" counts sparse ones
         self._states: OrderedDict[Hashable, Any] = OrderedDict()
+        self._let_go: deque[Hashable] = deque(maxlen=_CACHED)  # runs whose state made room
         self._lock = threading.Lock()  # for the table of states, not for what is in them
         self._pattern = functools.lru_cache(_CACHED)(self._make_pattern)
         self._bound = functools.lru_cache(_CACHED)(self._bind)
@@ -217,6 +218,8 @@ class EngineAttention:
         """Drop what the method carried through a run."""
         with self._lock:
             self._states.pop(run, None)
+            if run in self._let_go:  # its name may come back
+                self._let_go.remove(run)
 
     def _choose(
         self, q: torch.Tensor, k: torch.Tensor, grid: Grid | str, place: CallPlace
@@ -252,10 +255,17 @@ class EngineAttention:
         if not self.method.needs_steps:
             return {}
         with self._lock:
+            lost = place.run not in self._states and place.run in self._let_go
             of_run = self._states.setdefault(place.run, defaultdict(dict))
             self._states.move_to_end(place.run)
             if len(self._states) > _RUNS:
-                self._states.popitem(last=False)
+                self._let_go.append(self._states.popitem(last=False)[0])
+        if lost:
+            logger.warning(
+                "%s: more than %d runs go on at once, and one begins anew in the middle, because"
+                " its state made room for another's: let fewer go on at once",
+                self.method.name, _RUNS,
+            )  # fmt: skip
         state: dict[str, Any] = of_run[place.layer, place.branch, grid]
         return state
 

@@ -73,7 +73,7 @@ def _check(plan: Mapping[str, Sequence[Rendering]], args: argparse.Namespace) ->
 
     for model, runs in plan.items():
         source = loading.find(model)
-        for sizes in {tuple(run.case.call.get(name) for name in _SIZES) for run in runs}:
+        for sizes in {tuple(run.scene.call.get(name) for name in _SIZES) for run in runs}:
             call = {name: size for name, size in zip(_SIZES, sizes, strict=True) if size}
             generation.check_size(source, {**preset_call(source), **call})
     check_writable(args.output)

@@ -127,10 +127,10 @@ def _work(
 ) -> None:
     """Do the runs of one model: first those that nobody else does, then wait for the others."""
     store, process = session.store, session.process
-    # Processes begin at different cases, so that each has its own dense run and clock.
-    cases = list(dict.fromkeys(run.dense.key for run in found))
-    start = len(cases) * process.rank // process.count
-    rank = {case: number for number, case in enumerate(cases[start:] + cases[:start])}
+    # Processes begin at different scenes, so that each has its own dense run and clock.
+    scenes = list(dict.fromkeys(run.dense.key for run in found))
+    start = len(scenes) * process.rank // process.count
+    rank = {scene: number for number, scene in enumerate(scenes[start:] + scenes[:start])}
     ordered = sorted(found, key=lambda run: rank[run.dense.key])
     for wait in (False, True):
         for run in ordered:

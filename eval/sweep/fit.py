@@ -19,7 +19,7 @@ def fit_run(pipe: Any, run: Rendering) -> diffpatch.Method:
     Raises:
         BadSweep: dense steps and layers alone keep more than is wanted.
     """
-    method, wanted = run.variant.method, run.variant.wanted
+    method, wanted = run.way.method, run.way.wanted
     assert method is not None and wanted is not None
     made = diffpatch.make_method(method.name, **method.parameters)
     plan = plan_run(pipe, run, made)
@@ -40,10 +40,10 @@ def plan_run(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.P
     Raises:
         BadSweep: the sweep does not say how large the pictures are.
     """
-    variant, call = run.variant, run.case.call
+    way, call = run.way, run.scene.call
     options: dict[str, Any] = {
-        **variant.options,
-        **(variant.method.options if variant.method else {}),
+        **way.options,
+        **(way.method.options if way.method else {}),
     }
     options = {
         key: value for key, value in options.items() if key not in ("backend", "cache", "hold")
@@ -54,6 +54,6 @@ def plan_run(pipe: Any, run: Rendering, method: diffpatch.Method) -> diffpatch.P
     missing = {"height", "width"} - set(sizes)
     if missing:
         raise BadSweep(f"kept: a kept fraction needs sizes with {' and '.join(sorted(missing))}")
-    if run.case.steps is not None:
-        sizes["num_inference_steps"] = run.case.steps
+    if run.scene.steps is not None:
+        sizes["num_inference_steps"] = run.scene.steps
     return diffpatch.plan(pipe, method, **sizes, **options)

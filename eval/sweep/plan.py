@@ -20,7 +20,7 @@ from diffpatch.pipelines.running.calls import preset_call, steps_of, too_many_de
 
 
 @dataclass(frozen=True)
-class Case:
+class Scene:
     """One thing to render: all that a pipeline call needs, but no method.
 
     Attributes:
@@ -56,7 +56,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Way:
     """One way to render: dense, dense for the noise floor, or a method.
 
     Attributes:
@@ -91,56 +91,58 @@ _DENSE = {"dense": "dense", "kernel": "dense, other kernel", "seed": "dense, oth
 
 @dataclass(frozen=True)
 class Rendering:
-    """One entry of a sweep: a case rendered in one way.
+    """One entry of a sweep: a scene rendered in one way.
 
     Attributes:
-        case: what.
-        variant: how.
+        scene: what.
+        way: how.
         errors: whether attention errors are measured too, in a second pass.
     """
 
-    case: Case
-    variant: Variant
+    scene: Scene
+    way: Way
     errors: bool = False
 
     @property
     def dense(self) -> Rendering:
         """The run that this one is compared with."""
-        return Rendering(self.case, Variant("dense"))
+        return Rendering(self.scene, Way("dense"))
 
     @property
     def other_seed(self) -> Rendering:
         """Dense from other noise: seeds 0 and 1 serve each other, so do 2 and 3, and so on."""
-        return Rendering(replace(self.case, seed=self.case.seed ^ 1), Variant("dense"))
+        return Rendering(replace(self.scene, seed=self.scene.seed ^ 1), Way("dense"))
 
     @cached_property
     def key(self) -> str:
         """A fingerprint of everything that decides the result."""
         facts = asdict(self)
-        if facts["variant"]["method"]:
-            del facts["variant"]["method"]["kept"]
-        del facts["case"]["number"], facts["variant"]["told"]  # these are about the sweep
-        if (image := self.case.prompt.image) is not None:  # what it shows, wherever it lies
-            facts["case"]["prompt"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
-        method = self.variant.method
-        if method is not None and method.name == TUNED:  # likewise
-            digest = hashlib.sha256(Path(method.parameters["settings"]).read_bytes()).hexdigest()
-            facts["variant"]["method"]["parameters"] = {**method.parameters, "settings": digest}
+        # Under the names by which results that are stored were fingerprinted.
+        scene, way = facts["case"], facts["variant"] = facts.pop("scene"), facts.pop("way")
+        del scene["number"], way["told"]  # these are about the sweep
+        if (image := self.scene.prompt.image) is not None:  # what it shows, wherever it lies
+            scene["prompt"]["image"] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        if (method := self.way.method) is not None:
+            del way["method"]["kept"]
+            if method.name == TUNED:  # likewise
+                settings = Path(method.parameters["settings"]).read_bytes()
+                digest = hashlib.sha256(settings).hexdigest()
+                way["method"]["parameters"] = {**method.parameters, "settings": digest}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
     def name(self) -> str:
         """The name of its folder."""
-        words = _slug(self.variant.label), _slug(self.case.prompt.text), f"s{self.case.seed}"
+        words = _slug(self.way.label), _slug(self.scene.prompt.text), f"s{self.scene.seed}"
         return "-".join(word for word in (*words, self.key) if word)
 
     @property
     def title(self) -> str:
         """For progress."""
-        text = self.case.prompt.text
+        text = self.scene.prompt.text
         text = text if len(text) <= 40 else text[:39] + "…"
-        return f"{self.variant.label} | “{text}” seed {self.case.seed}"
+        return f"{self.way.label} | “{text}” seed {self.scene.seed}"
 
 
 def _slug(text: str) -> str:
@@ -148,7 +150,7 @@ def _slug(text: str) -> str:
 
 
 def plan_sweep(spec: SweepSpec) -> dict[str, list[Rendering]]:
-    """All runs by model, those of one case together and dense first; loads no weights.
+    """All runs by model, those of one scene together and dense first; loads no weights.
 
     Raises:
         BadSweep, ModelError: a model is not there, or cannot be called like that.
@@ -159,31 +161,31 @@ def plan_sweep(spec: SweepSpec) -> dict[str, list[Rendering]]:
 def _runs(spec: SweepSpec, model: str) -> list[Rendering]:
     source = loading.find(model)
     _check_call(spec, source)
-    variants = _variants(spec)
+    ways = _ways(spec)
     runs = []
     for size, steps in itertools.product(spec.sizes, spec.steps):
         call = preset_call(source) | dict(spec.call) | dict(size)
         if steps is not None:
             call["num_inference_steps"] = steps
         total = steps_of(call, source)
-        _check_steps(variants, total)
+        _check_steps(ways, total)
         pairs: Iterable[tuple[tuple[int, Prompt], int]]
         if spec.seeds_in_turn:
             pairs = zip(enumerate(spec.prompts), itertools.cycle(spec.seeds), strict=False)
         else:
             pairs = itertools.product(enumerate(spec.prompts), spec.seeds)
         for (number, prompt), seed in pairs:
-            case = Case(
+            scene = Scene(
                 model, spec.dtype, prompt, number, seed, call, total, spec.offload, spec.vae_tiling
             )
             wanted = number < spec.attention_error
-            runs += [Rendering(case, v, errors=wanted and v.kind == "method") for v in variants]
+            runs += [Rendering(scene, v, errors=wanted and v.kind == "method") for v in ways]
     return runs
 
 
-def _variants(spec: SweepSpec) -> list[Variant]:
+def _ways(spec: SweepSpec) -> list[Way]:
     """Every way to render that the sweep compares, dense first."""
-    found = [Variant("dense"), *(Variant(kind) for kind in spec.noise_floor)]
+    found = [Way("dense"), *(Way(kind) for kind in spec.noise_floor)]
     for method, schedule in itertools.product(spec.methods, spec.schedules):
         options = {key: value for key, value in schedule.items() if key not in method.options}
         if method.name == TUNED:  # chosen with a schedule of its own
@@ -191,9 +193,9 @@ def _variants(spec: SweepSpec) -> list[Variant]:
         kept = spec.kept if method.kept is None else method.kept
         told = len(spec.schedules) > 1
         for wanted in kept or (None,):
-            variant = Variant("method", method, options, wanted, told)
-            if variant not in found:  # a method's own schedule takes the place of the common ones
-                found.append(variant)
+            way = Way("method", method, options, wanted, told)
+            if way not in found:  # a method's own schedule takes the place of the common ones
+                found.append(way)
     return found
 
 
@@ -214,17 +216,17 @@ def _check_call(spec: SweepSpec, source: loading.Source) -> None:
         raise BadSweep(f"prompts: {name} takes no image")
 
 
-def _check_steps(variants: list[Variant], steps: int | None) -> None:
-    for variant in variants:
-        options = {**variant.options, **(variant.method.options if variant.method else {})}
+def _check_steps(ways: list[Way], steps: int | None) -> None:
+    for way in ways:
+        options = {**way.options, **(way.method.options if way.method else {})}
         if key := too_many_dense(options, steps):
-            raise BadSweep(f"{variant.label}: {key}={options[key]} is more than the {steps} steps")
+            raise BadSweep(f"{way.label}: {key}={options[key]} is more than the {steps} steps")
 
 
 def describe_plan(plan: Mapping[str, list[Rendering]], folder: Path) -> str:
     """What a dry run prints."""
     runs = [run for found in plan.values() for run in found]
-    cases = {run.dense.key for run in runs}
-    lines = [run.title + f" | {run.case.setting}" for run in runs]
-    lines.append(f"{len(runs)} runs, {len(cases)} of them dense, into {folder}")
+    scenes = {run.dense.key for run in runs}
+    lines = [run.title + f" | {run.scene.setting}" for run in runs]
+    lines.append(f"{len(runs)} runs, {len(scenes)} of them dense, into {folder}")
     return "\n".join(lines)

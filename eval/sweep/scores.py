@@ -53,11 +53,11 @@ def save_features(frames: torch.Tensor, folder: Path, tools: Tools) -> None:
 
 
 def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How far the clips of a variant are, as a set, from the dense ones of the same cases.
+    """How far the clips of a way are, as a set, from the dense ones of the same scenes.
 
     Args:
         folder: of the sweep.
-        group: the finished runs of one variant in one setting.
+        group: the finished runs of one way in one setting.
 
     Returns:
         As `diffpatch.eval.distances.compare`, with `clips`; empty for dense itself, below

@@ -29,7 +29,7 @@ from diffpatch.eval.sweep.pictures import (
     save_pattern,
     save_pictures,
 )
-from diffpatch.eval.sweep.plan import Case, Rendering
+from diffpatch.eval.sweep.plan import Rendering, Scene
 from diffpatch.eval.sweep.scores import has_features, save_features, score
 from diffpatch.eval.sweep.spec import TUNED, Prompt, SweepSpec
 from diffpatch.eval.sweep.store import Store
@@ -85,7 +85,7 @@ class Session:
         """
         seen = set()
         for run in runs:
-            if run.variant.method is None or (place := _place(run)) in seen:
+            if run.way.method is None or (place := _place(run)) in seen:
                 continue
             seen.add(place)
             with self._applied(run):
@@ -94,9 +94,9 @@ class Session:
     def do(self, run: Rendering) -> dict[str, Any]:
         """Render a run that this process claimed and store the result; returns it."""
         with self.store.stage(run) as stage:
-            if run.variant.kind == "seed":
+            if run.way.kind == "seed":
                 result = self._compare_seeds(run)
-            elif run.variant.kind == "dense":
+            elif run.way.kind == "dense":
                 result = self._render_dense(run, stage)
             else:
                 result = self._render(run, stage)
@@ -105,28 +105,28 @@ class Session:
 
     def facts(self, run: Rendering) -> dict[str, Any]:
         """What there is to know about a run before it starts."""
-        case, variant = run.case, run.variant
-        call = {**case.call, "num_inference_steps": case.steps}
+        scene, way = run.scene, run.way
+        call = {**scene.call, "num_inference_steps": scene.steps}
         return {
             "schema": SCHEMA,
             "name": run.name,
-            "kind": variant.kind,
-            "label": variant.label,
-            "setting": case.setting,
-            "model": case.model,
+            "kind": way.kind,
+            "label": way.label,
+            "setting": scene.setting,
+            "model": scene.model,
             "pipeline": type(self.pipe).__name__,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "offload": self.spec.offload,
             "vae_tiling": self.spec.vae_tiling,
-            "prompt": case.prompt.text,
-            "image": _image_facts(case.prompt.image),
-            "seed": case.seed,
-            "call": dict(case.call),
+            "prompt": scene.prompt.text,
+            "image": _image_facts(scene.prompt.image),
+            "seed": scene.seed,
+            "call": dict(scene.call),
             "settings": settings_of(call, self.source),
-            "method": variant.method.name if variant.method else None,
-            "parameters": dict(variant.method.parameters) if variant.method else {},
+            "method": way.method.name if way.method else None,
+            "parameters": dict(way.method.parameters) if way.method else {},
             "options": _options(run),
-            "wanted": variant.wanted,
+            "wanted": way.wanted,
             "judged_by": self.tools.names(),
             "process": {
                 "rank": self.process.rank, "world": self.process.count,
@@ -188,28 +188,28 @@ class Session:
     def _score(
         self, frames: torch.Tensor, reference: torch.Tensor | None, run: Rendering
     ) -> dict[str, float]:
-        return score(frames, reference, run.case.prompt.text, self.tools, self.spec.details)
+        return score(frames, reference, run.scene.prompt.text, self.tools, self.spec.details)
 
     def _sample(self, run: Rendering) -> tuple[sampling.Sample, dict[str, Any]]:
         """Warm up where this process did not yet, then one timed call; and what the patch did."""
-        call = self._call(run.case)
+        call = self._call(run.scene)
         place = _place(run)
         if place not in self._warm:
             applied = self._applied(run, dense_steps=0, dense_last_steps=0)
             with applied, chosen_tiles(self.pipe) as seen:
-                sampling.warm_up(self.pipe, call, run.case.seed)
+                sampling.warm_up(self.pipe, call, run.scene.seed)
             if seen.map is not None:
                 self._patterns[place] = thumbnail(seen.map)
             self._warm.add(place)
         with self._applied(run) as method:
-            sample = sampling.sample(self.pipe, call, run.case.seed)
-            if run.variant.kind != "method":
+            sample = sampling.sample(self.pipe, call, run.scene.seed)
+            if run.way.kind != "method":
                 return sample, {}
             report = diffpatch.report(self.pipe)
-        assert run.variant.method is not None
+        assert run.way.method is not None
         if place not in self._patterns:
             self._patterns[place] = pattern_of(self.pipe, run, method)
-        patch = arguments(self._fitted(run), run.variant.method.parameters, _options(run))
+        patch = arguments(self._fitted(run), run.way.method.parameters, _options(run))
         return sample, {
             "kept": report.kept,
             "fitted": str(method),
@@ -225,7 +225,7 @@ class Session:
             if steps:
                 looked = diffpatch.attention_maps(self.pipe, step=steps[len(steps) // 2])
                 maps = watched.enter_context(looked)
-            sampling.sample(self.pipe, self._call(run.case), run.case.seed)
+            sampling.sample(self.pipe, self._call(run.scene), run.scene.seed)
         found = errors.to_dict()
         shown = ("mean", "per_layer", "per_branch", "difference", "slope")
         result: dict[str, Any] = {"attention_error": {key: found[key] for key in shown}}
@@ -263,7 +263,7 @@ class Session:
             stored = self.store.result(dense) or {}
             return {"seconds": stored["seconds"], "runs_since": None}
         seconds = clocks(self._sample(dense)[0], self.device)
-        self._clock = {dense.key: (seconds, 1)}  # earlier cases are over
+        self._clock = {dense.key: (seconds, 1)}  # earlier scenes are over
         return {"seconds": seconds, "runs_since": 0}
 
     def _shared(self) -> bool:
@@ -281,34 +281,34 @@ class Session:
             save_features(frames, stage, self.tools)
         return frames
 
-    def _call(self, case: Case) -> dict[str, Any]:
-        call = fitted_call(case.call, self.pipe) | {"prompt": case.prompt.text}
-        if case.prompt.image is not None:
-            with Image.open(case.prompt.image) as image:
+    def _call(self, scene: Scene) -> dict[str, Any]:
+        call = fitted_call(scene.call, self.pipe) | {"prompt": scene.prompt.text}
+        if scene.prompt.image is not None:
+            with Image.open(scene.prompt.image) as image:
                 call["image"] = image.convert("RGB")
         return call
 
     @contextlib.contextmanager
     def _applied(self, run: Rendering, **changes: Any) -> Any:
         """The pipeline as the run wants it, for the length of a with block; yields the method."""
-        variant = run.variant
-        if variant.kind == "kernel":
+        way = run.way
+        if way.kind == "kernel":
             with sdpa_kernel(other_kernels(self.device)):
                 yield None
             return
-        if variant.method is None:
+        if way.method is None:
             yield None
             return
         method = self._fitted(run)
         options = _options(run) | changes
-        if variant.method.name == TUNED:
-            with diffpatch.patched(self.pipe, **options, **variant.method.parameters):
+        if way.method.name == TUNED:
+            with diffpatch.patched(self.pipe, **options, **way.method.parameters):
                 yield owners(self.pipe)[0].patch.method
             return
         if method is None:
-            parameters = {**variant.method.parameters}
-            with diffpatch.patched(self.pipe, variant.method.name, **options, **parameters):
-                yield diffpatch.make_method(variant.method.name, **parameters)
+            parameters = {**way.method.parameters}
+            with diffpatch.patched(self.pipe, way.method.name, **options, **parameters):
+                yield diffpatch.make_method(way.method.name, **parameters)
         else:
             with diffpatch.patched(self.pipe, method, **options):
                 yield method
@@ -316,7 +316,7 @@ class Session:
     def _fitted(self, run: Rendering) -> diffpatch.Method | None:
         """The method of a run with a kept fraction, fitted to it; None without one."""
         place = _place(run)
-        if run.variant.wanted is None:
+        if run.way.wanted is None:
             return None
         if place not in self._methods:
             self._methods[place] = fit_run(self.pipe, run)
@@ -340,14 +340,14 @@ def other_kernels(device: torch.device) -> list[SDPBackend]:
 
 
 def _options(run: Rendering) -> dict[str, Any]:
-    method = run.variant.method
-    return {**run.variant.options, **(method.options if method else {})}
+    method = run.way.method
+    return {**run.way.options, **(method.options if method else {})}
 
 
 def _place(run: Rendering) -> str:
     """What a warm-up, a check or a fitted method holds for: everything but prompt and seed."""
-    case = dataclasses.replace(run.case, prompt=Prompt(""), number=0, seed=0)
-    return dataclasses.replace(run, case=case, errors=False).key
+    scene = dataclasses.replace(run.scene, prompt=Prompt(""), number=0, seed=0)
+    return dataclasses.replace(run, scene=scene, errors=False).key
 
 
 def _image_facts(path: str | None) -> dict[str, str] | None:

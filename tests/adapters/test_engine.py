@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,72 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
     assert len(engine._states) == (4 if engine.method.needs_steps else 0)
     engine.forget(5)
     assert 5 not in engine._states
+
+
+Call = tuple[Any, Any, TokenGrid, CallPlace]
+
+
+def one_run(run: int) -> list[Call]:
+    """The calls of one run: odd ones are of another size and have one more step."""
+    grid = TokenGrid(3, 4, 2, text_after=3) if run % 2 else GRID
+    return [
+        (Q + 0.01 * step + layer + run, V + run, grid, CallPlace(layer, step, 3 + run % 2, 0, run))
+        for step in range(3 + run % 2)
+        for layer in range(2)
+    ]
+
+
+@pytest.mark.parametrize("method", ["window", "neighborhood", "neighborhood+temporal"])
+@pytest.mark.parametrize("how", ["threads", "turns"])
+def test_runs_at_once_over_one_engine_are_what_they_are_alone(method: str, how: str) -> None:
+    """What vLLM-Omni, SGLang, xDiT and the node for ComfyUI make of the calls of their engines."""
+
+    def make() -> EngineAttention:
+        return EngineAttention(method, EVERYTHING, dense_steps=1)
+
+    def answer(engine: EngineAttention, call: Call) -> torch.Tensor:
+        q, v, grid, place = call
+        return engine.attend(q, K, v, grid, place, lambda: dense(q, K, v), 0.3)
+
+    runs = [one_run(run) for run in range(4)]
+    alone = [[answer(engine, call) for call in calls] for calls in runs for engine in [make()]]
+    engine = make()
+    found: list[list[torch.Tensor]] = [[] for _ in runs]
+    if how == "turns":
+        for turn in range(max(map(len, runs))):
+            for one, calls in zip(found, runs, strict=True):
+                one += [answer(engine, call) for call in calls[turn : turn + 1]]
+    else:
+        gate = threading.Barrier(len(runs))
+
+        def go(i: int) -> None:
+            gate.wait()
+            found[i] = [answer(engine, call) for call in runs[i]]
+
+        threads = [threading.Thread(target=go, args=(i,)) for i in range(len(runs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for one, expected in zip(found, alone, strict=True):
+        assert len(one) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
+
+
+def test_more_runs_at_once_than_are_remembered_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    engine = EngineAttention("neighborhood+temporal", EVERYTHING)
+
+    def step(run: int, number: int) -> None:
+        q, v, grid, place = one_run(run)[2 * number]
+        engine.attend(q, K, v, grid, place, lambda: dense(q, K, v), 0.3)
+
+    for run in range(5):
+        step(run, 0)
+    for run in (4, 3):
+        step(run, 1)
+    assert not caplog.text
+    step(0, 1)
+    assert "more than 4 runs go on at once" in caplog.text
     assert engine.reasons["dense first steps"] == 6 * 4
 
 

@@ -50,7 +50,7 @@ class Quick:
         pass
 
     def facts(self, run: Rendering) -> dict[str, Any]:
-        return {"name": run.name, "label": run.variant.label}
+        return {"name": run.name, "label": run.way.label}
 
     def do(self, run: Rendering) -> dict[str, Any]:
         type(self).fault(run)
@@ -169,7 +169,7 @@ def test_a_run_that_fails_leaves_the_others_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def fail(run: Rendering) -> None:
-        if run.variant.kind == "method":
+        if run.way.kind == "method":
             raise error
 
     monkeypatch.setattr(Quick, "fault", staticmethod(fail))

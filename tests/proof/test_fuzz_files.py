@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from diffpatch.cli.render.job import _slug
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.eval.quality.items import ItemError, read_captions
-from diffpatch.eval.sweep.plan import Case, Rendering, Variant, plan_sweep
+from diffpatch.eval.sweep.plan import Rendering, Scene, Way, plan_sweep
 from diffpatch.eval.sweep.report.files import comma_separated, markdown
 from diffpatch.eval.sweep.report.page import page
 from diffpatch.eval.sweep.report.summary import summarize
@@ -134,9 +134,9 @@ def test_captions_are_read_or_refused_in_a_sentence(content: bytes, tmp_path_fac
 @examples(60)
 @given(prompt=st.one_of(st.sampled_from(TEXTS), st.text()), label=st.sampled_from(TEXTS))
 def test_names_of_folders_are_harmless(prompt: str, label: str) -> None:
-    case = Case("demo", "bf16", Prompt(prompt), 0, 0, {}, 2)
+    scene = Scene("demo", "bf16", Prompt(prompt), 0, 0, {}, 2)
     for name in (
-        Rendering(case, Variant("method", MethodSpec(label, {}, {}, None))).name,
+        Rendering(scene, Way("method", MethodSpec(label, {}, {}, None))).name,
         _slug(prompt),
     ):
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,120}", name)
@@ -205,6 +205,6 @@ def test_no_text_of_a_result_becomes_a_tag(tmp_path: Path, failing: bool) -> Non
 
 
 def test_slugs_of_the_same_prompt_are_told_apart() -> None:
-    dense = Variant("dense")
-    runs = [Rendering(Case("demo", "bf16", Prompt(text), 0, 0, {}, 2), dense) for text in TEXTS]
+    dense = Way("dense")
+    runs = [Rendering(Scene("demo", "bf16", Prompt(text), 0, 0, {}, 2), dense) for text in TEXTS]
     assert len({run.name for run in runs}) == len(TEXTS)

@@ -12,7 +12,7 @@ import diffpatch
 from diffpatch import Dynamic, Larger, Neighborhood, TokenGrid
 from diffpatch.eval.quality import evaluate
 from diffpatch.eval.sweep import drive
-from diffpatch.eval.sweep.plan import Case, plan_sweep
+from diffpatch.eval.sweep.plan import Scene, plan_sweep
 from diffpatch.eval.sweep.spec import Prompt, check_spec
 from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.learned import files
@@ -42,9 +42,9 @@ def test_time_left_is_told_once_a_prompt_is_done(monkeypatch: pytest.MonkeyPatch
 
 def test_a_setting_is_told_by_what_its_call_says() -> None:
     size = {"width": 64, "height": 32, "num_frames": 9, "guidance_scale": 3.0}
-    case = Case("demo", "fp32", Prompt("a cat"), 0, 0, size, 7)
-    assert case.setting == "demo, 64×32, 9 frames, 7 steps"
-    assert dataclasses.replace(case, call={}, steps=None).setting == "demo"
+    scene = Scene("demo", "fp32", Prompt("a cat"), 0, 0, size, 7)
+    assert scene.setting == "demo, 64×32, 9 frames, 7 steps"
+    assert dataclasses.replace(scene, call={}, steps=None).setting == "demo"
 
 
 def test_labels_name_the_schedule_only_where_there_are_several(tmp_path: Any) -> None:
@@ -53,7 +53,7 @@ def test_labels_name_the_schedule_only_where_there_are_several(tmp_path: Any) ->
 
     def labels(schedules: list[dict[str, int]]) -> set[str]:
         planned = plan_sweep(check_spec(spec | {"schedules": schedules}, tmp_path))
-        return {run.variant.label for runs in planned.values() for run in runs}
+        return {run.way.label for runs in planned.values() for run in runs}
 
     assert labels([{"dense_steps": 1}]) == {"dense", "window"}
     several = labels([{"dense_steps": 1}, {"dense_steps": 0}])

@@ -141,12 +141,12 @@ def _prompts(
     results: Sequence[Mapping[str, Any]], folder: Path, room: _Room, pick: str | None
 ) -> list[dict[str, Any]]:
     """Every prompt with its clips, dense in front, as long as they fit into the page."""
-    cases: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    scenes: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for result in results:
         if result["kind"] in ("dense", "method"):
-            cases.setdefault((result["prompt"], result["seed"]), []).append(result)
+            scenes.setdefault((result["prompt"], result["seed"]), []).append(result)
     found = []
-    for (prompt, seed), runs in cases.items():
+    for (prompt, seed), runs in scenes.items():
         paths = [
             [find_clip(folder / "runs" / run["name"], name) for name in (CLIP, DIFFERENCE)]
             for run in runs

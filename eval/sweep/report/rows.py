@@ -40,11 +40,11 @@ KD = "KD ×1000"
 
 @dataclass(frozen=True)
 class Row:
-    """All runs of one variant in one setting.
+    """All runs of one way in one setting.
 
     Attributes:
         setting: model, size and steps.
-        label: the variant, for people.
+        label: the way, for people.
         kind: "dense", "kernel", "seed" or "method".
         facts: what all its runs have in common: model, method, parameters, dtype, ….
         runs: how many.
@@ -128,7 +128,7 @@ FACTS = (
 
 
 def row(group: Sequence[Mapping[str, Any]], distances: Mapping[str, Any]) -> Row:
-    """One variant from its runs, and from its distance to dense."""
+    """One way from its runs, and from its distance to dense."""
     first = group[0]
     timed = [result for result in group if "seconds" in result]
     reports = [result["report"] for result in group if "report" in result]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffpatch.cli import main
-from diffpatch.eval.sweep.plan import plan_sweep
+from diffpatch.eval.sweep.plan import Rendering, Scene, Way, plan_sweep
 from diffpatch.eval.sweep.schema import (
     BARS,
     KEYS,
@@ -18,7 +18,7 @@ from diffpatch.eval.sweep.schema import (
     SIZE_KEYS,
     BadSweep,
 )
-from diffpatch.eval.sweep.spec import check_spec
+from diffpatch.eval.sweep.spec import MethodSpec, Prompt, check_spec
 from tests.eval.sweep.tiny_sweep import write
 
 
@@ -35,7 +35,7 @@ def test_what_is_the_same_is_done_once(sweep: dict[str, Any], tmp_path: Path) ->
     }
     [runs] = plan_sweep(check_spec(data, tmp_path)).values()
     assert len({run.key for run in runs}) == len(runs) == 2 * (1 + 2)
-    assert len({run.variant.label for run in runs}) == 3
+    assert len({run.way.label for run in runs}) == 3
 
 
 def test_what_decides_a_result_is_in_its_key(sweep: dict[str, Any], tmp_path: Path) -> None:
@@ -155,3 +155,11 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not the folder of a sweep" in capsys.readouterr().err
     with pytest.raises(BadSweep, match="dense"):
         check_spec({"prompts": ["a"], "methods": ["dense"]}, tmp_path)
+
+
+def test_fingerprints_are_those_of_results_that_are_stored() -> None:
+    """Or a sweep that was begun with an earlier release would be rendered again."""
+    scene = Scene("demo", "fp32", Prompt("a cat"), 3, 7, {"height": 64, "width": 64}, 8)
+    radial = Way("method", MethodSpec("radial", {"decay": 0.5}), {"dense_steps": 1}, 0.25, True)
+    assert Rendering(scene, Way("dense")).key == "0415b90afa65"
+    assert Rendering(scene, radial, errors=True).key == "e8bfcc213c83"

@@ -102,7 +102,7 @@ def test_a_folder_without_its_result_is_done_again(
     """As a disk that was full in the wrong moment leaves it."""
     folder = Path(shutil.copytree(swept, tmp_path / "copy"))
     [run, *_] = [r for r in plan_sweep(check_spec(sweep, tmp_path))[sweep["model"]]
-                 if r.variant.kind == "method"]  # fmt: skip
+                 if r.way.kind == "method"]  # fmt: skip
     (folder / "runs" / run.name / "run.json").unlink()
     store = Store(folder)
     assert store.is_pending(run) and not store.is_done(run)
@@ -222,7 +222,7 @@ def test_processes_share_the_work_and_nothing_is_lost_to_kill_9(
     with store.claim(first) as mine:
         workers = [start(words, rank) for rank in (0, 1)]
         try:
-            # The other case can be done without the dense run that is held here.
+            # The other scene can be done without the dense run that is held here.
             limit = time.monotonic() + 600
             while len(results(runs)) < 6 and time.monotonic() < limit:
                 assert [worker.poll() for worker in workers] == [None, None]
