@@ -1,8 +1,8 @@
 """The private parts of diffusers, and one of torch, that diffpatch leans on, each with its reason.
 
 Everything else in diffpatch uses what diffusers documents. `check` compares these parts with what
-diffpatch was written for and turns a changed one into an error that names the version, because a
-swap that misses its target would otherwise show as a wrong picture, or as no speedup.
+diffpatch was written for, and raises an error that names the version if one has changed. Without it
+a swap that misses its target would show as a wrong picture, or as no speedup.
 """
 
 from __future__ import annotations

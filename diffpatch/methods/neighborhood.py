@@ -30,10 +30,10 @@ class Neighborhood(Method):
     """Generalized Neighborhood Attention on a (time, height, width) grid.
 
     Sizes are one number for all axes, three, or two for (height, width) and all of time: ints are
-    tokens, floats fractions of the axis, -1 the whole axis. With ``stride="auto"`` neighbouring
-    queries share a window in boxes of about 512 tokens, and windows given as fractions are rounded
-    to whole tiles where that changes them by less than 15 %, so that most visited tiles are full;
-    ``stride=1`` is sliding-window attention to the token; stride = window is blocked attention.
+    tokens, floats fractions of the axis, -1 the whole axis. ``stride=1`` is sliding-window
+    attention to the token, and stride = window is blocked attention. With ``stride="auto"`` the
+    queries of a box of about 512 tokens share a window; windows given as fractions are then rounded
+    to whole tiles where that changes them by less than 15 %, so that most visited tiles are full.
 
     A window of w keys under dilation d spans w × d tokens. Counts must fit the axis; fractions and
     -1 take what fits. Along an axis of one token, such as time in images, no setting matters.

@@ -119,13 +119,13 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
         tools: the networks.
 
     Returns:
-        clip_score (100 times the cosine with the prompt), temporal_consistency (CLIP-T: mean cosine
-        of consecutive frames), flicker (mean absolute difference of consecutive frames; motion
-        counts too, so compare with dense), caption_accuracy (the share of the demo caption's six
-        attributes that the judge reads from the clip), caption_exact (1 if all are right) and
-        caption_log_prob (the mean logarithm of the probability that the judge gives to the right
-        attributes, which goes on telling clips apart where all are read right).
-        Missing is what `absent` explains.
+        These numbers, except those that `absent` explains. ``clip_score`` is 100 times the cosine
+        with the prompt. ``temporal_consistency`` (CLIP-T) is the mean cosine of consecutive frames,
+        and ``flicker`` their mean absolute difference; motion counts too, so compare with dense.
+        ``caption_accuracy`` is the share of the demo caption's six attributes that the judge reads
+        from the clip, and ``caption_exact`` is 1 if all are right. ``caption_log_prob`` is the mean
+        logarithm of the probability that the judge gives to the right attributes; it still tells
+        clips apart where all are read right.
     """
     metrics.check_frames(frames)
     result = {}

@@ -1,10 +1,10 @@
 """What virtual tokens miss, as the mean query of each tile sees it, in PyTorch on any device.
 
-A virtual token has the mass and the mean of its piece to second order. What it misses, above all
-that values go along with scores inside the piece, is nearly the same for all queries of a tile. So
-the mean query of the tile looks at the keys themselves and at the virtual tokens that stand for
-them, and what the two differ by, in the output and in the log-sum-exp, is added to what every query
-of the tile reads in virtual tokens: a control variate, for one query a tile.
+A virtual token has the mass and the mean of its piece to second order. What it misses is above all
+that values and scores vary together inside the piece, and that is nearly the same for all queries
+of a tile. So it is computed once a tile, for its mean query, which attends both to the keys and to
+the virtual tokens that stand for them. The difference of the two, in the output and in the
+log-sum-exp, is added to what every query of the tile reads in virtual tokens: a control variate.
 """
 
 from __future__ import annotations

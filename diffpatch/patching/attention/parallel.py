@@ -2,16 +2,17 @@
 
 Under Ulysses every process holds a part of the tokens and, for the length of an attention call,
 exchanges it for all the tokens of a part of the heads. Attention over a grid runs between the two
-exchanges: the sequence is whole there, but the pieces of joined text and image stand in turn (text
-and image of the first process, then of the second, …), and patterns that differ between heads must
-be those of the heads at hand. Ring attention never has all the keys in one place; it is refused.
+exchanges, where the sequence is whole. Two things differ there. Joined text and image stand in
+pieces: text and image of the first process, then of the second, and so on. And a pattern that
+differs between heads must be cut to the heads at hand. Ring attention never has all the keys in one
+place; it is refused.
 
-Heads that keep less would leave their process waiting for the others, so heads are dealt out before
-the exchange: sorted by the pairs they compute, and dealt there and back again, so that who got the
-most of one round gets the least of the next. Twelve heads on 9×16×24 tokens, three of which see
-everything and the others windows of 0.9 down to 0.3 of every axis, load the busier of two processes
-with 1.81 times the mean as they stand, and with 1.00 times it dealt; of four, 2.31 and 1.09.
-Under torch.compile heads stay where they are.
+A process whose heads keep less would wait for the others. So heads are dealt out before the
+exchange: they are sorted by the pairs they compute, and dealt forth and back, so that the process
+that got the most in one round gets the least in the next. For example, take twelve heads on 9×16×24
+tokens, three of which see everything and the others windows of 0.9 down to 0.3 of every axis. As
+they stand, the busiest of two processes has 1.81 times the mean load (of four, 2.31 times); dealt
+out, 1.00 times (1.09). Under torch.compile heads stay where they are.
 """
 
 from __future__ import annotations
