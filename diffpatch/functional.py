@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from diffpatch.checking import Natural, checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.gpu.device import on_device_of
-from diffpatch.kernels.memo import neutral
+from diffpatch.kernels.memo import Recent
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
@@ -20,13 +19,24 @@ from diffpatch.patching.options import composition
 from diffpatch.patterns.grid import Grid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 
-
 # Few, because a pattern keeps its copies on devices: some megabytes each for a long clip. They go
 # with the pattern, once eight others were used after it.
-@functools.lru_cache(maxsize=8)
-def made_pattern(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
-    with neutral():
-        return pattern_on(method, grid, variant)
+PATTERNS = Recent(8)
+_OURS = "of the pattern"  # in a state: the pattern that it is about, and what that was made of
+
+
+def _pattern(
+    method: Method, grid: Grid, variant: Hashable, state: dict[str, Any] | None
+) -> BlockPattern:
+    """The pattern of a call; throughout a run the same object, or its state would not fit."""
+    key = method, grid, variant
+    if state is None or not method.needs_steps:
+        return PATTERNS(key, lambda: pattern_on(*key))
+    held = state.get(_OURS)
+    if held is None or held[0] != key:
+        held = state[_OURS] = key, PATTERNS(key, lambda: pattern_on(*key))
+    pattern: BlockPattern = held[1]
+    return pattern
 
 
 @checked("grid", "method")
@@ -77,7 +87,7 @@ def attention(
             f"q is {tuple(q.shape)}, in (batch, tokens, heads, channels), and the grid {grid} has"
             f" {grid.num_tokens} tokens: q has {q.shape[1]}"
         )
-    pattern = made_pattern(method, grid, method.variant(layer, step)).for_heads(q.shape[2])
+    pattern = _pattern(method, grid, method.variant(layer, step), state).for_heads(q.shape[2])
     q, k, v, _ = as_autocast(q, k, v, None)
     call = AttentionCall(
         pattern,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
@@ -29,6 +31,43 @@ class Memo:
                 made = make()
             self._made.setdefault(key, made)
         return cast(Value, self._made[key])
+
+
+class Recent:
+    """A memo of the values that were asked for last, whoever holds one keeping it longer.
+
+    Two threads may both make a value; the first one stays, for both of them.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+        self.size = size
+        self._lock = threading.Lock()  # for the table; values are made without it
+
+    def __call__(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made by `make` in a `neutral` context if there is none."""
+        with self._lock:
+            if key in self._made:
+                self._made.move_to_end(key)
+                return cast(Value, self._made[key])
+        with neutral():
+            made = make()
+        with self._lock:
+            made = self._made.setdefault(key, made)
+            while len(self._made) > self.size:
+                self._made.popitem(last=False)
+        return made
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._made.clear()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse import backends
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.kernels.gpu.device import on_device_of
-from diffpatch.kernels.memo import neutral
+from diffpatch.kernels.memo import Recent
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
@@ -131,7 +131,7 @@ class EngineAttention:
         self._states: OrderedDict[Hashable, Any] = OrderedDict()
         self._let_go: deque[Hashable] = deque(maxlen=_CACHED)  # runs whose state made room
         self._lock = threading.Lock()  # for the table of states, not for what is in them
-        self._pattern = functools.lru_cache(_CACHED)(self._make_pattern)
+        self._patterns = Recent(_CACHED)
         self._bound = functools.lru_cache(_CACHED)(self._bind)
 
     def _check(self, told: Told) -> None:
@@ -242,7 +242,8 @@ class EngineAttention:
         reason = bound if isinstance(bound, str) else bound.reason(step, layer)
         if reason is not None:
             return reason
-        pattern = self._pattern(grid, self.method.variant(layer, step))
+        key = self.method, grid, self.method.variant(layer, step)
+        pattern = self._patterns(key, lambda: pattern_on(*key))
         if place.some_heads and pattern.blocks.head_pattern is not None:
             return "its pattern differs between heads, which several devices share"
         pattern = pattern.for_heads(q.shape[2])
@@ -285,10 +286,6 @@ class EngineAttention:
                 f"{self.method.name}: its state passes {held / 2**30:.2f} GiB and the limit is"
                 f" {limit / 2**30:.2f} GiB; raise budget_gib, or {self.method.state_advice}"
             )
-
-    def _make_pattern(self, grid: Grid, variant: Hashable) -> BlockPattern:
-        with neutral():
-            return pattern_on(self.method, grid, variant)
 
     def _bind(self, steps: int | None) -> BoundSchedule | str:
         schedule = self.schedule

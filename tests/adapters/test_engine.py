@@ -59,6 +59,7 @@ def test_calls_are_the_functional_api_with_state(method: str) -> None:
     assert len(engine._states) == (4 if engine.method.needs_steps else 0)
     engine.forget(5)
     assert 5 not in engine._states
+    assert engine.reasons["dense first steps"] == 6 * 4
 
 
 Call = tuple[Any, Any, TokenGrid, CallPlace]
@@ -125,7 +126,6 @@ def test_more_runs_at_once_than_are_remembered_are_said(caplog: pytest.LogCaptur
     assert not caplog.text
     step(0, 1)
     assert "more than 4 runs go on at once" in caplog.text
-    assert engine.reasons["dense first steps"] == 6 * 4
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,17 @@ def test_another_version_is_named(engine: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(fields, "current_timestep")
     with pytest.raises(DiffpatchError, match=r"SGLang 0\.5\.23 has no AttentionMetadata\."):
         made.get_impl_cls()(4, 16, 0.3)
+
+
+def test_requests_in_turn_are_as_alone(engine: Any) -> None:
+    """Of two sizes, and at two steps, over the same layer."""
+    engine.arguments.attention_backend_config["dense_steps"] = 3
+    made, other = layer(engine), (1, 16, 1, 8, 12)
+    requests = [metadata(engine, step) for step in (2, 3)]
+    requests += [metadata(engine, step, other) for step in (3, 2)]
+    alone = [call(layer(engine), one) for one in requests]
+    for _ in range(2):
+        found = [call(made, one) for one in requests]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert error(alone[1], sparse()) < 1e-6
+    assert error(alone[0], alone[1]) > 1e-2 and error(alone[1], alone[2]) > 1e-2

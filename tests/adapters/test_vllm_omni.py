@@ -266,3 +266,16 @@ def test_without_aenum_the_backend_is_not_offered(
     monkeypatch.setitem(sys.modules, "aenum", None)
     adapter.register()
     assert "not offered to vLLM-Omni" in caplog.text
+
+
+def test_requests_in_turn_are_as_alone(omni: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sizes, and at two steps, over the same layer."""
+    monkeypatch.setenv(adapter.SETTINGS, SETTINGS % ', "dense_steps": 3')
+    made, other = layer(omni), {"latent_grid": (1, 4, 6)}
+    requests = [(metadata(omni), step) for step in (2, 3)]
+    requests += [(metadata(omni, layout=other), step) for step in (3, 2)]
+    alone = [call(omni, layer(omni), meta, 24, step) for meta, step in requests]
+    for _ in range(2):
+        found = [call(omni, made, meta, 24, step) for meta, step in requests]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert error(alone[0], dense(24)) < 1e-6 and error(alone[1], alone[2]) > 1e-2

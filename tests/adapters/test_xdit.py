@@ -129,3 +129,12 @@ def test_other_arguments_are_named(loaded: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(functions, backends.AttentionBackendType.SDPA, lambda q, k, v: q)
     with pytest.raises(DiffpatchError, match="has no backend with the arguments query"):
         xdit.register(LOCAL)
+
+
+def test_requests_in_turn_are_as_alone(loaded: Any, replaced: xdit.Replaced) -> None:
+    """Of two sizes with as many tokens, over the same function."""
+    alone = [sparse(), sparse(TokenGrid(1, 4, 6))]
+    for _ in range(2):
+        for expected, thw in zip(alone, (GRID.shape, (1, 4, 6)), strict=True):
+            assert error(call(loaded, thw=thw), expected) < 1e-6
+    assert error(*alone) > 1e-2

@@ -191,16 +191,37 @@ def test_a_processor_whose_attention_is_out_of_reach_is_refused() -> None:
 
 def test_patterns_of_the_plain_function_are_few_and_go() -> None:
     """It keeps those of a few grids, with their copies on devices; later ones take their place."""
-    made = diffpatch.functional.made_pattern
-    made.cache_clear()
-    known = weakref.ref(made(LOCAL, GRID, None))
-    most = made.cache_info().maxsize
-    assert most is not None and most <= 8
+    made = diffpatch.functional.PATTERNS
+    made.clear()
+    known = weakref.ref(diffpatch.functional._pattern(LOCAL, GRID, None, None))
+    most = made.size
+    assert most <= 8
     gc.disable()  # nothing may wait for it
     try:
         for width in range(2, 2 + most):
             q = torch.zeros(1, 2 * width, 1, 8)
             diffpatch.attention(q, q, q, (1, 2, width), "window")
-        assert known() is None and made.cache_info().currsize == most
+        assert known() is None and len(made) == most
     finally:
         gc.enable()
+
+
+def test_more_runs_of_the_plain_function_than_it_keeps_patterns_are_as_alone() -> None:
+    """A state is about one pattern; made anew in the middle of a run, that would be another."""
+    grids = [TokenGrid(2, 3, width) for width in range(2, 12)]
+
+    def step(i: int, grid: TokenGrid, state: dict[str, Any]) -> torch.Tensor:
+        random = torch.Generator().manual_seed(i)
+        q, k, v = torch.randn(3, 1, grid.num_tokens, 2, 8, generator=random)
+        method = diffpatch.Temporal(
+            over=diffpatch.Window(window=(-1, 1, 2), shift="none"), refresh=9
+        )
+        return diffpatch.attention(q, k, v, grid, method, step=i, state=state)
+
+    alone, states = [], [dict[str, Any]() for _ in grids]
+    for grid in grids:
+        own: dict[str, Any] = {}
+        alone.append([step(i, grid, own) for i in range(3)])
+    for i in range(3):
+        for expected, grid, state in zip(alone, grids, states, strict=True):
+            assert torch.equal(step(i, grid, state), expected[i])

@@ -53,7 +53,7 @@ def attended(name: str, params: dict[str, Any], steps: int = 3) -> list[torch.Te
     """Some steps of attention over a grid that no other test has."""
     q, k, v = some(1, COMMON.num_tokens, 2, 16)
     state: dict[str, Any] = {}
-    diffpatch.functional.made_pattern.cache_clear()
+    diffpatch.functional.PATTERNS.clear()
     return [
         diffpatch.attention(q + i / 10, k, v, COMMON, name, step=i, state=state, **params)
         for i in range(steps)

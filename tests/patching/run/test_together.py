@@ -1,17 +1,4 @@
-"""Two runs at once over one patched model, whatever else is on: each is what it is alone. Where:
-
-eager, all methods; threads, tasks, generators   test_runs, test_machine, test_load
-compiled, whole and by blocks                    test_runs
-Ulysses, two processes                           attention/test_parallel
-offload: whole, sequential, by groups            here
-LoRA; layers cast; autocast, inference mode      here
-a training step beside a run                     here
-two experts; true guidance (Flux)                here
-caches of diffusers, cache-dit                   here: mixed up by themselves, and said
-diffusers' backend registry                      here
-the node for ComfyUI                             adapters/test_comfyui
-vLLM-Omni, SGLang, xDiT                          adapters/test_engine: state of a run is refused
-"""
+"""Two runs at once over one patched model with other things on; the table is in `test_where`."""
 
 from __future__ import annotations
 
