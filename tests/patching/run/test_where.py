@@ -39,6 +39,9 @@ WHERE = {
     "a cache of the patch": (
         "tests/patching/swap/test_cache.py::test_runs_that_take_turns_rob_each_other_and_are_told"
     ),
+    "held steps": (
+        "tests/patching/swap/test_hold.py::test_runs_of_two_sizes_in_turns_are_what_they_are_alone"
+    ),
     "no lock in attention": f"{RUN}test_together.py::test_no_lock_is_held_during_attention",
     "diffusers' backends": (
         f"{RUN}test_together.py::test_a_backend_of_diffusers_holds_nothing_of_a_run"
