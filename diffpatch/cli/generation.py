@@ -154,7 +154,7 @@ def _shape_and_size(
         return None
     frames = used.get("num_frames") or 1
     if frames > 1:  # pipelines round the number of frames themselves
-        frames = (frames - 1) // shape.time * shape.time + 1
+        frames = shape.frames_up_to(frames)
     return shape, frames, height, width
 
 

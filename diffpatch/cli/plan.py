@@ -153,6 +153,7 @@ def _plan(
         height=args.height,
         width=args.width,
         num_frames=args.num_frames,
+        references=args.reference,
         num_inference_steps=args.num_inference_steps,
         dense_steps=args.dense_steps,
         dense_layers=args.dense_layers,

@@ -27,10 +27,11 @@ def pattern_on(method: Method, grid: Grid, variant: Hashable) -> BlockPattern:
     """
     if isinstance(grid, TokenGrid):
         return method.pattern(grid, variant)
-    return compose(grid, [_on_span(method, span, variant) for span in grid.grids])
+    return compose(grid, [of_span(method, span, variant) for span in grid.grids])
 
 
-def _on_span(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+def of_span(method: Method, grid: TokenGrid, variant: Hashable) -> BlockPattern:
+    """The pattern that a grid of a packed sequence gets, as if it were alone."""
     if grid.num_frames > 1 or "image" in method.kinds:
         return method.pattern(grid, variant)
     tiling = Tiling.even(grid, choose_tile(grid.shape))

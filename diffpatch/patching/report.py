@@ -12,6 +12,7 @@ import torch
 
 from diffpatch import showing
 from diffpatch.errors import DiffpatchError
+from diffpatch.patterns.grid import Grid, PackedGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,7 @@ class Record:
     )
     held: set[int] = field(default_factory=set)  # steps that repeated the last result
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
+    sequences: Counter[Grid] = field(default_factory=Counter)  # packed ones, of sparse calls
     guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.guide`)
     state_bytes: int = 0  # the most that was held across steps
     notes: list[str] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Record:
         kept: float | torch.Tensor,
         backend: str,
         reason: str | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """One attention call of `pairs` query-key pairs, of which `kept` were computed.
 
@@ -68,9 +71,12 @@ class Record:
             kept: fraction of them.
             backend: what computed them.
             reason: why the call was dense, if it was.
+            grid: where its tokens stand, if it was sparse.
         """
         with self.lock:
             self.calls += 1
+            if isinstance(grid, PackedGrid):
+                self.sequences[grid] += 1
             if reason is not None:
                 self.reasons[reason] += 1
             self.backends[backend] += 1
@@ -112,6 +118,7 @@ class Record:
                 self, lock=threading.Lock(), waiting=[], notes=list(self.notes),
                 held=set(self.held), reasons=self.reasons.copy(),
                 backends=self.backends.copy(),
+                sequences=self.sequences.copy(),
                 by_step=_copied(self.by_step), by_layer=_copied(self.by_layer),
                 by_place=_copied(self.by_place),
             )  # fmt: skip
@@ -133,6 +140,7 @@ class Record:
             out.kept_pairs += one.kept_pairs
             out.reasons += one.reasons
             out.backends += one.backends
+            out.sequences += one.sequences
             out.guides += one.guides
             out.held |= one.held
             out.state_bytes += one.state_bytes
@@ -163,6 +171,7 @@ class Report:
         dense_calls: how many of them ran dense.
         reasons: why calls ran dense -> number of calls.
         backends: name of the backend -> number of calls.
+        sequences: spans of a packed sequence -> number of sparse calls; empty for other models.
         steps: denoising steps of the run, counted in model evaluations, without held ones.
         layers: number of patched attention layers, over all transformers.
         kept_per_step: kept fraction of every step.
@@ -188,6 +197,7 @@ class Report:
     state_bytes: int = 0
     notes: tuple[str, ...] = ()
     held_steps: int = 0
+    sequences: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: str, layers: int, record: Record, notes: Sequence[str] = ()) -> Report:
@@ -219,6 +229,7 @@ class Report:
             state_bytes=record.state_bytes,
             notes=tuple(told),
             held_steps=len(record.held - set(record.by_step)),
+            sequences={str(grid): count for grid, count in record.sequences.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,6 +281,7 @@ class Report:
         if self.held_steps:
             lines.append(f"  held      {self.held_steps} more steps repeat the result before them")
         lines += [f"  dense     {count} calls: {why}" for why, count in self.reasons.items()]
+        lines += [f"  spans     {grid}: {count} calls" for grid, count in self.sequences.items()]
         lines += [f"  backend   {name}: {count} calls" for name, count in self.backends.items()]
         if self.state_bytes:
             lines.append(f"  state     {self.state_bytes / 2**20:.1f} MiB across steps")

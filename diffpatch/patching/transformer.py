@@ -29,6 +29,7 @@ from diffpatch.patching.swap.cache import StepCache
 from diffpatch.patching.swap.gates import Gates, on_device
 from diffpatch.patching.swap.hold import Hold
 from diffpatch.patching.target import argument_names, layers, unreadable
+from diffpatch.patterns.grid import Grid
 from diffpatch.pipelines.families.table import FamilyInfo
 
 
@@ -253,8 +254,7 @@ class PatchedTransformer:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             order = None if decision.order is None else decision.order[0]
             method, pattern = self.patch.method, decision.pattern
-            key = self.name, layer, place.branch, sample
-            own, of_all = place.run.states(*key, method.shares_state)
+            own, of_all = place.run.states(*where[:2], place.branch, sample, method.shares_state)
             state = {**(of_all or {}), **own}
             call = SparseCall(
                 place.run, where, out, dense, q, k, factor, seen.keys, method, pattern, order, state
@@ -276,10 +276,8 @@ class PatchedTransformer:
             return
         place = forward.place
         if forward.bound.reason(place.step, layer) is None:
-            variant, memo = (
-                self.patch.method.variant(layer, place.step),
-                self.patch.memo(place.run, (forward.grid, 0)),
-            )
+            variant = self.patch.method.variant(layer, place.step)
+            memo = self.patch.memo(place.run, (forward.grid, 0))
             forward.deal = self._decider.deal(forward.grid, variant, q.shape[2], ranks, memo)
         try:
             yield forward.deal
@@ -346,7 +344,7 @@ class PatchedTransformer:
         place.run.check_state(method)
         out = done.out[..., :size]
         out = (out if places is None else out[:, places[1]])[:, asking]
-        self._record(forward, asked, k, layer, done.kept * share, done.backend)
+        self._record(forward, asked, k, layer, done.kept * share, done.backend, grid=pattern.grid)
         return out
 
     def _dense(self, layer: int, *call: Any) -> torch.Tensor:
@@ -384,6 +382,7 @@ class PatchedTransformer:
         kept: float | torch.Tensor,
         backend: str,
         reason: str | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """Count a call; those of a backward pass were counted before."""
         if not internals.in_backward():
@@ -396,4 +395,4 @@ class PatchedTransformer:
             error = ROWS[backend].error if backend in ROWS else ""
             if error and backend not in run.record.backends:
                 run.record.notes.append(f"backend {backend!r}: {error}")
-            run.record.add(self.name, layer, step, pairs, kept, backend, reason)
+            run.record.add(self.name, layer, step, pairs, kept, backend, reason, grid)

@@ -10,29 +10,28 @@ from typing import TYPE_CHECKING, Any
 from diffpatch import showing
 from diffpatch.checking import Count, Natural, checked
 from diffpatch.errors import BadParameter
-from diffpatch.kernels.block_sparse.backends import ROWS, check_backend
+from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.beyond import beyond
 from diffpatch.patching.options.schedule import Amount
 from diffpatch.patching.options.settle import QUALITIES, no_effect, settle
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.pipelines.families.info import Trained
 from diffpatch.pipelines.families.table import list_families
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import ModelShape
+from diffpatch.planning import lines
 from diffpatch.planning.prediction import Prediction, predict
 from diffpatch.planning.profiles import DeviceProfile, load_profile
-from diffpatch.planning.run import PlannedRun, grid_of
-from diffpatch.planning.words import operations, runs
+from diffpatch.planning.run import PlannedRun, Size, grid_of, silent_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NEAR = 0.1  # relative; what misses a level of quality by more is told
-SHOWN = 0.005  # of what is computed: less padding is not worth a line
 BACKEND = "triton"  # assumed where no device profile names a backend
 
 
@@ -46,7 +45,7 @@ class Plan:
     Attributes:
         model: the model planned for.
         method: the method with its parameters.
-        grid: the token grid.
+        grid: the token grid, or the spans of a packed sequence.
         tokens: length of the self-attention sequence.
         kept: fraction of the query-key pairs computed in the run, dense steps and layers included.
         kept_sparse: the same fraction over the sparse calls alone.
@@ -78,11 +77,12 @@ class Plan:
         warning: what exceeds `trained`, and which method is made for it; None if nothing does.
         quality: the level asked for, or None.
         unused_quality: why that level has no effect; None if it has one or there is no level.
+        kept_per_span: of a packed sequence, what a sparse call keeps of the pairs within each span.
     """
 
     model: str
     method: str
-    grid: TokenGrid
+    grid: Grid
     tokens: int
     kept: float
     kept_sparse: float
@@ -111,6 +111,7 @@ class Plan:
     scratch_bytes: int = 0
     quality: str | None = None
     unused_quality: str | None = None
+    kept_per_span: tuple[float, ...] = ()
 
     @property
     def missed_quality(self) -> str | None:
@@ -182,73 +183,6 @@ class Plan:
         ax.legend()
         return figure, ax
 
-    def __str__(self) -> str:
-        most = "at most " if self.at_most else ""
-        lines = [
-            f"{self.method} on {self.model}",
-            f"  grid       {self.grid} = {self.tokens:,} tokens",
-            *self._training(),
-            f"  kept       {most}{self.kept_sparse:.1%} of the pairs in a sparse call,"
-            f" {self.kept:.1%} in the run",
-            *self._quality(),
-            f"  by step    {runs(self.kept_per_step)}",
-            f"  by layer   {runs(self.kept_per_layer)}",
-            f"  dense      {self.dense_steps} of {self.steps} steps, {self.dense_layers} of"
-            f" {self.layers} layers",
-            *self._waste(),
-            f"  attention  {self.attention_share:.0%} of a dense step's operations",
-            f"  a step     {operations(self.dense_step_flops)} dense,"
-            f" {operations(self.step_flops)} in the mean of the run",
-            self._bound(),
-        ]
-        if self.predicted is not None:
-            lines.append(f"  predicted  {self.predicted}")
-        if self.state_bytes:
-            refused = "" if self.fits else ", more than the method may hold: the run is refused"
-            lines.append(f"  state      {self.state_bytes / 2**20:,.0f} MiB{refused}")
-        if self.scratch_bytes:
-            lines.append(f"  scores     {self.scratch_bytes / 2**20:,.0f} MiB while a call chooses")
-        return "\n".join(lines)
-
-    def _quality(self) -> list[str]:
-        """That a level of quality is missed or has no effect, and why; or nothing."""
-        if self.unused_quality is not None:
-            return [f"  quality    {self.unused_quality}"]
-        if self.missed_quality is None:
-            return []
-        return [
-            f"  quality    {self.missed_quality}: a level is chosen without knowing the grid;"
-            " `diffpatch.fit_kept` fits to it"
-        ]
-
-    def _training(self) -> list[str]:
-        """What the model was trained at, and what goes beyond it."""
-        if self.trained is None:
-            return []
-        frames, *size = self.trained
-        of = "" if None in size else f" of {size[0]}×{size[1]} tokens"
-        lines = [f"  trained    at up to {frames} frame{'s' * (frames > 1)}{of}"]
-        return lines + ([f"  beyond     {self.warning}"] if self.warning else [])
-
-    def _waste(self) -> list[str]:
-        """What is computed beyond the kept pairs, in a line or none."""
-        parts = []
-        if self.visited is not None:
-            parts.append(
-                f"{self.visited:.1%} of the pairs in the tiles visited ({self.partial_share:.0%} of"
-                " them in part)"
-            )
-        if self.computed is not None:
-            parts.append(f"{self.computed:.1%} computed by the {self.backend} backend")
-        lines = [f"  tiles      {', '.join(parts)}"] if parts else []
-        if self.padding >= SHOWN:
-            lines.append(
-                f"  padding    {self.padding:.0%} of what is computed fills up blocks, which leaves"
-                f" at most {self.computed_speedup:.2f}× for the transformer"
-            )
-        error = ROWS[self.backend].error
-        return lines + ([f"  8 bits     {error}"] if error else [])
-
     @property
     def padding(self) -> float:
         """Part of the computed pairs that lies in no visited tile: what fills up blocks."""
@@ -256,17 +190,8 @@ class Plan:
             return 0.0
         return max(0.0, 1 - self.visited / self.computed)
 
-    def _bound(self) -> str:
-        if self.at_most:
-            return (
-                "  speedup    the data decide; by operations"
-                f" {self.attention_speedup:.2f}× for attention and {self.step_speedup:.2f}× for the"
-                " transformer if no more is left out"
-            )
-        return (
-            f"  at most    {self.attention_speedup:.2f}× for attention,"
-            f" {self.step_speedup:.2f}× for the transformer (by operations)"
-        )
+    def __str__(self) -> str:
+        return "\n".join(lines.of(self))
 
 
 @checked("method", "dense_steps", "dense_layers", "dense_last_steps")
@@ -283,6 +208,7 @@ def plan(
     dense_last_steps: Amount = 0,
     quality: str | None = None,
     text_tokens: Natural | None = None,
+    references: Sequence[Size] = (),
     branches: Count = 2,
     profile: str | Path | DeviceProfile | None = None,
     dtype: str | None = None,
@@ -304,6 +230,8 @@ def plan(
         dense_last_steps: as in `patch`.
         quality: as in `patch`.
         text_tokens: text tokens in the self-attention sequence; None: the model's default.
+        references: (num_frames, height, width) in pixels of the videos and images that stand in
+            the sequence before the one to make, where the model packs them so (MiniMax-H3).
         branches: guidance branches, which is the number of forwards in a step.
         profile: a device to predict times for: a name such as "h100", or a file that
             `diffpatch bench profile --json FILE` wrote; None gives bounds only.
@@ -336,13 +264,13 @@ def plan(
         cross_attention=shape.cross_tokens > 0,
     )
     bound = schedule.bind(num_inference_steps, shape.layers)
-    grid = grid_of(shape, (num_frames, height, width), text_tokens)
+    grid = grid_of(shape, (num_frames, height, width), text_tokens, references)
     used = backend or (BACKEND if device is None else device.backend)
     calls = family is not None and family.guidance == "calls"
     with neutral():
         run = PlannedRun(
             chosen, grid, bound, num_inference_steps, shape.layers, used,
-            guided=1 / branches if calls else 1.0,
+            guided=1 / branches if calls else 1.0, silent=silent_of(family, grid),
         )  # fmt: skip
         predicted = None
         if device is not None and run.modelled:
@@ -364,7 +292,7 @@ def _plan_of(
     """What there is to say about a run of a model."""
     tokens, steps = run.grid.num_tokens, run.steps
     mean, kept = sum(run.kept) / len(run.kept), run.kept_table()
-    attention, rest = shape.attention_flops(tokens), shape.linear_flops(tokens)
+    attention, rest = shape.attention_flops(tokens) * run.asking, shape.linear_flops(tokens)
     share = attention / (attention + rest)
     state = run.state_size(shape) * (1 if run.method.shares_state else branches)
     return Plan(
@@ -397,4 +325,5 @@ def _plan_of(
         trained=None if trained is None else (trained.num_frames, trained.height, trained.width),
         warning=beyond(trained, run.grid, run.method.name),
         scratch_bytes=run.scratch_size(shape),
+        kept_per_span=run.kept_per_span(),
     )

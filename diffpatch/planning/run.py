@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,17 @@ from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Method
+from diffpatch.methods.packed import of_span, pattern_on
+from diffpatch.patching.attention.layout import silent_tokens
 from diffpatch.patching.options.schedule import BoundSchedule
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid, PackedGrid, TokenGrid
+from diffpatch.patterns.packed import without_queries
 from diffpatch.patterns.pattern import BlockPattern
+from diffpatch.pipelines.families.info import FamilyInfo
+from diffpatch.pipelines.families.spans import joined
 from diffpatch.pipelines.shapes.table import ModelShape
+
+Size = tuple[int, int, int]  # (num_frames, height, width) in pixels
 
 
 class PlannedRun:
@@ -36,21 +44,24 @@ class PlannedRun:
         holds: by layer, the pattern that its state is about.
         guided: share of the guidance branches that a guide serves, where there is one.
         guides: guide forwards of the run, as a fraction of the others.
+        asking: the share of the tokens that have queries; fractions are of their pairs.
     """
 
     def __init__(
         self,
         method: Method,
-        grid: TokenGrid,
+        grid: Grid,
         bound: BoundSchedule,
         steps: int,
         layers: int,
         backend: str,
         guided: float = 1.0,
+        silent: range = range(0),
     ) -> None:
         self.method, self.grid, self.bound = method, grid, bound
         self.steps, self.layers, self.backend = steps, layers, backend
         every, self.guided, self.guides = method.guide_every(grid), guided, 0.0
+        self.asking = 1 - len(silent) / grid.num_tokens
         self.kept: list[float] = []
         self.sparse: list[float] = []
         self.work: list[Work | None] = []
@@ -65,11 +76,12 @@ class PlannedRun:
                 continue
             variant, age = method.variant(layer, step), step - bound.first
             if variant not in self.made:
-                self.made[variant] = method.pattern(grid, variant)
+                made = pattern_on(method, grid, variant)
+                self.made[variant] = without_queries(made, silent) if silent else made
             pattern = self.made[variant]
             self.holds.setdefault(layer, pattern)
             self.used.append(pattern)
-            self.sparse.append(method.kept_at(pattern, age))
+            self.sparse.append(method.kept_at(pattern, age) / self.asking)
             guide = guided if every and age % every == 0 else 0.0
             self.guides += guide / steps / layers
             self.kept.append(self.sparse[-1] + guide)
@@ -93,14 +105,28 @@ class PlannedRun:
         if not self.method.only_skips or not self.used:
             return None
         areas = {id(p): p.blocks.derived("visited", _visited) for p in self.made.values()}
-        return sum(areas[id(p)] for p in self.used) / len(self.used)
+        return sum(areas[id(p)] for p in self.used) / len(self.used) / self.asking
 
     def computed(self) -> float | None:
         """Pairs that the backend computes, the mean over sparse calls; None without a model."""
         done = [work.computed for work in self.work if work is not None]
         if not done or not self.modelled:
             return None
-        return sum(done) / len(done) / self.grid.num_tokens**2
+        return sum(done) / len(done) / self.grid.num_tokens**2 / self.asking
+
+    def kept_per_span(self) -> tuple[float, ...]:
+        """Of a packed sequence, what patterns keep within each span; the mean over sparse calls."""
+        if not isinstance(self.grid, PackedGrid) or not self.used:
+            return ()
+        kept = {
+            id(pattern): [of_span(self.method, one, variant).kept for one in self.grid.grids]
+            for variant, pattern in self.made.items()
+        }
+        grids = iter(zip(*(kept[id(pattern)] for pattern in self.used), strict=True))
+        return tuple(
+            1.0 if isinstance(span, int) else sum(next(grids)) / len(self.used)
+            for span in self.grid.spans
+        )
 
     def partial_share(self) -> float:
         """Visited tiles that need an element mask, as a fraction."""
@@ -124,14 +150,42 @@ class PlannedRun:
         return max(sizes, default=0)
 
 
-def grid_of(shape: ModelShape, size: tuple[int, int, int], text_tokens: int | None) -> TokenGrid:
-    """The tokens of a clip of (frames, height, width) pixels."""
+def grid_of(
+    shape: ModelShape, size: Size, text_tokens: int | None, references: Sequence[Size] = ()
+) -> Grid:
+    """The tokens of a clip of (frames, height, width) pixels.
+
+    Raises:
+        BadParameter: the model has no clips of that size, or none that refer to others.
+    """
+    if references and not shape.packed:
+        raise BadParameter(
+            f"references={tuple(references)}, but {shape.name} packs no videos to refer to into a"
+            " sequence: leave them out, and add tokens that are always visible to text_tokens"
+        )
+    text = shape.text_tokens if text_tokens is None else text_tokens
+    latent = _latent(shape, size)
+    if not shape.packed:
+        return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
+    parts: list[int | Size] = [text]
+    for one in references:
+        video = one[0] != 1
+        parts += [shape.sound_tokens(one[0]) * video, _latent(shape, one, image=not video)]
+    return PackedGrid(joined([*parts, shape.sound_tokens(size[0]), latent])).simplest()
+
+
+def _latent(shape: ModelShape, size: Size, *, image: bool = False) -> Size:
     try:
-        latent = shape.grid(*size)
+        return (1, *shape.frame(*size[1:])) if image else shape.grid(*size)
     except ValueError as error:
         raise BadParameter(str(error)) from None
-    text = shape.text_tokens if text_tokens is None else text_tokens
-    return TokenGrid(*latent, *((text, 0) if shape.text_before else (0, text)))
+
+
+def silent_of(family: FamilyInfo | None, grid: Grid) -> range:
+    """The tokens that have keys and no queries in a family's models."""
+    if family is None or family.text_queries:
+        return range(0)
+    return silent_tokens(grid, family.text)
 
 
 def _visited(blocks: BlockIndex) -> float:

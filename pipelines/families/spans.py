@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from diffpatch.pipelines.families.grids import Arguments, GridReading, once
+from diffpatch.pipelines.families.grids import Arguments, GridReading, Spans, once
 
+Shape = tuple[int, int, int]  # (num_frames, height, width)
 SHORT = 3  # frames from which on a reference is a video, with a grid of its own
 
 
@@ -59,17 +61,29 @@ def _spans_of_rows(ids: torch.Tensor, rows: torch.Tensor) -> GridReading | str:
         end, clock = first + height * width, time
     if not found or sum(f * h * w for _, f, h, w in found) != len(rows):
         return "the video rows are not whole frames"
-    spans: list[int | tuple[int, int, int]] = []
+    parts: list[int | Shape] = []
     at = 0
-    for number, (first, count, height, width) in enumerate(found):
-        if count < SHORT and number < len(found) - 1:  # an image or keyframes
-            continue
-        if first > at:
-            spans.append(first - at)
-        spans.append((count, height, width))
+    for first, count, height, width in found:
+        parts += [first - at, (count, height, width)]
         at = first + count * height * width
-    if len(ids) > at:
-        spans.append(len(ids) - at)
+    return joined([*parts, len(ids) - at])
+
+
+def joined(parts: Sequence[int | Shape]) -> Spans:
+    """The spans of a sequence of parts, each a number of tokens or a grid.
+
+    Grids of fewer than `SHORT` frames, but the last one, count as tokens without a grid, and such
+    neighbours are one span.
+    """
+    last = max(i for i, part in enumerate(parts) if isinstance(part, tuple))
+    spans: list[int | Shape] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, tuple) and part[0] < SHORT and i != last:
+            part = math.prod(part)
+        if isinstance(part, int) and spans and isinstance(spans[-1], int):
+            spans[-1] += part
+        elif part:
+            spans.append(part)
     return tuple(spans)
 
 

@@ -23,6 +23,7 @@ COGVIDEOX = (
 )
 LTX = (Trained(21, 16, 22),)  # 161 frames of 512×704, tokens of 8×32×32
 SKYREELS = (Trained(25),)  # 97 frames of 540p and 720p, in checkpoints that look alike
+MINIMAX_H3 = (Trained(102),)  # 345 frames, up to 15 seconds, in frames of several sizes
 FLUX = (Trained(1, 88, 88),)  # up to 2 megapixels, 1408×1408, tokens of 16×16
 SD3 = (Trained(1, 64, 64),)  # 1024×1024
 QWEN_IMAGE = (Trained(1, 83, 83),)  # 1328×1328

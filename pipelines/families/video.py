@@ -258,6 +258,7 @@ VIDEO_FAMILIES = (
         guidance="",
         regional=True,
         ulysses=True,
+        trained=trained.MINIMAX_H3,
     ),
     FamilyInfo(
         "Cosmos 3",

@@ -78,7 +78,7 @@ def inputs(
         shape.grid(num_frames, height, width)
     except ValueError as error:
         raise BadParameter(str(error)) from None
-    size = (num_frames - 1) // shape.time + 1, height // shape.space, width // shape.space
+    size = shape.latent_frames(num_frames), height // shape.space, width // shape.space
     generator = torch.Generator().manual_seed(seed)
 
     def make(*sizes: int) -> torch.Tensor:

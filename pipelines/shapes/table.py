@@ -30,10 +30,15 @@ class ModelShape:
         text_tokens: text tokens inside the self-attention sequence.
         text_before: whether they stand in front of the visual ones.
         space: pixels per latent along height and width.
-        time: frames per latent frame.
+        time: frames per latent frame, or per group of them.
+        groups: (first frames, first latent frames, latent frames of a group): time·k + first frames
+            are as many groups of latent frames and the first ones.
         patch: latents per token along (time, height, width).
         transformer: its class, for published presets.
         experts: whether two such transformers share the steps.
+        channels: of a token outside of attention; 0 where they are heads × head_dim.
+        sound: (latents a second, frames a second, tokens a latent) of the sound in the sequence.
+        packed: whether videos to refer to stand in the sequence, each in a grid of its own.
         ids: hub ids of checkpoints of this shape, so that naming one needs no network.
     """
 
@@ -51,10 +56,36 @@ class ModelShape:
     text_before: bool = False
     transformer: str = ""
     experts: bool = False
+    groups: tuple[int, int, int] = (1, 1, 1)
+    channels: int = 0
+    sound: tuple[int, int, int] = (0, 1, 1)
+    packed: bool = False
     ids: tuple[str, ...] = ()
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The token grid (frames, rows, columns) of a clip or image of that many pixels.
+
+        Raises:
+            ValueError: the pixels do not fill whole tokens.
+        """
+        rows, columns = self.frame(height, width)
+        if self.kind == "image" and num_frames != 1:
+            raise ValueError(f"num_frames={num_frames}, but {self.name} makes images: leave it out")
+        if self.kind == "video" and num_frames == 1:
+            raise ValueError(
+                f"num_frames=1, but {self.name} makes videos: say how many frames, such as"
+                f" {self.frames_up_to(20 * self.time + self.groups[0])}"
+            )
+        below = self.frames_up_to(num_frames)
+        if num_frames != below:
+            raise ValueError(
+                f"num_frames={num_frames} must be {self.time}·k + {self.groups[0]} for {self.name},"
+                f" such as {below} or {below + self.time}"
+            )
+        return math.ceil(self.latent_frames(num_frames) / self.patch[0]), rows, columns
+
+    def frame(self, height: int, width: int) -> tuple[int, int]:
+        """The rows and columns of tokens of a frame of that many pixels.
 
         Raises:
             ValueError: the pixels do not fill whole tokens.
@@ -69,29 +100,30 @@ class ModelShape:
                 raise ValueError(
                     f"{name}={value} must be a multiple of {step} for {self.name}, such as {near}"
                 )
-        if self.kind == "image" and num_frames != 1:
-            raise ValueError(f"num_frames={num_frames}, but {self.name} makes images: leave it out")
-        if self.kind == "video" and num_frames == 1:
-            raise ValueError(
-                f"num_frames=1, but {self.name} makes videos: say how many frames, such as"
-                f" {20 * self.time + 1}"
-            )
-        if num_frames < 1 or (num_frames - 1) % self.time:
-            below = max(1, (num_frames - 1) // self.time * self.time + 1)
-            raise ValueError(
-                f"num_frames={num_frames} must be {self.time}·k + 1 for {self.name},"
-                f" such as {below} or {below + self.time}"
-            )
-        frames = math.ceil(((num_frames - 1) // self.time + 1) / self.patch[0])
-        rows, columns = height // self.space // self.patch[1], width // self.space // self.patch[2]
-        return frames, rows, columns
+        return height // self.space // self.patch[1], width // self.space // self.patch[2]
+
+    def frames_up_to(self, num_frames: int) -> int:
+        """The longest clip of up to so many frames that fills latent frames, or the shortest."""
+        first = self.groups[0]
+        return max(0, num_frames - first) // self.time * self.time + first
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip."""
+        first, first_latents, latents = self.groups
+        return (num_frames - first) // self.time * latents + first_latents
+
+    def sound_tokens(self, num_frames: int) -> int:
+        """Tokens of the sound that goes with a clip."""
+        latents, frames, tokens = self.sound
+        return round(num_frames / frames * latents) * tokens
 
     def linear_flops(self, tokens: int) -> float:
         """Floating-point operations of one layer besides self-attention, for one forward."""
-        dim = self.heads * self.head_dim
-        per_token = 8 * dim**2 + 4 * dim * self.ffn
+        inner = self.heads * self.head_dim
+        dim = self.channels or inner
+        per_token = 8 * dim * inner + 4 * dim * self.ffn
         if self.cross_tokens:
-            per_token += 4 * dim**2 + 4 * self.cross_tokens * dim
+            per_token += 4 * dim * inner + 4 * self.cross_tokens * inner
         return float(tokens) * per_token
 
     def attention_flops(self, tokens: int) -> float:
@@ -153,6 +185,11 @@ MODELS: tuple[ModelShape, ...] = (
         "qwen-image", "image", 60, 24, 128, 12288, 8, text_tokens=256, text_before=True,
         transformer="QwenImageTransformer2DModel", ids=("Qwen/Qwen-Image",),
     ),
+    ModelShape(  # its three matrices of 14,336 a feed-forward layer count as two of 21,504
+        "minimax-h3", "video", 50, 56, 128, 21504, 16, 17, groups=(5, 2, 5), channels=5376,
+        text_tokens=512, text_before=True, sound=(40, 24, 2), packed=True,
+        transformer="MiniMaxH3Transformer3DModel", ids=("MiniMaxAI/MiniMax-H3",),
+    ),
 )  # fmt: skip
 
 
@@ -185,20 +222,23 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
     config: Mapping[str, Any] = transformer.config
     counts = (getattr(attention, n, 0) for n in ("heads", "num_heads", "num_attention_heads"))
     heads = config.get("num_attention_heads") or next(filter(None, counts), 0)
-    names = ("to_q", "to_qkv", "to_query", "q_proj")
-    projection = next((p for n in names if (p := getattr(attention, n, None)) is not None), None)
-    if projection is None or not heads:
+    names = ("to_q", "to_qkv", "to_query", "q_proj", "img_qkv_proj", "img_attn_qkv")
+    name = next((n for n in names if getattr(attention, n, None) is not None), None)
+    if name is None or not heads:
         raise BadParameter(
             f"the attention of {type(transformer).__name__} cannot be planned for: it does not say"
             " its heads and sizes in a way that is known"
         )
+    projection = getattr(attention, name)
     dim: int = projection.in_features
+    inner = dim if "qkv" in name else projection.out_features
     widths = [
         m.out_features
         for name, m in block.named_modules()
         if name.startswith("ff") and hasattr(m, "out_features")
     ]
-    space, time = _scales(pipe, family)
+    usual = next((m for m in MODELS if m.transformer == family.transformer), None)
+    space, time = _scales(pipe, family, usual)
     arguments = set(inspect.signature(transformer.forward).parameters)
     packed = bool({"img_ids", "img_shapes"} & arguments)
     return ModelShape(
@@ -206,7 +246,7 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         kind=family.kind,
         layers=len(modules),
         heads=heads,
-        head_dim=dim // heads,
+        head_dim=inner // heads,
         ffn=max(widths, default=4 * dim),
         space=space,
         time=time,
@@ -215,17 +255,20 @@ def shape_of_pipeline(pipe: Any, transformer: Any, modules: list[str], family: A
         text_tokens=max(
             (m.text_tokens for m in MODELS if m.transformer == family.transformer), default=0
         ),
-        text_before=family.text == "before",
+        text_before=family.text in ("before", "packed"),
         transformer=family.transformer,
+        groups=(1, 1, 1) if usual is None else usual.groups,
+        channels=0 if dim == inner else dim,
+        sound=(0, 1, 1) if usual is None else usual.sound,
+        packed=family.text == "packed",
     )
 
 
-def _scales(pipe: Any, family: Any) -> tuple[int, int]:
+def _scales(pipe: Any, family: Any, usual: ModelShape | None) -> tuple[int, int]:
     """Pixels per latent, and frames per latent frame; the family's usual without a pipeline."""
     space = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 0)
     if space:
         return space, getattr(pipe, "vae_scale_factor_temporal", 0) or 1
-    usual = next((m for m in MODELS if m.transformer == family.transformer), None)
     if usual is not None:
         return usual.space, usual.time
     return 8, 4 if family.kind == "video" else 1

@@ -18,6 +18,7 @@ import diffpatch
 from diffpatch.cli import main
 from diffpatch.cli.families import COLUMNS, markdown
 from diffpatch.pipelines.families.table import FamilyInfo
+from diffpatch.pipelines.shapes.find import find_shape
 from tests.tiny.families import CASES
 from tests.tiny.parts import Bare
 
@@ -99,6 +100,12 @@ def test_guidance_is_that_of_the_pipelines(row: FamilyInfo) -> None:
     found = [guidance_in(source) for source in pipeline_sources() if own.search(source)]
     found.sort(key=["batch", "calls", "distilled"].index)  # some beside the ordinary one ask once
     assert (found or [""])[0] == row.guidance
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.missing()])
+def test_every_family_can_be_planned_for(name: str) -> None:
+    shape = find_shape(CASES[name].build().pipe)
+    assert shape.heads * shape.head_dim > 0 and shape.transformer == CASES[name].transformer
 
 
 def test_the_readme_shows_the_table() -> None:

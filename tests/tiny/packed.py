@@ -55,6 +55,24 @@ def minimax_h3_references() -> Bare:
     )
 
 
+def minimax_h3_seconds(frames: int, references: int = 0) -> Bare:
+    """As the pipeline packs a clip of 128×192 pixels after so many of 96×160 with their sound."""
+    made = importlib.import_module("diffusers.modular_pipelines.minimax_h3.modular_pipeline")
+    latents = made.video_latent_num_frames(frames, 17, 5)
+    sound = made.audio_latent_num_frames(frames)
+    sizes = H3 | {"num_latent_frames": latents, "num_audio_latents": sound}
+    kinds = [SimpleNamespace(kind="video", has_audio=True)] * references
+    step = _steps().MiniMaxH3Ref2VAPrepareLayoutStep
+    return _h3(
+        step.build_ref2va_packed_sequence(
+            **sizes,
+            references=kinds,
+            condition_latents=[noise(1, 4, latents, 6, 10)] * references,
+            audio_condition_latents=[noise(2 * sound, 4)] * references,
+        )
+    )
+
+
 def _steps() -> Any:
     """Those of the pipeline that lay the sequence out."""
     name = "diffusers.modular_pipelines.minimax_h3.before_denoise"

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     device = loading.choose_device(args.device)
     if shape.kind == "image" and args.num_frames not in (None, 1):
         raise UsageError(f"{shape.name} makes images; drop --num-frames")
-    frames = 1 if shape.kind == "image" else args.num_frames or 80 // shape.time * shape.time + 1
+    frames = 1 if shape.kind == "image" else args.num_frames or shape.frames_up_to(81)
     dtype = loading.DTYPES[args.dtype] if args.dtype else loading.default_dtype(device)
     case = ModelCase(shape, frames, args.height, args.width, args.layers, args.batch, dtype, device)
     progress.hush_libraries()

@@ -16,6 +16,8 @@ examples:
   diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81 \\
       --method radial --set decay=0.5 --dense-steps 12 --draw pictures/
   diffpatch plan --model flux --height 2048 --width 2048 --method neighborhood --json
+  diffpatch plan --model minimax-h3 --height 768 --width 1344 --num-frames 124 \\
+      --reference 124,768,1344
   diffpatch plan --model ./my-model --height 480 --width 832 --num-frames 81 --quality balanced
   diffpatch plan --settings wan.json --target "30 dB"
 """
@@ -42,6 +44,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--num-frames", type=arguments.number(int, 1), default=1, help="of a video (1)"
     )
+    parser.add_argument(
+        "--reference", type=size, action="append", default=[], metavar="FRAMES,HEIGHT,WIDTH",
+        help="a video or image that stands in the sequence before the one to make (minimax-h3);"
+        " may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--num-inference-steps", "--steps", type=arguments.number(int, 1),
         help="denoising steps (those of the pipeline; 50 for a built-in shape)",
@@ -77,10 +84,22 @@ def add_parser(commands: Any) -> None:
 
 def place(text: str) -> tuple[int, ...]:
     """A token such as 4,10,12: frame, row, column."""
+    return _three(text, "frame,row,column, such as 4,10,12")
+
+
+def size(text: str) -> tuple[int, ...]:
+    """A clip such as 124,768,1344: frames, height, width."""
+    found = _three(text, wanted := "frames,height,width, such as 124,768,1344")
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, all at least 1")
+    return found
+
+
+def _three(text: str, wanted: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
         found = ()
     if len(found) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} must be frame,row,column, such as 4,10,12")
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
     return found

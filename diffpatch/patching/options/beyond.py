@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from diffpatch.patterns.grid import TokenGrid
+from diffpatch.patterns.grid import Grid, PackedGrid
 from diffpatch.pipelines.families.info import Trained
 
 AREA = 1.1  # of the trained one; models know several aspect ratios of about one area
 
 
-def beyond(trained: Trained | None, grid: TokenGrid, method: str) -> str | None:
+def beyond(trained: Trained | None, grid: Grid, method: str) -> str | None:
     """What goes beyond training on a grid and which method is made for that; None if nothing does.
 
     Args:
         trained: what the model was trained at, None if that is not known.
-        grid: of the run.
+        grid: of the run; of a packed sequence, its last grid is what it makes.
         method: the name of the method in use; one that is made for it needs no advice.
     """
     if trained is None:
         return None
+    grid = grid.grids[-1] if isinstance(grid, PackedGrid) else grid
     said, used = [], method.split("+")
     if grid.num_frames > trained.num_frames and "longer" not in used:
         said.append(
