@@ -10,8 +10,9 @@ from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
+from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
-from diffpatch.patterns.grid import TokenGrid, as_grid
+from diffpatch.patterns.grid import Grid, as_grid
 
 CLOSE = 0.01  # relative; nearer than this a search ends
 TRIES = 12
@@ -20,7 +21,7 @@ ROUNDS = range(4)  # layers and steps to look at: methods that alternate do so w
 
 @checked("method", "grid")
 def fit_kept(
-    method: MethodLike, grid: TokenGrid | tuple[int, int, int], kept: float, **params: Any
+    method: MethodLike, grid: Grid | tuple[int, int, int], kept: float, **params: Any
 ) -> Method:
     """The method with its size set so that a sparse call on `grid` keeps about `kept`.
 
@@ -32,7 +33,8 @@ def fit_kept(
     Args:
         method: a name, a combination such as "radial+temporal", or an object. Of an object
             everything stays but its `kept_parameters`.
-        grid: where it will run; three numbers are (num_frames, height, width).
+        grid: where it will run; three numbers are (num_frames, height, width). Between the grids
+            of a packed sequence all is kept, which counts.
         kept: wanted fraction of all query-key pairs, text included, in (0, 1].
         **params: other parameters of the method.
 
@@ -42,8 +44,6 @@ def fit_kept(
     if not 0 < kept <= 1:
         raise BadParameter(f"kept={kept} must be a fraction of the pairs in (0, 1]")
     place = as_grid(grid)
-    if not isinstance(place, TokenGrid):
-        raise BadParameter(f"grid={place} holds several grids: fit to one of them")
     base = make_method(method, **params)
     kind = "image" if place.num_frames == 1 else "video"
     low, amount, high = 1e-4, kept, 1.0
@@ -62,12 +62,12 @@ def fit_kept(
     return best
 
 
-def kept_of(method: Method, grid: TokenGrid) -> float:
+def kept_of(method: Method, grid: Grid) -> float:
     """Fraction of the pairs that a sparse call keeps: the mean over layers and steps.
 
     Dense steps and layers, and the refreshes of methods that have such, come on top.
     """
     calls = [method.variant(layer, step) for layer, step in itertools.product(ROUNDS, ROUNDS)]
     with neutral():
-        share = {v: method.kept_at(method.pattern(grid, v), age=1) for v in set(calls)}
+        share = {v: method.kept_at(pattern_on(method, grid, v), age=1) for v in set(calls)}
     return sum(share[v] for v in calls) / len(calls)

@@ -43,6 +43,7 @@ class PlannedRun:
         used: of every sparse call, its pattern.
         holds: by layer, the pattern that its state is about.
         guided: share of the guidance branches that a guide serves, where there is one.
+        every: steps that the cross-attention of a guide forward serves; 0 where there is none.
         guides: guide forwards of the run, as a fraction of the others.
         asking: the share of the tokens that have queries; fractions are of their pairs.
     """
@@ -60,7 +61,8 @@ class PlannedRun:
     ) -> None:
         self.method, self.grid, self.bound = method, grid, bound
         self.steps, self.layers, self.backend = steps, layers, backend
-        every, self.guided, self.guides = method.guide_every(grid), guided, 0.0
+        self.every = method.guide_every(_made(grid))
+        every, self.guided, self.guides = self.every, guided, 0.0
         self.asking = 1 - len(silent) / grid.num_tokens
         self.kept: list[float] = []
         self.sparse: list[float] = []
@@ -139,7 +141,7 @@ class PlannedRun:
         """Bytes held across steps for one guidance branch."""
         size = shape.heads, shape.head_dim
         held = sum(self.method.state_size(pattern, *size) for pattern in self.holds.values())
-        if self.method.guide_every(self.grid):  # the cross-attention of every layer, 16-bit
+        if self.every:  # the cross-attention of every layer, 16-bit
             tokens = self.grid.num_tokens * shape.heads * shape.head_dim
             held += round(2 * tokens * self.layers * self.guided)
         return held
@@ -179,6 +181,11 @@ def _latent(shape: ModelShape, size: Size, *, image: bool = False) -> Size:
         return (1, *shape.frame(*size[1:])) if image else shape.grid(*size)
     except ValueError as error:
         raise BadParameter(str(error)) from None
+
+
+def _made(grid: Grid) -> TokenGrid:
+    """The grid of what a run makes: of a packed sequence the last one."""
+    return grid.grids[-1] if isinstance(grid, PackedGrid) else grid
 
 
 def silent_of(family: FamilyInfo | None, grid: Grid) -> range:

@@ -114,10 +114,36 @@ def image_then_text(model: Any, args: Arguments) -> Grid | str:
 
 
 def packed_video(model: Any, args: Arguments) -> Grid | str:
-    """Packed video tokens whose grid is passed by name; keyframes and references stand behind."""
+    """Packed video tokens whose grid is passed by name, among others (LTX-2).
+
+    Keyframes and references stand behind them, the memory of Echo in front.
+    """
     if args.get("num_frames") is None:
         return "num_frames, height and width are not passed"
-    return args["num_frames"], args["height"], args["width"], 0, REST
+    size = args["num_frames"], args["height"], args["width"]
+    coordinates, tokens = args.get("video_coords"), args["hidden_states"].shape[1]
+    if coordinates is None or tokens <= math.prod(size):
+        return (*size, 0, REST)
+    if torch.compiler.is_compiling():
+        return "video_coords cannot be read inside a compiled graph: compile the blocks instead"
+    before = once(coordinates, lambda x: _first_token(x, size))
+    return before if isinstance(before, str) else (*size, before, REST)
+
+
+def _first_token(coordinates: torch.Tensor, size: tuple[int, int, int]) -> int | str:
+    """Where a grid begins among tokens with bounds (B, 3, S, 2) of (time, row, column)."""
+    places = coordinates[0, ..., 0].cpu()
+    count, found = math.prod(size), {}
+    for first in (0, places.shape[1] - count):
+        time, rows, columns = places[:, first : first + count].reshape(3, *size)
+        frames = time[:, 0, 0]
+        whole = (time == frames[:, None, None]).all() and (frames.diff() > 0).all()
+        square = (rows.diff(dim=1) > 0).all() and (columns.diff(dim=2) > 0).all()
+        if whole and square and (rows.diff(dim=2) == 0).all():
+            found[first] = float(frames[0])
+    if not found:
+        return f"video_coords have no grid {size} at either end of the sequence"
+    return next((first for first, time in found.items() if time == 0), min(found))
 
 
 def placed_video(model: Any, args: Arguments) -> Grid | str:

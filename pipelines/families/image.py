@@ -21,7 +21,7 @@ IMAGE_FAMILIES = (
         JOINT_SINGLE,
         grids.image_ids,
         text="before",
-        note="dev, schnell, Kontext (reference tokens stay always visible), Fill, Control",
+        note="dev, schnell, Fill, Control; other images of Kontext and VisualCloze stay visible",
         presets=presets.FLUX,
         guidance="distilled",
         regional=True,

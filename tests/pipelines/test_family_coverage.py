@@ -8,10 +8,12 @@ import pkgutil
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
+import torch
 from diffusers.models import transformers
 
 import diffpatch
@@ -100,6 +102,14 @@ def test_guidance_is_that_of_the_pipelines(row: FamilyInfo) -> None:
     found = [guidance_in(source) for source in pipeline_sources() if own.search(source)]
     found.sort(key=["batch", "calls", "distilled"].index)  # some beside the ordinary one ask once
     assert (found or [""])[0] == row.guidance
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "DreamLiteUNetModel"), reason="diffusers is older")
+def test_dreamlite_is_refused_as_a_unet() -> None:
+    with torch.device("meta"):
+        unet: Any = diffusers.DreamLiteUNetModel()
+    with pytest.raises(diffpatch.UnknownFamily, match="DreamLiteUNetModel is a U-Net"):
+        diffpatch.patch(SimpleNamespace(components={"unet": unet}), "window")
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.missing()])

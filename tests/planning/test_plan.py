@@ -29,7 +29,7 @@ def test_perfectly_block_sparse_cases_reach_the_published_bounds() -> None:
         "hunyuan-video", "neighborhood", height=768, width=1280, num_frames=117, text_tokens=0,
         dense_steps=0, window=(18, 24, 24), stride=(16, 8, 8),
     )  # fmt: skip
-    assert hunyuan.grid.shape == (30, 48, 80)
+    assert hunyuan.grid == TokenGrid(30, 48, 80)
     assert hunyuan.attention_speedup == pytest.approx(11.1, rel=0.01)
     # No tile is visited in part, and none is smaller than a block of the kernel.
     assert hunyuan.visited == pytest.approx(hunyuan.kept_sparse)
@@ -43,7 +43,7 @@ def test_perfectly_block_sparse_cases_reach_the_published_bounds() -> None:
 
 def test_published_presets_are_planned_with() -> None:
     plan = diffpatch.plan("wan-14b", "radial", **WAN_720P)
-    assert plan.tokens == 75_600 and plan.grid.shape == (21, 45, 80)
+    assert plan.tokens == 75_600 and plan.grid == TokenGrid(21, 45, 80)
     assert (plan.dense_steps, plan.dense_layers, plan.steps, plan.layers) == (12, 1, 50, 40)
     expected = 1 - (1 - 12 / 50) * (1 - 1 / 40) * (1 - plan.kept_sparse)
     assert plan.kept == pytest.approx(expected)
@@ -74,7 +74,7 @@ def test_the_plan_is_what_the_run_reports(method: str, params: dict[str, Any]) -
     assert plan.kept_per_step == pytest.approx(report.kept_per_step, abs=1e-9)
     assert plan.kept_per_layer == pytest.approx(list(report.kept_per_layer.values()), abs=1e-9)
     assert (plan.steps, plan.layers) == (report.steps, report.layers)
-    assert plan.grid.shape == (3, 2, 4)
+    assert plan.grid == TokenGrid(3, 2, 4)
 
 
 def test_a_packed_image_pipeline_is_read_right() -> None:

@@ -26,7 +26,10 @@ tested in a running server. Another version is checked for what is needed of it.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 MEMBER = "BLOCK_SPARSE_ATTN"
 TARGET = "sglang.multimodal_gen.runtime.platforms.cuda.CudaPlatformBase.get_attn_backend_cls_str"
@@ -34,8 +37,18 @@ _PATH = "diffpatch.adapters.sglang.backend.SGLangBackend"
 
 
 def register() -> None:
-    """Stand in for `MEMBER`; SGLang calls this in each of its processes."""
-    from sglang.multimodal_gen.runtime.platforms.plugins import HookType, plugin_hook
+    """Stand in for `MEMBER`; SGLang calls this in each of its processes.
+
+    Raises nothing: diffpatch may be installed for something else.
+    """
+    try:
+        from sglang.multimodal_gen.runtime.platforms.plugins import HookType, plugin_hook
+    except ImportError as error:
+        logger.warning(
+            "diffpatch: %s stays SGLang's own (%s): this was written for SGLang 0.5.23", MEMBER,
+            error,
+        )  # fmt: skip
+        return
 
     @plugin_hook(TARGET, HookType.AROUND)
     def choose(original: Any, *args: Any, **kwargs: Any) -> Any:

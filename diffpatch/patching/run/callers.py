@@ -134,13 +134,13 @@ def _look(frame: types.FrameType, running: Callable[[Any], bool], deep: bool) ->
     """What a function has in hand that is in the middle of a run."""
     values = _locals(frame)
     pipeline = _pipeline_called(frame, values)
-    if pipeline is not None and (chosen := _distinct(filter(running, schedulers_of(pipeline)))):
+    if pipeline is not None and (chosen := _distinct(_running_in(pipeline, running))):
         return Caller(pipeline, True, chosen, values)
     direct = [value for value in values.values() if _drives(value)]
     if pipeline is not None:
         return Caller(pipeline, True, _distinct(filter(running, direct)), values)
     holds = [*values.values(), *(_pipelines_in(values.values()) if deep else ())]
-    holders = [(value, s) for value in holds for s in schedulers_of(value) if running(s)]
+    holders = [(value, s) for value in holds for s in _running_in(value, running)]
     by_pipelines = [(value, s) for value, s in holders if internals.is_pipeline(value)]
     others = [s for value, s in holders if not internals.is_pipeline(value)]
     if chosen := _distinct(filter(running, direct)) or _distinct(others):
@@ -148,6 +148,19 @@ def _look(frame: types.FrameType, running: Callable[[Any], bool], deep: bool) ->
     if chosen := _distinct(s for _, s in by_pipelines):
         return Caller(by_pipelines[0][0] if len(chosen) == 1 else None, False, chosen, values)
     return None
+
+
+def _running_in(holder: Any, running: Callable[[Any], bool]) -> list[Any]:
+    """The schedulers of an object that are in the middle of a run.
+
+    Of a pipeline with several, such as those of video and sound, it is the one that diffusers calls
+    the scheduler: the others go along with it.
+    """
+    found = [scheduler for scheduler in schedulers_of(holder) if running(scheduler)]
+    if len(found) > 1 and internals.is_pipeline(holder):
+        first = vars(holder).get("scheduler")
+        return [one for one in found if one is first] or found
+    return found
 
 
 def calls_of(modules: Iterable[Any]) -> int:
