@@ -7,9 +7,17 @@ learned from. The model's own weights never change.
     python examples/distill_linear.py --out linear.safetensors
     diffpatch render --model demo --method linear --set weights=linear.safetensors
 
-In Python the file is ``diffpatch.patch(pipe, "linear", weights="linear.safetensors")``. The same
-steps distil any other model: load its pipeline and sample its own prompts. Two CPU cores need some
-minutes.
+In Python the file is ``diffpatch.patch(pipe, "linear", weights="linear.safetensors")``. With
+``--folder my-model`` the whole pipeline is saved with what was learned, as diffusers saves one::
+
+    python examples/distill_linear.py --folder my-model
+    hf upload somebody/my-model my-model
+
+    pipe = WanPipeline.from_pretrained("my-model")       # or "somebody/my-model"
+    diffpatch.patch(pipe, "linear")                      # weights="somebody/my-model" from the hub
+
+The same steps distil any other model: load its pipeline and sample its own prompts. Two CPU cores
+need some minutes.
 """
 
 from __future__ import annotations
@@ -110,6 +118,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("linear.safetensors"), help="the file to write")
+    add("--folder", type=Path, help="a folder for the whole pipeline with what was learned")
     count = scripts.number(int, 1)
     add("--far", default="hedgehog", help="the far part: a feature map, 'pool' or 'state'")
     add("--near", type=count, default=416, help="tokens that a query sees exactly")
@@ -146,6 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher.match_predictions(samples, stages[1], rate=1e-3, progress=progress)
     after = errors(teacher, tests)
     teacher.save(options.out)
+    if options.folder:
+        pipe.save_pretrained(options.folder)
+        teacher.save(options.folder)
     kilobytes = options.out.stat().st_size / 1000
     print(f"{options.out}: {kilobytes:.0f} kB after {time.monotonic() - started:.0f} s\n")
     print("relative error     before    after   (captions never seen)")

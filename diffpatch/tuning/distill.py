@@ -215,7 +215,11 @@ class Distiller:
         return patched(self.transformer, taught, **EVERYWHERE)
 
     def save(self, path: str | Path, component: str = "transformer") -> None:
-        """Write what was learned, for ``diffpatch.patch(pipe, "linear", weights=path)``."""
+        """Write what was learned, for ``diffpatch.patch(pipe, "linear", weights=path)``.
+
+        Into the folder of a pipeline that diffusers saved, too: what is loaded from there brings
+        it along, and ``patch(pipe, "linear")`` finds it.
+        """
         method = dataclasses.asdict(self.method)
         for name in ("weights", "allow_untrained"):
             del method[name]

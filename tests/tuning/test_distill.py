@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -256,6 +258,33 @@ def test_what_is_no_file_is_refused(taught: dict[str, Any], tmp_path: Path) -> N
             diffpatch.patch(taught["tiny"].pipe, "linear", weights=str(path))
 
 
+def test_a_folder_brings_what_was_learned_along(taught: dict[str, Any], tmp_path: Path) -> None:
+    """As diffusers saves and loads one; the same folder as a model on the hub, from its cache."""
+    tiny, folder = taught["tiny"], tmp_path / "models--somebody--wan-linear/snapshots" / ("0" * 40)
+    with pytest.raises(BadParameter, match=r"holds no diffpatch_linear\.safetensors"):
+        diffpatch.make_method("linear", weights=str(tmp_path))
+    tiny.pipe.save_pretrained(folder)
+    taught["teacher"].save(folder)
+    (folder / "../../refs").mkdir()
+    (folder / "../../refs/main").write_text("0" * 40)
+    diffpatch.patch(tiny.pipe, "linear", weights=str(taught["file"]), dense_steps=0)
+    expected = tiny.run(**CALL)
+    diffpatch.unpatch(tiny.pipe)
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    again = Tiny(pipe, tiny.call)
+    assert torch.equal(again.run(**CALL), taught["plain"])
+    with pytest.MonkeyPatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        for given in ({}, {"weights": str(folder)}, {"weights": "somebody/wan-linear"}):
+            with diffpatch.patched(pipe, "linear", dense_steps=0, **given):
+                assert torch.equal(again.run(**CALL), expected)
+                assert vars(pipe.transformer._diffpatch.patch.method)["far"] == "hedgehog"
+        with pytest.raises(BadParameter, match="cannot be fetched from the hub"):
+            diffpatch.patch(pipe, "linear", weights="somebody/else")
+
+
 def test_a_sample_too_small_to_learn_from_is_refused(taught: dict[str, Any]) -> None:
     whole = Linear(far="hedgehog", near=100_000, allow_untrained=True)
     with pytest.raises(BadParameter, match="2 of 2 layers of the sample see everything"):
@@ -267,7 +296,10 @@ def test_the_example_makes_a_file_that_renders(
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     weights = tmp_path / "linear.safetensors"
-    importlib.import_module("distill_linear").main(["--smoke", "--out", str(weights)])
+    importlib.import_module("distill_linear").main(
+        ["--smoke", "--out", str(weights), "--folder", str(tmp_path / "whole")]
+    )
+    assert (tmp_path / "whole" / adapter.FILE).is_file()
     printed = capsys.readouterr().out
     before, after = (float(x) for x in re.findall(r"attention +([\d.]+) +([\d.]+)", printed)[0])
     assert after < before

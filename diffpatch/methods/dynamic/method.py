@@ -109,7 +109,7 @@ class Dynamic(Method):
     )
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
     weights: str | None = param(
-        None, "folder, file or hub model that was trained sparse (VSA, SLA); says the rest"
+        None, "folder, file or hub model trained sparse (VSA, SLA, SLA2); says the rest"
     )
 
     _trained: ClassVar[str | None] = None

@@ -1,6 +1,6 @@
-"""Attention as checkpoints were trained with it: VSA and SLA, tile by tile as published.
+"""Attention as checkpoints were trained with it: VSA, SLA and SLA2, tile by tile as published.
 
-Both choose, for each head and tile of queries, the tiles of keys whose mean scores highest against
+All choose, for each head and tile of queries, the tiles of keys whose mean scores highest against
 the mean of the queries, and add what the layer learned to make of all the others.
 """
 
@@ -17,18 +17,16 @@ from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.learned.checkpoint import SLA, VSA
+from diffpatch.methods.learned.checkpoint import SLA, SLA2, VSA
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 from diffpatch.patterns.tiles import Tiling, step_cuts
 
-KEPT = 0.1  # of the tiles, as both are released
+KEPT = 0.1  # of the tiles, as VSA and SLA are released
 CUBE = (4, 4, 4)  # VSA's tiles
-RUN, PAIR = (
-    64,
-    2,
-)  # SLA's: tokens of a tile along the sequence, and tiles whose queries choose as one
+RUN = 64  # tokens of a tile of SLA and SLA2, along the sequence
+PAIR = 2  # tiles of theirs whose queries choose as one
 _TINY = 1e-5  # added to SLA's denominator
 
 
@@ -77,13 +75,12 @@ def attend(
     """
     if call.key_mask is not None:
         raise BadParameter("dynamic: weights were trained without masks, and the model brings one")
-    if f"{kind}.weight" not in call.learned:
+    if f"{kind}.weight" not in call.learned and kind not in call.learned:
         raise BadParameter("dynamic: weights belong to the layers of a model: use diffpatch.patch")
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if k.shape[2] != q.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    run = _vsa if kind == VSA else _sla
-    return run(q, k, v, call, kept, scale)
+    return {VSA: _vsa, SLA: _sla, SLA2: _sla2}[kind](q, k, v, call, kept, scale)
 
 
 def _vsa(
@@ -114,11 +111,7 @@ def _sla(
     channels; tiles are chosen by keys less their mean.
     """
     blocks = call.pattern.on(q.device)
-    pairs = torch.cat([blocks.starts[:-1:PAIR], blocks.starts[-1:]])
-    centred = k - k.mean(1, keepdim=True)
-    q_, k_ = _means(q, blocks.order, pairs), _means(centred, blocks.order, blocks.starts)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q_, k_).repeat_interleave(PAIR, 2)
-    scores = scores[:, :, : blocks.num_tiles]
+    scores = _scored(q, k - k.mean(1, keepdim=True), blocks)[:, :, : blocks.num_tiles]
     near = _chosen(q, k, v, call, scores, count(SLA, kept, blocks.num_tiles), scale)
     x, y = q.softmax(-1), k.softmax(-1)
     state = torch.einsum("bshd,bshe->bhde", y, v)
@@ -126,6 +119,77 @@ def _sla(
     far = torch.einsum("bshd,bhde->bshe", x, state) / (total + _TINY)
     far = linear(far, call.learned, SLA)
     return Attended(near.out + far, near.kept, near.backend)
+
+
+def _sla2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, kept: float,
+    scale: float,
+) -> Attended:  # fmt: skip
+    """A learned mixture of the chosen tiles and linear attention to all the others.
+
+    SLA2, arXiv 2602.12675: O = α ⊙ O_sparse + (1 - α) ⊙ O_linear, with φ the softmax over the
+    channels, and α of each head and tile of 128 queries; tiles are chosen by projected means.
+
+    Raises:
+        BadParameter: α is of another number of tiles than the sequence has.
+    """
+    blocks = call.pattern.on(q.device)
+    scores = _scored(q, k, blocks, *(call.learned[f"proj_{name}.weight"] for name in "qk"))
+    scores = scores[:, :, : blocks.num_tiles]
+    number = count(SLA2, kept, blocks.num_tiles)
+    near = _chosen(q, k, v, call, scores, number, scale)
+    left = torch.ones_like(scores).scatter_(-1, scores.topk(number, -1).indices, 0.0)
+    far = _linear_rest(q.softmax(-1), k.softmax(-1), v, left, blocks)
+    share = call.learned[SLA2].to(q.device)
+    pairs = -(-blocks.num_tiles // PAIR)
+    if share.ndim > 1 and share.shape[1] != pairs:
+        raise BadParameter(
+            f"dynamic: alpha is of {share.shape[1]} tiles of {PAIR * RUN} queries, and this"
+            f" sequence has {pairs}: use the size that the weights were trained at"
+        )
+    share = share.reshape(len(share), -1).expand(-1, pairs).repeat_interleave(PAIR * RUN, 1)
+    alpha = share[:, : q.shape[1]].T[..., None].to(q.dtype)
+    return Attended(alpha * near.out + (1 - alpha) * far.to(q.dtype), near.kept, near.backend)
+
+
+def _scored(
+    q: torch.Tensor, k: torch.Tensor, blocks: BlockIndex, *projections: torch.Tensor
+) -> torch.Tensor:
+    """(B, H, N or one more, N): a row for each tile of queries; those of a pair are the same."""
+    pairs = torch.cat([blocks.starts[:-1:PAIR], blocks.starts[-1:]])
+    means = [_means(q, blocks.order, pairs), _means(k, blocks.order, blocks.starts)]
+    for i, weight in enumerate(projections):
+        means[i] = means[i] @ weight.to(means[i]).T
+    return torch.einsum("bqhd,bkhd->bhqk", *means).repeat_interleave(PAIR, 2)
+
+
+def _linear_rest(
+    x: torch.Tensor, y: torch.Tensor, v: torch.Tensor, left: torch.Tensor, blocks: BlockIndex
+) -> torch.Tensor:
+    """(B, S, H, D): linear attention of features to the tiles of keys that a row leaves out.
+
+    Args:
+        x: features of the queries, (B, S, H, D).
+        y: features of the keys.
+        v: values.
+        left: (B, H, N, N), 1 for those tiles and 0 for the others.
+        blocks: the tiles, in the order of the sequence.
+    """
+    tile = blocks.tile_of_place.long()
+    out = torch.empty_like(x, dtype=left.dtype)
+    for head in range(x.shape[2]):  # one at a time: its states are N matrices of D × D
+        keys, values = y[:, :, head].to(left.dtype), v[:, :, head].to(left.dtype)
+        states = torch.zeros(len(x), blocks.num_tiles, *2 * [x.shape[3]]).to(left)
+        states.index_add_(1, tile, keys[..., None] * values[..., None, :])
+        sums = torch.zeros(len(x), blocks.num_tiles, x.shape[3]).to(left)
+        sums.index_add_(1, tile, keys)
+        rows = left[:, head, ::PAIR]
+        seen = torch.einsum("bqn,bnde->bqde", rows, states), rows @ sums
+        for row, at in enumerate(range(0, x.shape[1], PAIR * RUN)):
+            queries = x[:, at : at + PAIR * RUN, head].to(left.dtype)
+            total = (queries @ seen[1][:, row, :, None]) + _TINY
+            out[:, at : at + PAIR * RUN, head] = queries @ seen[0][:, row] / total
+    return out
 
 
 def linear(x: torch.Tensor, learned: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -6,9 +6,14 @@ stand beside the others, named after the attention module that they belong to:
 =====  ==============================================================  =======================
 VSA    ``blocks.0.attn1.to_gate_compress.weight`` and ``.bias``        (H·D, channels), (H·D,)
 SLA    ``blocks.0.attn1.attn_op.local_attn.proj_l.weight``, ``.bias``  (D, D), (D,)
+SLA2   ``blocks.0.attn1.attn_op.local_attn.proj_q.weight``             (D, D)
+       ``blocks.0.attn1.attn_op.local_attn.proj_k.weight``             (D, D)
+       ``blocks.0.attn1.attn_op.local_attn.alpha``                     (H,) or (H, query tiles)
 =====  ==============================================================  =======================
 
-A bias may be missing, and so may ``attn_op`` and ``local_attn``. Only safetensors are read.
+A bias may be missing, and so may ``attn_op`` and ``local_attn`` of VSA and SLA. When this was
+written (November 2026) no checkpoint of SLA2 was public: its names are those of its paper, where
+SLA has its own. Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -22,17 +27,19 @@ from safetensors import SafetensorError, safe_open
 
 from diffpatch.errors import BadParameter
 from diffpatch.methods.learned.files import Layer, Learned
+from diffpatch.methods.learned.hub import fetched
 
-VSA, SLA = "to_gate_compress", "proj_l"
+VSA, SLA, SLA2 = "to_gate_compress", "proj_l", "alpha"
+_ROUTER = "proj_q.weight", "proj_k.weight"
 _NAME = re.compile(
-    r"(?:model\.)?(?:diffusion_model\.)?(?P<layer>.+?)(?:\.attn_op)?(?:\.local_attn)?"
-    rf"\.(?P<name>(?P<kind>{VSA}|{SLA})\.(?:weight|bias))"
+    r"(?:model\.)?(?:diffusion_model\.)?(?P<layer>.+?)(?:"
+    rf"(?:\.attn_op)?(?:\.local_attn)?\.(?P<name>(?P<kind>{VSA}|{SLA})\.(?:weight|bias))"
+    rf"|(?:\.attn_op)?\.local_attn\.(?P<second>{SLA2}|proj_[qk]\.weight))"
 )
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def kind_of(weights: str) -> str:
-    """What a checkpoint was trained with, `VSA` or `SLA`.
+    """What a checkpoint was trained with, `VSA`, `SLA` or `SLA2`.
 
     Args:
         weights: a diffusers folder, that of one of its models, a safetensors file, or the name of a
@@ -41,9 +48,9 @@ def kind_of(weights: str) -> str:
     Raises:
         BadParameter: there is no such checkpoint, or nothing of the kind in it.
     """
-    kinds = {found["kind"] for file in _files(weights) for _, found in _names(file)}
+    kinds = {found["kind"] or SLA2 for file in _files(weights) for _, found in _names(file)}
     if len(kinds) != 1:
-        what = "both kinds" if kinds else "neither to_gate_compress (VSA) nor proj_l (SLA)"
+        what = "several kinds" if kinds else "neither to_gate_compress (VSA) nor proj_l (SLA)"
         raise BadParameter(
             f"weights={weights!r} hold {what}: give a checkpoint that was trained sparse, or leave"
             " weights out"
@@ -77,7 +84,8 @@ def load(weights: str, component: str, layers: Sequence[Layer]) -> list[Learned]
     for file in _files(weights, component):
         with _opened(file) as tensors:
             for name, parts in _names(file):
-                found.setdefault(parts["layer"], {})[parts["name"]] = tensors.get_tensor(name)
+                short = parts["name"] or parts["second"]
+                found.setdefault(parts["layer"], {})[short] = tensors.get_tensor(name)
     missing = [layer.path for layer in layers if layer.path not in found]
     extra = sorted(found.keys() - {layer.path for layer in layers})
     if missing or extra:
@@ -99,9 +107,10 @@ def _fits(weights: str, layer: Layer, learned: Learned) -> None:
     expected = {
         f"{VSA}.weight": (inner, layer.channels), f"{VSA}.bias": (inner,),
         f"{SLA}.weight": (size, size), f"{SLA}.bias": (size,),
+        SLA2: (layer.heads, None), **dict.fromkeys(_ROUTER, (size, size)),
     }  # fmt: skip
     for name, value in learned.items():
-        wanted = expected[name]
+        wanted = expected[name][: value.ndim] if name == SLA2 and value.ndim else expected[name]
         same = len(wanted) == value.ndim and all(
             a is None or a == b for a, b in zip(wanted, value.shape, strict=False)
         )
@@ -112,7 +121,16 @@ def _fits(weights: str, layer: Layer, learned: Learned) -> None:
             )
         if not torch.isfinite(value).all():
             raise BadParameter(f"weights={weights!r}: {layer.path}.{name} holds NaN or infinity")
-    if not any(name.endswith(".weight") for name in learned):
+    routed = {SLA2, *_ROUTER}
+    if learned.keys() & routed:
+        if lacking := sorted(routed - learned.keys()):
+            raise BadParameter(f"weights={weights!r}: {layer.path} has no {lacking[0]}")
+        if not ((learned[SLA2] >= 0) & (learned[SLA2] <= 1)).all():
+            raise BadParameter(
+                f"weights={weights!r}: {layer.path}.{SLA2} must be from 0 to 1: it is the share of"
+                " the chosen tiles"
+            )
+    elif not any(name.endswith(".weight") for name in learned):
         raise BadParameter(f"weights={weights!r}: {layer.path} has a bias and no weight")
 
 
@@ -137,7 +155,7 @@ def _files(weights: str, component: str | None = None) -> list[Path]:
     """The safetensors of a checkpoint: of one of its transformers, or of all of them."""
     place = Path(weights)
     if not place.exists():
-        place = _fetched(weights)
+        place = fetched(weights, "transformer*/*.safetensors")
     if place.is_file():
         return [place]
     inner = [place / component] if component else sorted(place.glob("transformer*"))
@@ -146,17 +164,3 @@ def _files(weights: str, component: str | None = None) -> list[Path]:
     if not files:
         raise BadParameter(f"weights={weights!r} is a folder without safetensors of a transformer")
     return files
-
-
-def _fetched(name: str) -> Path:
-    """The folder of a model on the hub."""
-    if _HUB.fullmatch(name) is None:
-        raise BadParameter(f"weights={name!r} is not a file, a folder or a model on the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["transformer*/*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadParameter(f"weights={name!r} cannot be fetched from the hub ({reason})") from None

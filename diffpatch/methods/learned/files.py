@@ -1,8 +1,9 @@
 """Files of learned attention parameters: one safetensors file, checked against the model it meets.
 
-A tensor is named after the attention module it belongs to, ``transformer.blocks.0.attn1.gate``. The
-header says which transformer class the file was made for and with which parameters of the method.
-Nothing in it depends on a token grid.
+In the folder of a pipeline, where diffusers passes over it, the file is called `FILE`. A tensor is
+named after the attention module it belongs to, ``transformer.blocks.0.attn1.gate``. The header says
+which transformer class the file was made for and with which parameters of the method. Nothing in it
+depends on a token grid.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 
 from diffpatch.checking import file_path
 from diffpatch.errors import BadParameter
+from diffpatch.methods.learned.hub import fetched
 
 FORMAT, VERSION = "diffpatch learned attention", "1"
+FILE = "diffpatch_linear.safetensors"
 
 Learned = dict[str, torch.Tensor]  # what one layer learned, by name
 
@@ -61,15 +64,16 @@ def save(
     """Write learned parameters; the file appears whole or not at all.
 
     Args:
-        path: a new or old file, ending in .safetensors.
+        path: a new or old file, ending in .safetensors, or the folder of a pipeline.
         learned: layer, such as ``transformer.blocks.0.attn1``, -> its tensors.
         family: the class of the transformer.
         method: the parameters of the method, ready for JSON.
         dtype: what tensors of two and more dimensions are stored in; vectors stay fp32.
 
     Raises:
-        BadParameter: the path is empty or that of a folder.
+        BadParameter: the path is empty.
     """
+    path = Path(path) / FILE if str(path) and Path(path).is_dir() else path
     tensors = {}
     for layer, values in learned.items():
         for name, value in values.items():
@@ -98,7 +102,7 @@ def load(
     """Read a file for one transformer of a pipeline.
 
     Args:
-        path: the file.
+        path: the file, a folder with `FILE`, or the name of such a model on the hub.
         component: name of the transformer in its pipeline.
         family: its class.
         layers: its attention modules.
@@ -127,14 +131,33 @@ def load(
     return method, [found[one.path] for one in layers]
 
 
+def located(path: str | Path) -> Path:
+    """The file itself, of a file, a folder or a model on the hub.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        if place.suffix or not place.name:
+            raise BadParameter(f"weights={str(path)!r} is not a file")
+        place = fetched(str(path), FILE)
+    if not (place / FILE).is_file():
+        raise BadParameter(
+            f"weights={str(path)!r} holds no {FILE}: examples/distill_linear.py writes one"
+        )
+    return place / FILE
+
+
 def _read(
     path: str | Path, *, tensors: bool
 ) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
     """The class of the transformer, the parameters of the method, and the tensors if asked for."""
-    if not Path(path).is_file():
-        raise BadParameter(f"weights={str(path)!r} is not a file")
+    source = located(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(source, framework="pt") as file:
             header = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpatch.methods.learned import checkpoint
+from diffpatch.methods.learned import checkpoint, files
 from diffpatch.methods.registry import MethodLike
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def with_found_weights(
     target: Any, model: Any, method: MethodLike, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The parameters of "dynamic" with the weights that the model was trained with, if found.
+    """The parameters of "dynamic" or "linear" with the weights that the model has, if found.
 
     diffusers passes over them as it loads the folder, so that nothing else tells of them. Where a
     caller asks for something else than the weights allow, they are left alone, with a warning.
@@ -28,12 +28,13 @@ def with_found_weights(
         params: parameters given by the caller.
     """
     given = dict(params)
-    if method != "dynamic" or "weights" in given:
+    if "weights" in given or method not in _HOLDS:
         return given
-    folder = next(filter(None, map(_trained_folder, (target, model))), None)
+    folders = filter(None, map(_folder, (target, model)))
+    folder = next(filter(_HOLDS[str(method)], folders), None)
     if folder is None:
         return given
-    if others := sorted(given.keys() - {"kept"}):
+    if others := sorted(given.keys() - {"kept", "near"}):
         logger.warning(
             "%s holds weights of the sparse attention it was trained with; %s=%r goes without them",
             folder, others[0], given[others[0]],
@@ -42,9 +43,16 @@ def with_found_weights(
     return given | {"weights": folder}
 
 
-def _trained_folder(loaded: Any) -> str | None:
-    """The folder that something was loaded from, if it is on this disk and holds such weights."""
+def _folder(loaded: Any) -> str | None:
+    """The folder that something was loaded from, if it is on this disk."""
     name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
     if not isinstance(name, str | Path) or not str(name) or not Path(name).is_dir():
         return None
-    return str(name) if checkpoint.is_trained(str(name)) else None
+    return str(name)
+
+
+# Method -> whether a folder holds weights for it.
+_HOLDS: dict[str, Callable[[str], bool]] = {
+    "dynamic": checkpoint.is_trained,
+    "linear": lambda folder: (Path(folder) / files.FILE).is_file(),
+}

@@ -1,4 +1,4 @@
-"""Checkpoints that were trained sparse, in plain diffusers: VSA's gate and SLA's projection."""
+"""Checkpoints that were trained sparse, in plain diffusers: gates, projections, mixtures."""
 
 from __future__ import annotations
 
@@ -74,6 +74,28 @@ def sla(
     return near + far @ weight.T + bias
 
 
+def sla2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routers: list[torch.Tensor],
+    alpha: torch.Tensor, kept: float, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """SLA2 as in its paper, token by token: linear attention to the tiles that are left out."""
+    q_ = torch.stack([x.mean(1) for x in q.split(128, 1)], 1) @ routers[0].T
+    k_ = torch.stack([x.mean(1) for x in k.split(64, 1)], 1) @ routers[1].T
+    scores = torch.einsum("bqhd,bkhd->bhqk", q_, k_)
+    best = scores.topk(max(1, int(kept * k_.shape[1])), -1).indices
+    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    place = torch.arange(q.shape[1])
+    mask = seen[:, :, place // 128][..., place // 64]
+    a, b, c = (x.transpose(1, 2) for x in (q, k, v))
+    near = F.scaled_dot_product_attention(a, b, c, mask, scale=scale).transpose(1, 2)
+    weights = torch.einsum("bqhd,bkhd->bhqk", q.softmax(-1), k.softmax(-1)) * ~mask
+    far = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    far = far / (weights.sum(-1).transpose(1, 2)[..., None] + 1e-5)
+    share = (alpha[:, None] if alpha.ndim == 1 else alpha).expand(-1, q_.shape[1])
+    share = share[:, place // 128].T[..., None]
+    return share * near + (1 - share) * far
+
+
 def tensors(tokens: int, heads: int = 3, size: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     return [
@@ -119,6 +141,26 @@ def test_sla_is_its_definition(grid: TokenGrid) -> None:
     assert least - 1e-9 <= float(found.kept) <= most + 1e-9
 
 
+@pytest.mark.parametrize("grid", [TokenGrid(5, 8, 9), TokenGrid(2, 10, 10)], ids=str)
+@pytest.mark.parametrize("per_tile", [False, True])
+def test_sla2_is_its_definition(grid: TokenGrid, per_tile: bool) -> None:
+    q, k, v, _ = tensors(grid.num_tokens)
+    rows = -(-grid.num_tokens // 128)
+    routers = [torch.randn(8, 8, dtype=torch.float64) for _ in range(2)]
+    alpha = torch.rand((3, rows) if per_tile else (3,), dtype=torch.float64)
+    names = ("proj_q.weight", "proj_k.weight", "alpha")
+    learned = dict(zip(names, (*routers, alpha), strict=True))
+    call = AttentionCall(trained.pattern(checkpoint.SLA2, grid), learned=learned)
+    found = trained.attend(checkpoint.SLA2, q, k, v, call, KEPT)
+    expected = sla2(q, k, v, routers, alpha, KEPT, 8**-0.5)
+    torch.testing.assert_close(found.out, expected, rtol=0, atol=1e-12)
+    least, most = trained.bounds(checkpoint.SLA2, call.pattern, KEPT)
+    assert least - 1e-9 <= float(found.kept) <= most + 1e-9
+    other = AttentionCall(call.pattern, learned=learned | {"alpha": torch.rand(3, rows + 1)})
+    with pytest.raises(BadParameter, match="use the size that the weights were trained at"):
+        trained.attend(checkpoint.SLA2, q, k, v, other, KEPT)
+
+
 def test_fewer_heads_of_keys_and_half_precision() -> None:
     grid = GRIDS[0]
     q, k, v, gate = tensors(grid.num_tokens, heads=4)
@@ -143,6 +185,12 @@ def learned_by(model: Any, kind: str, prefix: str = "") -> dict[str, torch.Tenso
     for i, block in enumerate(model.blocks):
         inner, channels = block.attn1.to_q.weight.shape
         size = inner // block.attn1.heads
+        if kind == checkpoint.SLA2:
+            place = f"{prefix}blocks.{i}.attn1.attn_op.local_attn."
+            for name in ("proj_q", "proj_k"):
+                found[f"{place}{name}.weight"] = torch.randn(size, size)
+            found[f"{place}alpha"] = torch.rand(block.attn1.heads)
+            continue
         shape = (inner, channels) if kind == checkpoint.VSA else (size, size)
         name = f"{prefix}blocks.{i}.attn1." + (
             "" if kind == checkpoint.VSA else "attn_op.local_attn."
@@ -167,7 +215,7 @@ def released(folder: Path, tiny: Tiny, kind: str) -> Path:
 SIZE = {"height": 160, "width": 192, "num_frames": 9}  # 3×10×12 tokens: several tiles and runs
 
 
-@pytest.mark.parametrize("kind", [checkpoint.VSA, checkpoint.SLA])
+@pytest.mark.parametrize("kind", [checkpoint.VSA, checkpoint.SLA, checkpoint.SLA2])
 def test_a_released_folder_runs_as_it_was_trained(kind: str, tmp_path: Path) -> None:
     """diffusers itself loads the folder; every self-attention is then held to the definition."""
     folder = released(tmp_path, wan(), kind)
@@ -195,11 +243,15 @@ def test_a_released_folder_runs_as_it_was_trained(kind: str, tmp_path: Path) -> 
         layer = now[-1]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         scale = q.shape[-1] ** -0.5
-        weight, bias = list(extra.values())[2 * layer : 2 * layer + 2]
+        count = len(extra) // len(layers)
+        weight, bias, *rest = list(extra.values())[count * layer : count * (layer + 1)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "scaled_dot_product_attention", original)
             if kind == checkpoint.SLA:
                 return sla(q, k, v, weight, bias, trained.KEPT, scale).transpose(1, 2)
+            if kind == checkpoint.SLA2:
+                routers, (alpha,) = [weight, bias], rest
+                return sla2(q, k, v, routers, alpha, trained.KEPT, scale).transpose(1, 2)
             gate = F.linear(inputs[layer], weight, bias).unflatten(-1, (q.shape[2], -1))
             return vsa(q, k, v, grid, gate, trained.KEPT, scale).transpose(1, 2)
 
@@ -290,7 +342,12 @@ def broken(how: str, tmp_path: Path) -> str:
         return str(tmp_path)
     if how == "nowhere":
         return "/nowhere/at/all"
+    mixed = learned_by(wan().pipe.transformer, checkpoint.SLA2)
+    alpha = "blocks.0.attn1.attn_op.local_attn.alpha"
     changes: dict[str, dict[str, torch.Tensor]] = {
+        "no router": {n: x for n, x in mixed.items() if "proj_k" not in n},
+        "no share": mixed | {alpha: torch.tensor([0.5, 1.5])},
+        "other heads": mixed | {alpha: torch.rand(3)},
         "neither": {}, "both": gates | {"blocks.0.attn1.proj_l.weight": torch.eye(12)},
         "larger": gates | {first: torch.zeros(24, 48)},
         "wrong bias": gates | {first.replace("weight", "bias"): torch.zeros(23)},
@@ -311,7 +368,10 @@ def broken(how: str, tmp_path: Path) -> str:
         ("empty", "a folder without safetensors"),
         ("nowhere", "is not a file, a folder or a model on the hub"),
         ("neither", "neither to_gate_compress"),
-        ("both", "hold both kinds"),
+        ("both", "hold several kinds"),
+        ("no router", r"blocks\.0\.attn1 has no proj_k\.weight"),
+        ("no share", r"blocks\.0\.attn1\.alpha must be from 0 to 1"),
+        ("other heads", r"alpha is \(3,\) and the model needs \(2,\)"),
         ("larger", r"is \(24, 48\) and the model needs \(24, 24\)"),
         ("wrong bias", r"is \(23,\) and the model needs \(24,\)"),
         ("NaN", "holds NaN"),
