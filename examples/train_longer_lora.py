@@ -10,7 +10,8 @@ accelerate places the model; every block is computed again in the backward pass 
 
 Writes pytorch_lora_weights.safetensors, which diffusers loads with ``pipe.load_lora_weights``, and
 loss.json: the loss of every step, and what the judge reads from clips of two and four times the
-length before and after. Stopped at any moment, the same command goes on.
+length before and after, with the loss on such clips that were not learned from. Stopped at any
+moment, the same command goes on.
 
 For a model of your own, `--model` names its folder or hub id and `--data` a folder of safetensors,
 each with ``latents`` (C, F, H, W), normalised as its pipeline does, and ``text`` (L, channels), as
@@ -20,29 +21,24 @@ its text encoder gives it. Without them the demo model learns from clips that ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import diffpatch
 from diffpatch.cli import scripts
 from diffpatch.eval.quality.scores import Tools, alone, load_tools
-from diffpatch.files import read_json, write_json
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo
 from diffpatch.pipelines.running.calls import fitted_call
 from diffpatch.pipelines.running.loading import load_pipeline
 from diffpatch.pipelines.running.sampling import sample
+from diffpatch.tuning.lora import LoraTraining
 
-FILE = "pytorch_lora_weights.safetensors"
-STATE, LOSS = "optimizer.safetensors", "loss.json"
+HELD_OUT = 1_000_000  # numbers of clips that no training reaches
 TARGETS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
-KEEP_EVERY = 20  # steps between two writings of the state
 
 
 class Batch(NamedTuple):
@@ -106,38 +102,6 @@ def loss_of(model: Any, batch: Batch, step: int, shift: float) -> torch.Tensor:
     return (velocity.float() - (noise - clean)).square().mean()
 
 
-def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, record: Any) -> None:
-    """Write what was learned, and all that it takes to go on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    learned = {f"transformer.{n}": x for n, x in get_peft_model_state_dict(model).items()}
-    save_file({n: x.detach().contiguous() for n, x in learned.items()}, folder / FILE)
-    save_file(dict(_tensors(optimizer)), folder / STATE)
-    write_json(folder / LOSS, record)  # last: it says how far the others are
-
-
-def resume(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read them back; the record of a run, new where there is none."""
-    if not (folder / LOSS).is_file():
-        return {"losses": [], "judge": {}}
-    learned = load_file(folder / FILE)
-    set_peft_model_state_dict(
-        model, {n.removeprefix("transformer."): x for n, x in learned.items()}
-    )
-    stored = load_file(folder / STATE)
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        names = [name for name in stored if name.startswith(f"{i}.")]
-        optimizer.state[parameter] = {name.partition(".")[2]: stored[name] for name in names}
-    found: dict[str, Any] = read_json(folder / LOSS)
-    return found
-
-
-def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an optimizer, by the number of their parameter."""
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        for name, value in optimizer.state[parameter].items():
-            yield f"{i}.{name}", value
-
-
 def judged(pipe: Any, frames: int, options: argparse.Namespace, tools: Tools) -> dict[str, float]:
     """What the judge reads from clips of a length, with the patch on; means over the prompts."""
     preset = PRESETS["demo"]
@@ -157,6 +121,15 @@ def judged(pipe: Any, frames: int, options: argparse.Namespace, tools: Tools) ->
         for name, value in alone(made, text, tools).items():
             found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def held_out_loss(pipe: Any, frames: int, options: argparse.Namespace) -> float:
+    """The training loss on clips of a length that are never learned from, two for each caption."""
+    draw = demo_batches(pipe, frames, options.side, 1)
+    numbers = range(HELD_OUT, HELD_OUT + 2 * options.judge)
+    losses = [loss_of(pipe.transformer, draw(n), n, shift=3.0) for n in numbers]
+    return float(torch.stack(losses).mean())
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -192,74 +165,46 @@ def main(argv: list[str] | None = None) -> None:
     demo = options.model == "demo"
     if not demo and options.data is None:
         raise SystemExit("--model needs --data, a folder of latents and text")
-    accelerator = Accelerator()
     pipe = load_demo(dtype=torch.float32) if demo else load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(accelerator.device)
-    model = pipe.transformer
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # so that runs can be repeated
-        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS)
-        model.add_adapter(lora)
-    model.enable_gradient_checkpointing()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=options.rate)
-    record = resume(options.out, model, optimizer)
+    training = LoraTraining(
+        pipe.transformer, options.out, TARGETS, rank=options.rank, rate=options.rate
+    )
+    pipe.to(training.device)
+    judge = training.record.setdefault("judge", {})
     batches = (
         demo_batches(pipe, options.frames, options.side, options.batch)
         if demo
         else file_batches(options.data, options.batch)
     )
+
+    def loss(model: Any, step: int) -> torch.Tensor:
+        batch = Batch(*(x.to(training.device) for x in batches(step)))
+        return loss_of(model, batch, step, shift=3.0)
+
     # The pipeline's own judgement needs steps; training takes the transformer as it is.
     tools = load_tools() if demo and options.judge else None
     lengths = [times * options.trained for times in (2, 4)]
-    if tools is not None and "before" not in record["judge"]:
-        record["judge"]["before"] = _judge_all(pipe, lengths, options, tools)
-        save(options.out, model, optimizer, record)
-    with diffpatch.patched(model, "radial", decay=options.decay, dense_layers=0):
-        train(model, optimizer, batches, record, options, accelerator)
+    if tools is not None and "before" not in judge:
+        judge["before"] = _judge_all(pipe, lengths, options, tools)
+        training.save()
+    with diffpatch.patched(pipe.transformer, "radial", decay=options.decay, dense_layers=0):
+        training.run(options.steps, loss)
     if tools is not None:
-        record["judge"]["after"] = _judge_all(pipe, lengths, options, tools)
-        save(options.out, model, optimizer, record)
+        judge["after"] = _judge_all(pipe, lengths, options, tools)
+        training.save()
 
 
 def _judge_all(
     pipe: Any, lengths: list[int], options: argparse.Namespace, tools: Tools
 ) -> dict[str, dict[str, float]]:
     longest = pipe.transformer.config.rope_max_seq_len
+    found = {}
     with diffpatch.patched(pipe, "radial", decay=options.decay, dense_layers=0, dense_steps=0):
-        return {
-            str(frames): judged(pipe, frames, options, tools)
-            for frames in dict.fromkeys(min(n, longest) for n in lengths)
-        }
-
-
-def train(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], Batch],
-    record: dict[str, Any],
-    options: argparse.Namespace,
-    accelerator: Accelerator,
-) -> None:
-    """The updates that are still to be made."""
-    model.train()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for step in range(len(record["losses"]), options.steps):
-        batch = Batch(*(x.to(accelerator.device) for x in batches(step)))
-        loss = loss_of(wrapped, batch, step, shift=3.0)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(inner.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        record["losses"].append(float(loss.detach()))
-        if (step + 1) % KEEP_EVERY == 0 or step + 1 == options.steps:
-            latest = record["losses"][-KEEP_EVERY:]
-            print(f"step {step + 1}: loss {sum(latest) / len(latest):.4f}", flush=True)
-            save(options.out, model, inner, record)
-    model.eval()
+        for frames in dict.fromkeys(min(n, longest) for n in lengths):
+            found[str(frames)] = judged(pipe, frames, options, tools)
+            found[str(frames)]["loss"] = held_out_loss(pipe, frames, options)
+    return found
 
 
 if __name__ == "__main__":

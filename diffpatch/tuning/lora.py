@@ -1,0 +1,140 @@
+"""Training a LoRA of a transformer with sparse attention on: stopped at any moment, it goes on.
+
+PEFT makes the corrections (``pip install peft``), accelerate places model and optimizer, and every
+block is computed again in the backward pass instead of kept. The folder of a training holds
+
+``pytorch_lora_weights.safetensors``  what was learned; diffusers loads it by ``load_lora_weights``
+``optimizer.safetensors``             the state of the optimizer
+``loss.json``                         the loss of every step, and what else is put into the record
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from diffpatch.errors import DiffpatchError
+from diffpatch.files import read_json, write_json
+
+WEIGHTS, STATE, RECORD = "pytorch_lora_weights.safetensors", "optimizer.safetensors", "loss.json"
+KEEP_EVERY = 20  # steps between two writings
+SEED = 0  # of the first values, so that trainings can be repeated
+
+
+class LoraTraining:
+    """One training.
+
+    Args:
+        model: a diffusers transformer; its own weights stay as they are.
+        folder: where the files are; what an earlier training left there is gone on with.
+        targets: endings of the paths of the linear layers that are corrected.
+        rank: of the corrections.
+        rate: learning rate of AdamW.
+
+    Attributes:
+        model: the transformer, on its device.
+        record: what `RECORD` holds: ``losses``, and whatever a caller adds.
+
+    Raises:
+        DiffpatchError: PEFT is not installed, or the model has none of the targets.
+    """
+
+    def __init__(
+        self, model: Any, folder: Path, targets: Sequence[str], *, rank: int, rate: float
+    ) -> None:
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise DiffpatchError("a LoRA is trained with PEFT: pip install peft") from None
+        self.folder, self._accelerator = folder, Accelerator()
+        self.model = model.to(self._accelerator.device).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+            try:
+                model.add_adapter(config)
+            except ValueError as error:
+                raise DiffpatchError(
+                    f"no layer of {type(model).__name__} ends in one of {', '.join(targets)}:"
+                    f" name its own ({str(error).splitlines()[0]})"
+                ) from error
+        model.enable_gradient_checkpointing()
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._weights, lr=rate)
+        self.record: dict[str, Any] = {"losses": []}
+        self._resume()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    def run(
+        self,
+        steps: int,
+        loss: Callable[[Any, int], torch.Tensor],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """The updates that are still to be made.
+
+        Args:
+            steps: updates in all, earlier ones included.
+            loss: of the model and the number of the update.
+            say: gets a line now and then.
+        """
+        self.model.train()
+        model, optimizer = self._accelerator.prepare(self.model, self._optimizer)
+        losses = self.record["losses"]
+        for step in range(len(losses), steps):
+            value = loss(model, step)
+            self._accelerator.backward(value)
+            self._accelerator.clip_grad_norm_(self._weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(value.detach()))
+            if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
+                latest = losses[-KEEP_EVERY:]
+                say(f"step {step + 1}: loss {sum(latest) / len(latest):.4f}")
+                self.save()
+        self.model.eval()
+
+    def save(self) -> None:
+        """Write what was learned, and all that it takes to go on."""
+        from peft.utils import get_peft_model_state_dict
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        learned = get_peft_model_state_dict(self.model)
+        named = {f"transformer.{n}": x.detach().contiguous() for n, x in learned.items()}
+        save_file(named, self.folder / WEIGHTS)
+        save_file(dict(self._state()), self.folder / STATE)
+        write_json(self.folder / RECORD, self.record)  # last: it says how far the others are
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the optimizer, by the number of their parameter."""
+        for i, parameter in enumerate(self._weights):
+            for name, value in self._optimizer.state[parameter].items():
+                yield f"{i}.{name}", value
+
+    def _resume(self) -> None:
+        """Read back what an earlier training wrote, if there was one."""
+        from peft.utils import set_peft_model_state_dict
+
+        if not (self.folder / RECORD).is_file():
+            return
+        learned = load_file(self.folder / WEIGHTS)
+        set_peft_model_state_dict(
+            self.model, {n.removeprefix("transformer."): x for n, x in learned.items()}
+        )
+        stored = load_file(self.folder / STATE)
+        for i, parameter in enumerate(self._weights):
+            names = [name for name in stored if name.startswith(f"{i}.")]
+            self._optimizer.state[parameter] = {
+                name.partition(".")[2]: stored[name] for name in names
+            }
+        self.record |= read_json(self.folder / RECORD)
