@@ -4,6 +4,7 @@
 # make mutants do the tests notice small wrong edits? MINUTES=10 SEED=1, goes on where it stopped
 # make fuzz    random grids, methods, sweeps, settings and weights, for MINUTES=10
 # make docs    README, map, gallery and an API reference, into build/docs/
+# make engines the adapters against the wheels of vLLM-Omni, SGLang and xDiT, without what these run on
 # make drift   the family matrix with the oldest supported diffusers, and with the newest
 # Set-up happens by itself, in .venv, and again only when pyproject.toml changes.
 
@@ -48,6 +49,12 @@ mutants: $(VENV)/.ready-test
 
 fuzz: $(VENV)/.ready-test
 	@$(BIN)/python -m tests.proof --minutes $(MINUTES)
+
+# Pure Python, and pinned: their dependencies want a GPU's stack, so that no extra installs them.
+engines: $(VENV)/.ready-test
+	@$(PIP) -q --upgrade --no-deps --target build/engines \
+		vllm-omni==0.30.0 sglang==0.5.23 xfuser==0.7.0 einops
+	@OMP_NUM_THREADS=1 PYTHONPATH=build/engines $(BIN)/python -m pytest tests/adapters
 
 # Only the parts that lean on diffusers: what is said of its insides, and every family's tiny model.
 DRIFT := tests/patching/swap/test_internals.py tests/pipelines/test_families.py tests/pipelines/test_family_limits.py

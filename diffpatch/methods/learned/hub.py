@@ -18,7 +18,7 @@ def fetched(weights: str, files: str) -> Path:
         files: a pattern of those that are wanted.
 
     Raises:
-        BadParameter: it is no such name, or it cannot be fetched.
+        BadParameter: it is not such a name, or it cannot be fetched.
     """
     if _NAME.fullmatch(weights) is None:
         raise BadParameter(f"weights={weights!r} is not a file, a folder or a model on the hub")

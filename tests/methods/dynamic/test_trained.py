@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,80 +19,12 @@ from diffpatch.methods.base import AttentionCall
 from diffpatch.methods.dynamic import Dynamic, trained
 from diffpatch.methods.learned import checkpoint
 from diffpatch.methods.learned.files import Layer
+from tests.methods.dynamic.trained_definitions import sla, sla2, vsa
 from tests.pipelines.test_families import error
 from tests.tiny import Tiny, wan, wan22
 
 GRIDS = (TokenGrid(5, 6, 7), TokenGrid(3, 9, 4), TokenGrid(1, 5, 5))
 KEPT = 0.4
-
-
-def vsa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid, gate: torch.Tensor,
-    kept: float, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """VSA as in its paper, token by token: cubes of 4×4×4, the last ones smaller."""
-    frames, height, width = grid.shape
-    number = -(-height // 4), -(-width // 4)
-    cube = torch.tensor([
-        (t // 4 * number[0] + h // 4) * number[1] + w // 4
-        for t, h, w in itertools.product(range(frames), range(height), range(width))
-    ])  # fmt: skip
-    cubes = int(cube.max()) + 1
-    q_, k_, v_ = (
-        torch.stack([x[:, cube == i].mean(1) for i in range(cubes)], 1) for x in (q, k, v)
-    )
-    scores = torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale
-    coarse = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v_)[:, cube]
-    best = scores.topk(math.ceil(kept * cubes), -1).indices
-    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    mask = seen[:, :, cube][..., cube]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    fine = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
-    return gate * coarse + fine
-
-
-def sla(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-    kept: float, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """SLA as it was released: runs of 128 queries and 64 keys along the sequence."""
-    tokens, centred = q.shape[1], k - k.mean(1, keepdim=True)
-    q_ = torch.stack([x.mean(1) for x in q.split(128, 1)], 1)
-    k_ = torch.stack([x.mean(1) for x in centred.split(64, 1)], 1)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q_, k_)
-    best = scores.topk(max(1, int(kept * k_.shape[1])), -1).indices
-    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    place = torch.arange(tokens)
-    mask = seen[:, :, place // 128][..., place // 64]
-    a, b, c = (x.transpose(1, 2) for x in (q, k, v))
-    near = F.scaled_dot_product_attention(a, b, c, mask, scale=scale).transpose(1, 2)
-    x, y = q.softmax(-1), k.softmax(-1)
-    weights = torch.einsum("bqhd,bkhd->bhqk", x, y)
-    far = torch.einsum("bhqk,bkhd->bqhd", weights, v)
-    far = far / (weights.sum(-1).transpose(1, 2)[..., None] + 1e-5)
-    return near + far @ weight.T + bias
-
-
-def sla2(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routers: list[torch.Tensor],
-    alpha: torch.Tensor, kept: float, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """SLA2 as in its paper, token by token: linear attention to the tiles that are left out."""
-    q_ = torch.stack([x.mean(1) for x in q.split(128, 1)], 1) @ routers[0].T
-    k_ = torch.stack([x.mean(1) for x in k.split(64, 1)], 1) @ routers[1].T
-    scores = torch.einsum("bqhd,bkhd->bhqk", q_, k_)
-    best = scores.topk(max(1, int(kept * k_.shape[1])), -1).indices
-    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    place = torch.arange(q.shape[1])
-    mask = seen[:, :, place // 128][..., place // 64]
-    a, b, c = (x.transpose(1, 2) for x in (q, k, v))
-    near = F.scaled_dot_product_attention(a, b, c, mask, scale=scale).transpose(1, 2)
-    weights = torch.einsum("bqhd,bkhd->bhqk", q.softmax(-1), k.softmax(-1)) * ~mask
-    far = torch.einsum("bhqk,bkhd->bqhd", weights, v)
-    far = far / (weights.sum(-1).transpose(1, 2)[..., None] + 1e-5)
-    share = (alpha[:, None] if alpha.ndim == 1 else alpha).expand(-1, q_.shape[1])
-    share = share[:, place // 128].T[..., None]
-    return share * near + (1 - share) * far
 
 
 def tensors(tokens: int, heads: int = 3, size: int = 8) -> list[torch.Tensor]:
@@ -145,11 +76,9 @@ def test_sla_is_its_definition(grid: TokenGrid) -> None:
 @pytest.mark.parametrize("per_tile", [False, True])
 def test_sla2_is_its_definition(grid: TokenGrid, per_tile: bool) -> None:
     q, k, v, _ = tensors(grid.num_tokens)
-    rows = -(-grid.num_tokens // 128)
-    routers = [torch.randn(8, 8, dtype=torch.float64) for _ in range(2)]
+    rows, routers = -(-grid.num_tokens // 128), list(torch.randn(2, 8, 8, dtype=torch.float64))
     alpha = torch.rand((3, rows) if per_tile else (3,), dtype=torch.float64)
-    names = ("proj_q.weight", "proj_k.weight", "alpha")
-    learned = dict(zip(names, (*routers, alpha), strict=True))
+    learned = {"proj_q.weight": routers[0], "proj_k.weight": routers[1], "alpha": alpha}
     call = AttentionCall(trained.pattern(checkpoint.SLA2, grid), learned=learned)
     found = trained.attend(checkpoint.SLA2, q, k, v, call, KEPT)
     expected = sla2(q, k, v, routers, alpha, KEPT, 8**-0.5)
@@ -187,8 +116,7 @@ def learned_by(model: Any, kind: str, prefix: str = "") -> dict[str, torch.Tenso
         size = inner // block.attn1.heads
         if kind == checkpoint.SLA2:
             place = f"{prefix}blocks.{i}.attn1.attn_op.local_attn."
-            for name in ("proj_q", "proj_k"):
-                found[f"{place}{name}.weight"] = torch.randn(size, size)
+            found |= {f"{place}proj_{x}.weight": torch.randn(size, size) for x in "qk"}
             found[f"{place}alpha"] = torch.rand(block.attn1.heads)
             continue
         shape = (inner, channels) if kind == checkpoint.VSA else (size, size)
@@ -250,8 +178,7 @@ def test_a_released_folder_runs_as_it_was_trained(kind: str, tmp_path: Path) -> 
             if kind == checkpoint.SLA:
                 return sla(q, k, v, weight, bias, trained.KEPT, scale).transpose(1, 2)
             if kind == checkpoint.SLA2:
-                routers, (alpha,) = [weight, bias], rest
-                return sla2(q, k, v, routers, alpha, trained.KEPT, scale).transpose(1, 2)
+                return sla2(q, k, v, [weight, bias], rest[0], trained.KEPT, scale).transpose(1, 2)
             gate = F.linear(inputs[layer], weight, bias).unflatten(-1, (q.shape[2], -1))
             return vsa(q, k, v, grid, gate, trained.KEPT, scale).transpose(1, 2)
 
