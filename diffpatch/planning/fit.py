@@ -28,7 +28,7 @@ def fit_kept(
     Sizes are whole tokens or tiles, so the result is near, not equal: `kept_of` says how near. A
     budget beyond what the method can reach gives the nearest that it can.
 
-    >>> method = fit_kept("neighborhood", TokenGrid(21, 45, 80), 0.25)
+    >>> method = fit_kept("neighborhood", (21, 45, 80), 0.25)
 
     Args:
         method: a name, a combination such as "radial+temporal", or an object. Of an object
