@@ -110,7 +110,7 @@ def test_fewer_heads_of_keys_and_half_precision() -> None:
 def learned_by(model: Any, kind: str, prefix: str = "") -> dict[str, torch.Tensor]:
     """Random weights as they are released, for every self-attention of a Wan."""
     torch.manual_seed(1)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for i, block in enumerate(model.blocks):
         inner, channels = block.attn1.to_q.weight.shape
         size = inner // block.attn1.heads
