@@ -50,9 +50,9 @@ class Hold:
     def __wrapped__(self) -> Callable[..., Any]:
         # For those who look at a forward's arguments.
         if self._before is not None:
-            return self._before  # type: ignore[no-any-return]
+            return self._before
         model = self._model()
-        return getattr(type(model), FORWARD).__get__(model)  # type: ignore[no-any-return]
+        return getattr(type(model), FORWARD).__get__(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = self.__wrapped__
