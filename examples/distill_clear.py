@@ -18,8 +18,7 @@ of images of prompts that were not learned from, before and after. Then::
     diffpatch.patch(pipe, "disc", radius=16, dense_steps=0, dense_layers=0)
 
 CLEAR's flow-matching loss on photographs is left out: the images are the teacher's own. Without
-`--model` the built-in demo makes images, videos of one frame; two CPU cores need a minute for some
-twenty steps.
+`--model` the built-in demo makes images, videos of one frame.
 """
 
 from __future__ import annotations
