@@ -218,7 +218,8 @@ def test_more_runs_of_the_plain_function_than_it_keeps_patterns_are_as_alone() -
         )
         return diffpatch.attention(q, k, v, grid, method, step=i, state=state)
 
-    alone, states = [], [dict[str, Any]() for _ in grids]
+    states: list[dict[str, Any]] = [{} for _ in grids]
+    alone: list[list[torch.Tensor]] = []
     for grid in grids:
         own: dict[str, Any] = {}
         alone.append([step(i, grid, own) for i in range(3)])
