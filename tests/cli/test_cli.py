@@ -101,6 +101,19 @@ def test_the_dense_video_is_what_the_pipeline_makes(rendered: Path) -> None:
     assert np.abs(frames(rendered / "dense.apng") - expected).max() <= 1
 
 
+@pytest.mark.parametrize(("method", "name"), [("dense", "held"), ("window", "window")])
+def test_steps_are_held_with_and_without_a_method(
+    method: str, name: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", str(models / "wan"), "-p", "a cat", *SIZE[:-1], "6", "--format", "apng"]
+    words += ["--method", method, "--hold", "1000", "--compare", "dense", "--quiet", "--json"]
+    assert main(["render", *words, "-o", str(tmp_path)]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert list(runs) == ["dense", name] and runs[name]["options"]["hold"] == 1000
+    assert runs[name]["report"]["held_steps"] == 4, "two steps tell how fast the result changes"
+    assert (tmp_path / f"{name}.apng").is_file()
+
+
 def test_json_on_stdout_and_nothing_else(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +196,7 @@ def test_a_dry_run_shows_and_writes_nothing(
         (["--model", "no/such/folder/"], "a folder, or a hub id"),
         (["--seed", "many"], "whole number"),
         (["--device", "tpu7"], "device"),
+        (["--hold", "0"], "at least 1e-06"),
     ],
 )
 def test_bad_requests_are_one_line(

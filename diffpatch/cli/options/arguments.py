@@ -137,6 +137,15 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add_backend_option(group)
 
 
+def add_hold_option(parser: argparse.ArgumentParser) -> None:
+    """--hold."""
+    parser.add_argument_group("steps").add_argument(
+        "--hold", type=number(float, 1e-6), metavar="T",
+        help="hold steps: leave the transformer out while that leads astray by no more than this"
+        " fraction of its result (such as 0.005); --method dense holds steps alone",
+    )  # fmt: skip
+
+
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """--settings, --target."""
     group = parser.add_argument_group("settings for a target")
@@ -154,6 +163,8 @@ def check_target(args: argparse.Namespace, method: str | None) -> None:
         UsageError: says what to give.
         BadParameter: the target is not one.
     """
+    if args.settings is not None and getattr(args, "hold", None) is not None:
+        raise UsageError("--target chooses which steps are held: leave out --hold")
     if (args.settings is None) != (args.target is None):
         raise UsageError(
             "--settings and --target go together: --settings FILE that `diffpatch tune` wrote,"

@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
     arguments.add_method_options(parser)
+    arguments.add_hold_option(parser)
     arguments.add_target_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder (out)")

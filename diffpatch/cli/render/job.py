@@ -27,6 +27,7 @@ from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
 
 TUNED = "tuned"  # the name of what settings choose
+HELD = "held"  # and of dense attention in a run that holds steps
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class RenderVariant:
         """The pipeline patched for the length of a with block; as it is for dense."""
         if self.is_dense:
             return contextlib.nullcontext(pipe)
+        if self.name == HELD:
+            return patched(pipe, "dense", dense_steps=0, dense_layers=0, **self.options)
         if self.name == TUNED:
             return patched(pipe, **self.options | changes)
         return patched(pipe, self.name, **self.options | changes)
@@ -121,16 +124,20 @@ def check_variants(args: argparse.Namespace, source: loading.Source) -> list[Ren
         del schedule["quality"]
         fast = RenderVariant(TUNED, options | schedule)
         return [dense, fast] if args.compare == "dense" else [fast]
+    beside = {} if args.hold is None else {"hold": args.hold}
     if args.method == "dense":
         if args.set or args.quality:
             option = "--set" if args.set else "--quality"
             raise UsageError(
                 f"{option} changes a method and dense has none; choose another --method"
             )
-        return [dense]
+        if not beside:
+            return [dense]
+        held = RenderVariant(HELD, beside)
+        return [dense, held] if args.compare == "dense" else [held]
     name = generation.method_for(args.method, source)
     parameters = method_parameters(name, args.set)
-    fast = RenderVariant(name, arguments.method_options(args) | parameters)
+    fast = RenderVariant(name, arguments.method_options(args) | parameters | beside)
     return [dense, fast] if args.compare == "dense" else [fast]
 
 
@@ -152,8 +159,9 @@ def plan(
     steps = steps_of(call, source)
     generation.check_dense_steps(vars(args), steps)
     for variant in variants:
-        if not variant.is_dense and variant.name != TUNED:
-            generation.check_fit(source, call, variant.name, variant.options)
+        if variant.name not in ("dense", HELD, TUNED):
+            options = {key: value for key, value in variant.options.items() if key != "hold"}
+            generation.check_fit(source, call, variant.name, options)
     form = args.format or sheets.default_format(source.is_video)
     sheets.check_format(form, source.is_video)
     folders = [args.output]
