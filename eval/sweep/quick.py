@@ -17,6 +17,8 @@ from diffpatch.pipelines.running.loading import Source
 # The most promising first: a time budget may end before the last.
 CANDIDATES = ("dynamic", "radial", "neighborhood", "linear", "sliding_tile", "window")
 KEPT = (0.5, 0.25)
+HOLD = 0.005  # tolerance of held steps beside them: in long runs they gain most
+MANY_STEPS = 16
 FIRST_STEPS = 0.1  # of the run stays dense: the first steps decide what is in the picture
 SIZES = ("height", "width", "num_frames")
 FILE = "sweep.yaml"
@@ -51,6 +53,7 @@ def quick_sweep(
     if lacking := [f"--{key.replace('_', '-')}" for key, size in sizes.items() if size is None]:
         raise BadSweep(f"{source.name} has no size of its own: give {' and '.join(lacking)}")
     steps = steps_of(wanted, source) or 50
+    held = [{"method": "dense", "hold": [HOLD], "kept": []}] if steps >= MANY_STEPS else []
     shown: list[Any] = list(prompts)
     if image is not None:
         shown = [{"prompt": prompt, "image": str(image.absolute())} for prompt in prompts]
@@ -60,7 +63,7 @@ def quick_sweep(
         "prompts": shown,
         "sizes": sizes,
         "schedules": {"dense_steps": round(FIRST_STEPS * steps), "dense_layers": 0},
-        "methods": suitable(source),
+        "methods": [*held, *suitable(source)],
         "kept": list(kept),
         "noise_floor": [],
     }

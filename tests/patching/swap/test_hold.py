@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path as File
 from typing import Any
 
 import pytest
@@ -276,13 +277,13 @@ def test_blocks_that_are_compiled_are_held(tiny: Tiny) -> None:
     torch.testing.assert_close(tiny.run(num_inference_steps=STEPS), eager)
 
 
-def test_models_that_are_cut_over_processes_are_refused(tiny: Tiny) -> None:
+def test_models_that_are_cut_over_processes_are_refused(tiny: Tiny, tmp_path: File) -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    store = distributed.HashStore()  # type: ignore[attr-defined]
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    meeting = f"file://{tmp_path}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         model = tiny.pipe.transformer
