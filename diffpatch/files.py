@@ -64,11 +64,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DiskFull: there was no space; nothing is left of the file.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step, as `write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with naming(path), partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with naming(path), partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

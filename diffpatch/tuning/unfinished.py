@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from diffpatch.checking import file_path
-from diffpatch.files import write_text
+from diffpatch.files import write_bytes, write_text
 
 
 class Unfinished:
@@ -61,10 +61,9 @@ class Unfinished:
         """
         half = value.half().contiguous()
         if self._tensors is not None:
-            self._tensors.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._tensors.with_name(f".{self._tensors.name}.writing")
-            save_file({"value": half}, partial, {"name": name, "ties": self._ties})
-            partial.replace(self._tensors)
+            write_bytes(
+                self._tensors, to_bytes({"value": half}, {"name": name, "ties": self._ties})
+            )
         return half
 
     def tensor(self, name: str) -> torch.Tensor | None:

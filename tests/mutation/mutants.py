@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from cosmic_ray.ast import get_ast
 from cosmic_ray.mutating import mutate_code
@@ -29,6 +32,24 @@ OPERATORS = (
 )  # fmt: skip
 
 
+BY_HAND = Path(__file__).with_name("by_hand.json")
+
+
+class Edit(Protocol):
+    """One small wrong edit of a file."""
+
+    @property
+    def file(self) -> str:
+        """The file, below the package's folder."""
+
+    @property
+    def key(self) -> tuple[str, str, str | int]:
+        """What to keep of it."""
+
+    def applied(self, source: str) -> str | None:
+        """The edited source; None where the edit does not apply or changes nothing that runs."""
+
+
 @dataclass(frozen=True, order=True)
 class Mutant:
     """One edit.
@@ -43,10 +64,51 @@ class Mutant:
     operator: str
     occurrence: int
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What to keep of it."""
+        return self.file, self.operator, self.occurrence
+
     def applied(self, source: str) -> str | None:
         """The edited source; None where the edit changes nothing that runs."""
         out = mutate_code(source, get_operator(self.operator)(), self.occurrence)
         return None if out is None or _runs(out) in (None, _runs(source)) else out
+
+
+@dataclass(frozen=True, order=True)
+class Exchange:
+    """One edit that somebody has made by hand.
+
+    Attributes:
+        file: below the package's folder.
+        before: a text that stands there once.
+        after: what stands there then.
+    """
+
+    file: str
+    before: str
+    after: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What to keep of it."""
+        return self.file, self.before, self.after
+
+    def applied(self, source: str) -> str | None:
+        """The edited source; None where the text does not stand there once any more."""
+        return source.replace(self.before, self.after) if source.count(self.before) == 1 else None
+
+
+def by_hand(file: Path | None = None) -> list[Exchange]:
+    """The edits of a file, or those that are kept with the tests."""
+    return [Exchange(**row) for row in json.loads((file or BY_HAND).read_text(encoding="utf-8"))]
+
+
+def edit_of(key: Sequence[str | int]) -> Mutant | Exchange:
+    """The edit that has a key."""
+    file, one, other = key
+    made = Exchange(str(file), str(one), other) if isinstance(other, str) else None
+    return made or Mutant(str(file), str(one), int(other))
 
 
 def mutants(file: str, source: str) -> Iterator[Mutant]:

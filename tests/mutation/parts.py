@@ -87,6 +87,11 @@ PARTS: dict[str, list[tuple[str, str]]] = {
 }  # fmt: skip
 # What looks at everything: property tests, and those that were written for edits none noticed.
 EVERYWHERE = "proof"
+# What is collected: a test of any of these that enters an edited function is run.
+COLLECTED = sorted(
+    {f"tests/{name}" for rows in PARTS.values() for _, tests in rows for name in tests.split()}
+    | {f"tests/{EVERYWHERE}"}
+)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
-from tests.mutation.mutants import Mutant, changed, function_at, mutants
+from tests.mutation.known import Known
+from tests.mutation.mutants import (
+    Exchange,
+    Mutant,
+    by_hand,
+    changed,
+    edit_of,
+    function_at,
+    mutants,
+)
 from tests.mutation.parts import targets
+from tests.mutation.session import within
 from tests.mutation.summary import judged, shares
+from tests.mutation.warm import Seen, exchange, exchangeable
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A module."""
@@ -68,3 +80,81 @@ def test_shares_are_of_those_that_matter() -> None:
     assert shares(ends) == {"tried": 12, **ends, "share": 0.7}
     assert shares(ends + Counter({"unclear": 4}))["share"] == 0.5  # at least
     assert shares(Counter({"equal": 1}))["share"] == 0
+
+
+def test_edits_by_hand_are_whole_and_differ() -> None:
+    found = by_hand()
+    assert len(found) > 100 and len(set(found)) == len(found)
+    for one in found:
+        assert one.before != one.after and (ROOT / "diffpatch" / one.file).is_file(), one
+        assert edit_of(one.key) == one
+    assert Exchange("a.py", "2", "3").applied("1 + 2") == "1 + 3"
+    assert Exchange("a.py", "2", "3").applied("2 + 2") is None  # not there once any more
+    assert edit_of(["a.py", "core/AddNot", 3]) == Mutant("a.py", "core/AddNot", 3)
+
+
+CODE = """
+def outer(x):
+    def inner(y):
+        return y * 2
+    return inner
+class Box:
+    @property
+    def side(self):
+        return 1
+double = outer(0)
+"""
+
+
+def test_functions_that_are_loaded_get_the_code_of_an_edit(tmp_path: Path) -> None:
+    """Those within others too, and those of classes; nothing is loaded anew."""
+    path = tmp_path / "loaded.py"
+    path.write_text(CODE)
+    spec = importlib.util.spec_from_file_location("loaded", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    box = module.Box()
+    assert (module.double(4), box.side) == (8, 1)
+    for edited, expected in (
+        (CODE.replace("y * 2", "y * 3"), (12, 1)), (CODE.replace("return 1", "return 5"), (8, 5)),
+    ):  # fmt: skip
+        assert exchangeable(CODE, edited)
+        exchange(path, CODE, edited)
+        assert (module.double(4), box.side) == expected
+        exchange(path, edited, CODE)
+    assert not exchangeable(CODE, CODE.replace("y * 2", "(lambda: y)()"))
+
+
+def test_likely_tests_come_first(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("")
+    known = Known(tmp_path / "lines", tmp_path)
+    rows = [
+        ("tests/test_b.py::far", "passed", 2.0, ["m.py:f"]),
+        ("tests/test_a.py::near", "passed", 3.0, ["m.py:f"]),
+        ("tests/test_a.py::slow", "passed", 9.0, ["m.py:f"]),
+        ("tests/test_a.py::failing", "failed", 1.0, ["m.py:f"]),
+        ("tests/test_a.py::elsewhere", "passed", 1.0, ["m.py:g"]),
+    ]  # fmt: skip
+    for test, outcome, seconds, touched in rows:
+        known.add(Seen(test, outcome, seconds, tuple(touched)))
+    names = [t.partition("::")[2] for t, _ in known.entering("m.py:f", ["test_a.py"])]
+    assert names == ["near", "far", "slow"]
+    assert len(known.entering("m.py:", ["test_a.py"])) == 4
+    assert list(within(known.entering("m.py:f", ["test_a.py"]), 6.0)) == [
+        "tests/test_a.py::near", "tests/test_b.py::far"
+    ]  # fmt: skip
+    again = Known(tmp_path / "lines", tmp_path)
+    assert again.slowest(1) == [(9.0, "tests/test_a.py::slow")] and "tests/test_b.py::far" in again
+    (tmp_path / "tests" / "test_a.py").write_text("# changed")
+    assert "tests/test_a.py::slow" not in Known(tmp_path / "lines", tmp_path)
+
+
+def test_what_a_fixture_of_a_file_enters_all_its_tests_enter(tmp_path: Path) -> None:
+    known = Known(tmp_path / "lines", tmp_path)
+    known.add(Seen("t.py::first", "passed", 1.0, ("m.py:f", "m.py:made"), ("m.py:made",)))
+    known.add(Seen("t.py::second", "passed", 1.0, (), ("m.py:nothing",)))
+    known.add(Seen("t.py::without", "passed", 1.0, ()))
+    found = {t for t, _ in known.entering("m.py:made", [])}
+    assert found == {"t.py::first", "t.py::second"}

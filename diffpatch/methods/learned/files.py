@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from diffpatch.checking import file_path
 from diffpatch.errors import BadParameter
+from diffpatch.files import write_bytes
 from diffpatch.methods.learned.hub import fetched
 
 FORMAT, VERSION = "diffpatch learned attention", "1"
@@ -72,6 +73,7 @@ def save(
 
     Raises:
         BadParameter: the path is empty.
+        DiskFull: there was no space; nothing is left of the file.
     """
     path = Path(path) / FILE if str(path) and Path(path).is_dir() else path
     tensors = {}
@@ -80,11 +82,7 @@ def save(
             kind = dtype if value.ndim > 1 and min(value.shape) > 4 else torch.float32
             tensors[f"{layer}.{name}"] = value.detach().to("cpu", kind).contiguous()
     header = {"format": FORMAT, "version": VERSION, "family": family, "method": json.dumps(method)}
-    path = file_path(path)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=header)
-    part.chmod(0o644)
-    part.replace(path)
+    write_bytes(file_path(path), to_bytes(tensors, header))
 
 
 def read_method(path: str | Path) -> dict[str, Any]:

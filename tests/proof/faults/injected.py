@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -79,3 +80,16 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def note(root: Path, name: str) -> None:
+    """Add a line that no injected fault can touch."""
+    file = os.open(root / "noted", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(file, f"{name}\n".encode())
+    os.close(file)
+
+
+def noted(root: Path) -> list[str]:
+    """The lines so far."""
+    path = root / "noted"
+    return path.read_text().splitlines() if path.exists() else []

@@ -16,7 +16,7 @@ from diffpatch.cli import eval as command
 from diffpatch.cli import generation, main
 from diffpatch.eval import media
 from diffpatch.eval.quality import evaluate
-from tests.proof.faults import At, full, killed_at, read_only
+from tests.proof.faults.injected import At, full, killed_at, read_only
 
 RESULT: dict[str, Any] = {
     "rows": [{"name": "fast", "count": 1, "scores": {"psnr": 21.5}, "sets": {}, "items": {}}],

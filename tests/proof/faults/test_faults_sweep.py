@@ -1,4 +1,4 @@
-"""Faults in sweeps, tuning, calibration and rendering: nothing is lost, nothing is done twice.
+"""Faults in sweeps, calibration and result files: nothing is lost, nothing is done twice.
 
 What a model would do takes no time here; the files are written by the product's own code, and every
 operation on them fails once, in each of the ways that disks and people make it fail.
@@ -7,7 +7,6 @@ operation on them fails once, in each of the ways that disks and people make it 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 import diffpatch
 from diffpatch import Dense, Temporal
-from diffpatch.cli.render.resume import is_finished
 from diffpatch.errors import DiffpatchError
 from diffpatch.eval.media import save_frames
 from diffpatch.eval.processes import Process
@@ -26,10 +24,8 @@ from diffpatch.eval.sweep import drive
 from diffpatch.eval.sweep.plan import Rendering, plan_sweep
 from diffpatch.eval.sweep.spec import SweepSpec, check_spec
 from diffpatch.eval.sweep.store import Store
-from diffpatch.files import DamagedFile, DiskFull, read_json, staged, write_json
-from diffpatch.targets.settings import Settings
-from diffpatch.tuning import tune as tuning
-from tests.proof.faults import At, full, killed_at, read_only
+from diffpatch.files import DamagedFile, DiskFull, read_json, write_json
+from tests.proof.faults.injected import At, full, killed_at, note, noted, read_only
 from tests.tiny import wan
 
 SWEEP = {
@@ -60,18 +56,6 @@ class Quick:
             self.store.finish(run, result, stage)
         note(self.store.root, run.name)
         return result
-
-
-def note(root: Path, name: str) -> None:
-    """Add a line that no injected fault can touch."""
-    file = os.open(root / "noted", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(file, f"{name}\n".encode())
-    os.close(file)
-
-
-def noted(root: Path) -> list[str]:
-    path = root / "noted"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -255,101 +239,6 @@ def test_two_sweeps_of_one_folder_share_its_runs(
         assert os.waitpid(child, 0)[1] == 0
     assert_whole(tmp_path / "runs")
     assert sorted(noted(tmp_path / "runs")) == sorted(set(noted(tmp_path / "runs")))
-
-
-def render(folder: Path, mark: str) -> None:
-    """Write what a rendering writes, all of one mark."""
-    with staged(folder, last="render.json") as stage:
-        for name in ("card.png", "dense.mp4", "window.mp4"):
-            (stage / name).write_text(mark)
-        (stage / "render.json").write_text(json.dumps({"prompt": mark, "runs": {}}))
-
-
-def test_a_rendering_killed_at_any_operation_is_never_half_of_two(tmp_path: Path) -> None:
-    number = 0
-    while True:
-        folder = tmp_path / f"{number}"
-        render(folder, "old")
-        files = {p.stem if p.suffix != ".json" else "result": p for p in folder.iterdir()}
-        killed = killed_at(number, functools.partial(render, folder, "new"))
-        for mark in ("old", "new"):
-            try:
-                finished = is_finished(files, {"prompt": mark}, {})
-            except Exception:  # of another request: that is said, and nothing is done
-                continue
-            marks = {p.read_text() for n, p in files.items() if n != "result" and p.exists()}
-            assert not finished or marks == {mark}, (number, mark)
-        if not killed:
-            break
-        number += 1
-    assert number > 6
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"runs": 3}', '{"runs": [1]}'])
-def test_a_damaged_result_is_rendered_again(tmp_path: Path, content: str) -> None:
-    (tmp_path / "render.json").write_text(content)
-    assert not is_finished({"result": tmp_path / "render.json"}, {"prompt": "a cat"}, {})
-
-
-def curves(mark: float) -> tuple[Any, dict[str, Any]]:
-    each = {rule: [(0.2, mark), (0.5, mark / 2)] for rule in tuning.RULES}
-    return tuning._Found({"transformer.0.0": each}, [], 100.0), {"grid": (1, 8, 8, 0), "steps": 4}
-
-
-@pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Any]:
-    """Tune into a file, three prompts that take no time."""
-
-    def of_prompt(pipe: Any, prompt: str, *_: Any) -> Any:
-        note(tmp_path, prompt)
-        return curves(float(len(prompt)) / 10)
-
-    model = {"fingerprint": "0" * 16, "dtype": "float32", "classes": {"transformer": ("A", 1)}}
-    monkeypatch.setattr(tuning, "_model", lambda pipe: model)
-    monkeypatch.setattr(tuning, "_of_prompt", of_prompt)
-    return lambda path: tuning.tune(None, ["a", "bb", "ccc"], pairs=0, path=path)
-
-
-def test_a_tuning_killed_at_any_operation_loses_one_prompt_at_most(
-    tune: Callable[[Path], Any], tmp_path: Path
-) -> None:
-    expected, number = tune(tmp_path / "whole.json").curves, 0
-    while True:
-        (tmp_path / "noted").unlink()
-        path = tmp_path / f"{number}.json"
-        killed = killed_at(number, functools.partial(tune, path))
-        assert tune(path).curves == expected
-        assert Settings.load(path).curves == expected
-        assert not path.with_name(f"{path.name}.part").exists()
-        if not killed:
-            break
-        assert len(noted(tmp_path)) <= 4
-        number += 1
-    assert number > 6
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "null", '{"ties": 1}', '{"ties": "TIES", "done": []}', '{"ties": "TIES"}',
-     '{"ties": "TIES", "done": 3}', '{"ties": "TIES", "done": {"a": 3}}',
-     '{"ties": "TIES", "done": {"a": {"found": {}, "place": {}}}}',
-     '{"ties": "TIES", "done": {"a": {"found": {"curves": 3, "rendered": [], "floor": 1},'
-     ' "place": {"steps": 4}}}}',
-     '{"ties": "TIES", "done": {"a": {"found": {"curves": {"a": 1}, "rendered": [], "floor": 1},'
-     ' "place": 3}}}', "[" * 20000],
-    ids=lambda text: text[:60],
-)  # fmt: skip
-def test_what_a_tuning_left_damaged_is_measured_again(
-    tune: Callable[[Path], Any], tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.json"
-    monkeypatch.setattr(tuning._Done, "forget", lambda self: None)
-    expected = tune(path).curves
-    part = path.with_name("x.json.part")
-    ties = json.dumps(json.loads(part.read_text())["ties"])
-    part.write_text(content.replace('"TIES"', ties))
-    (tmp_path / "noted").unlink()
-    assert tune(path).curves == expected and noted(tmp_path) == ["a", "bb", "ccc"]
 
 
 def test_a_model_of_nan_is_named_by_calibration() -> None:

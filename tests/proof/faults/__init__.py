@@ -1,0 +1,1 @@
+"""Faults of disks, memory, processes and models, injected."""
