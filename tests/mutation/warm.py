@@ -168,9 +168,12 @@ class Driver:
         code = _waited(child, WAIT * (question.budget + HUNG))
         lines = self._noted.read_text("utf-8").splitlines() if self._noted.exists() else []
         self._noted.unlink(missing_ok=True)
-        return code, [
-            Seen(*row[:3], tuple(row[3]), tuple(row[4])) for row in map(json.loads, lines)
+        rows = [json.loads(line) for line in lines]
+        seen = [
+            Seen(test, outcome, cost, tuple(touched), tuple(shared))
+            for test, outcome, cost, touched, shared in rows
         ]
+        return code, seen
 
     def _run(self, question: Question, items: Sequence[Any]) -> int:
         from _pytest.runner import runtestprotocol

@@ -115,8 +115,9 @@ def test_seconds_are_those_of_the_denoising_and_on_a_cpu_its_share() -> None:
 def test_a_model_is_tuned_again_for_another_seed_dtype_or_call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model, seeds = torch.nn.Linear(2, 2), []
-    model.dtype = torch.float32  # type: ignore[assignment]
+    seeds: list[tuple[str, int]] = []
+    model: Any = torch.nn.Linear(2, 2)
+    model.dtype = torch.float32
     settings = Settings.model_validate(made())
 
     def tune(*_: Any, seed: int, path: Path, **__: Any) -> Settings:
@@ -143,7 +144,7 @@ def test_a_model_is_tuned_again_for_another_seed_dtype_or_call(
     run(seed=6)
     run(call={"height": 8})
     run(caches=(0.1,))
-    model.dtype = torch.bfloat16  # type: ignore[assignment]
+    model.dtype = torch.bfloat16
     run()
     assert len(seeds) == 10 and seeds[2:4] == [("tune", 6), ("front", 6)]
     assert len(list(tmp_path.iterdir())) == 5, "a file each, and no curves beside it"

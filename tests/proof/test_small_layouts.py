@@ -52,9 +52,12 @@ def test_no_box_wastes_less_than_the_one_that_is_chosen(
     shape: tuple[int, int, int], most: int
 ) -> None:
     found = choose_tile(shape, most)
-    boxes = itertools.product(*(range(1, min(n, most) + 1) for n in shape))
-    even = [box for box in boxes if math.prod(box) <= most
-            and box[2] == -(-shape[2] // -(-shape[2] // box[2]))]  # fmt: skip
+    sides = (range(1, min(n, most) + 1) for n in shape)
+    even = [
+        (t, h, w)
+        for t, h, w in itertools.product(*sides)
+        if t * h * w <= most and w == -(-shape[2] // -(-shape[2] // w))
+    ]
     assert waste(shape, found, most) <= min(waste(shape, box, most) for box in even) + 1e-9
     limits = tuple(-(-n // 3) for n in shape)
     assert all(
