@@ -32,7 +32,7 @@ def checked(house: Path) -> tuple[int, str]:
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     words = [sys.executable, "-c", code, str(ROOT / "pyproject.toml"), "--no-cache", "--no-logo"]
     env = {**os.environ, "PYTHONPATH": str(house)}
-    done = subprocess.run(words, cwd=house, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=house, env=env, capture_output=True, text=True, timeout=280)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -311,7 +311,7 @@ def test_two_samplings_at_once_are_as_alone(wan: comfy.Patcher) -> None:
     patched = put(wan, method="neighborhood+temporal", options=options)
     other = VIDEO.flip(2)
     expected = [comfy.sample(patched, x, texts(), LEVELS) for x in (VIDEO, other)]
-    turn = threading.Barrier(2, timeout=30)
+    turn = threading.Barrier(2, timeout=240)
 
     def wait(executor: Any, *args: Any) -> Any:
         turn.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -141,9 +140,8 @@ def test_killed_at_any_moment_it_goes_on(model: str, tmp_path: Path) -> None:
     process.wait()
     left = {p.name.partition("-")[0] for p in tmp_path.iterdir()}
     assert "wan.curves" in left and not path.exists()
-    began = time.monotonic()
     again = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert time.monotonic() > began and "curves 1 of 1" not in again.stderr
+    assert "curves 1 of 1" not in again.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"wan.json", "wan.html", "wan.svg"}
     assert (
         len(Settings.load(path).front) == 5

@@ -57,7 +57,7 @@ def test_two_threads_get_the_same_value() -> None:
     memo, both = Memo(), threading.Barrier(2)
 
     def make() -> list[int]:
-        both.wait(timeout=30)  # each is in here while the other is
+        both.wait(timeout=240)  # each is in here while the other is
         return []
 
     with ThreadPoolExecutor(2) as threads:

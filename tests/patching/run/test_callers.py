@@ -232,7 +232,7 @@ def test_threads_that_share_a_scheduler_are_refused() -> None:
     tiny = wan()
     tiny.run()
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1)
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=240)
     turns = Turns(2)
 
     def run(i: int) -> torch.Tensor:

@@ -215,7 +215,7 @@ def test_no_lock_is_held_during_attention() -> None:
     tiny = wan(layers=1)
     tiny.run()
     met: list[int] = []
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=240)
 
     class Meeting(Window):
         only_skips = True

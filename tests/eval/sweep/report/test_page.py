@@ -79,7 +79,7 @@ def test_clips_move_together_in_a_browser(page: str, tmp_path: Path, width: int)
     done = subprocess.run(
         [str(CHROMIUM), *options.split(), f"--user-data-dir={tmp_path / 'profile'}",
          f"--window-size={width},900", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stderr[-500:]
