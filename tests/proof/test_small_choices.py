@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
-import sys
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from diffpatch.targets.target import Target
 from diffpatch.tuning import front as fronts
 from tests.targets.test_settings import made
 
-tuned = sys.modules["diffpatch.tuning.tuned"] if diffpatch.tuned else None  # loaded by its name
+tuned = importlib.import_module("diffpatch.tuning.tuned")  # not the function of that name
 GRID = TokenGrid(2, 8, 12, text_before=3)
 
 
@@ -89,7 +89,7 @@ def clips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_prompt_given_twice_is_rendered_once(clips: list[str]) -> None:
     settings = Settings.model_validate(made())
     found = fronts.measure_front(
-        None, settings, ["a", "b", "a"], sparse=(0.5,), dense_steps=(0.2,), caches=()
+        None, settings, ["a", "b", "a"], sparse=(0.5,), dense_steps=(0.2,), caches=(), holds=()
     )
     assert clips == ["a", "a", "b", "b"] and [run.prompt for run in found.front] == ["a", "b"]
 
@@ -214,13 +214,13 @@ def test_text_of_a_plan_stands_where_the_model_has_it() -> None:
     shape = find_shape("flux")
     for before in (True, False):
         there = dataclasses.replace(shape, text_before=before)
-        grid = grid_of(there, (1, 64, 64), 7)
+        grid: Any = grid_of(there, (1, 64, 64), 7)
         assert (grid.text_before, grid.text_after) == ((7, 0) if before else (0, 7))
 
 
 def test_units_of_a_front_are_told_apart_by_all_that_is_applied() -> None:
-    ways = fronts._ways((0.25, 0.5), (0.1, 0.2), (0.05,))
-    assert len({json.dumps(vars(way)) for way in ways}) == len(ways) == 9
+    ways = fronts._ways((0.25, 0.5), (0.1, 0.2), (0.05,), (0.1,))
+    assert len({json.dumps(vars(way)) for way in ways}) == len(ways) == 14
 
 
 def test_the_time_of_a_point_is_a_mean_over_prompts_that_differ() -> None:

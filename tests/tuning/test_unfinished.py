@@ -33,11 +33,10 @@ def test_units_and_the_last_tensor_are_kept_until_the_result_is_written(tmp_path
 @pytest.mark.parametrize("path", ["", ".", "/"])
 def test_a_result_needs_the_path_of_a_file(path: str) -> None:
     settings: Any = Settings.model_construct()
-    for write in (
-        lambda: Unfinished(path, ".part", "ties"),
-        lambda: settings.save(path),
-        lambda: save_learned(path, {}, "A", {}),
-    ):
+    writes = [lambda: Unfinished(path, ".part", "ties"), lambda: settings.save(path)]
+    if not path:  # a folder is given a file of a name that is known
+        writes.append(lambda: save_learned(path, {}, "A", {}))
+    for write in writes:
         with pytest.raises(BadParameter, match=f"path='{path}' must be the path of a file"):
             write()
 

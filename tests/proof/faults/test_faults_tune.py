@@ -61,7 +61,7 @@ def front(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
     monkeypatch.setattr(Settings, "check_model", lambda *_: None)
     monkeypatch.setattr(fronts, "chosen_for", lambda _, applied: applied)
     settings = Settings.model_validate(made())
-    options: dict[str, Any] = {"sparse": (0.5,), "dense_steps": (0.15,), "caches": ()}
+    options: dict[str, Any] = {"sparse": (0.5,), "dense_steps": (0.15,), "caches": (), "holds": ()}
     return lambda path: fronts.measure_front(None, settings, PROMPTS[:1], path=path, **options)
 
 
