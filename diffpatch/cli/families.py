@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffpatch
+from diffpatch.cli.errors import UsageError
 from diffpatch.files import to_json
 from diffpatch.pipelines.families.info import FamilyInfo
 from diffpatch.tables import table
@@ -23,7 +24,9 @@ GPUs: Ulysses where diffusers can cut the sequence. presets: methods with publis
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
-    known = diffpatch.list_families()
+    known = [family for family in diffpatch.list_families() if _is_like(family, args.like or "")]
+    if not known:
+        raise UsageError(f"no family is like {args.like!r}: `diffpatch families` lists them all")
     if args.json:
         print(to_json([_entry(family) for family in known]), end="")
     elif args.markdown:
@@ -32,10 +35,18 @@ def run(args: argparse.Namespace) -> int:
         rows = [[*COLUMNS, "note"]]
         rows += [[*_cells(family), family.note] for family in known if not family.refused]
         refused = [[f.name, f.transformer, f.refused] for f in known if f.refused]
-        print(table(rows, left=len(rows[0])))
-        print(f"\n{LEGEND}\n\nCannot be patched:")
-        print(table(refused, left=3))
+        if len(rows) > 1:
+            print(f"{table(rows, left=len(rows[0]))}\n\n{LEGEND}")
+        if refused:
+            gap = "\n" if len(rows) > 1 else ""
+            print(f"{gap}Cannot be patched:\n{table(refused, left=3)}")
     return 0
+
+
+def _is_like(family: FamilyInfo, part: str) -> bool:
+    return any(
+        part.lower() in text.lower() for text in (family.name, family.transformer, family.kind)
+    )
 
 
 def markdown(known: Sequence[FamilyInfo]) -> str:

@@ -17,7 +17,7 @@ from diffpatch.eval.tuned.table import answer, describe
 from diffpatch.files import to_json
 from diffpatch.patterns.drawing import KINDS, draw, tile_picture
 from diffpatch.pipelines.running import loading
-from diffpatch.pipelines.running.calls import preset_call, steps_of
+from diffpatch.pipelines.running.calls import preset_call, settings_of
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.profiles import load_profile
@@ -25,7 +25,8 @@ from diffpatch.planning.words import operations
 from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
 
-STEPS = 50  # of a model that does not say
+# Of a model that does not say.
+USUAL = {"num_inference_steps": 50, "height": None, "width": None, "num_frames": 1}
 PICTURES = (".png", ".webp", ".jpg")
 WORTH = 1.05  # a step must gain this much before a method is recommended
 
@@ -34,9 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan or the comparison; returns the exit code."""
     if args.settings is not None or args.target is not None:
         return _tuned(args)
-    for name in ("model", "height", "width"):
-        if getattr(args, name) is None:
-            raise UsageError(f"give --{name}: a plan is of a model at a size")
+    if args.model is None:
+        raise UsageError("give --model: a plan is of a model at a size")
     if args.method is None and args.set:
         raise UsageError("--set is about one method: name it with --method")
     if args.dtype and not args.device_profile:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     progress.hush_libraries()
     device = None if args.device_profile is None else load_profile(args.device_profile)
     shape = find_shape(args.model)  # once, for all methods
-    args.num_inference_steps = args.num_inference_steps or _steps(args.model)
+    _fill(args)
     if args.method is not None:
         values = method_parameters(args.method, args.set)
         made = _plan(args, shape, device, args.method, values)
@@ -78,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
         f"{name} {made.missed_quality}" for name, made in plans.items() if made.missed_quality
     ]
     if missed:
-        print(
-            f"--quality {args.quality} chooses without knowing the grid: here {', '.join(missed)};"
-            " `diffpatch sweep --kept` fits to it"
-        )
+        print(f"the nearest to --quality {args.quality} on this grid: {', '.join(missed)}")
     for name, why in refused.items():
         print(f"{name}: {why}")
     print(recommendation(plans, args.quality))
@@ -101,13 +98,20 @@ def _tuned(args: argparse.Namespace) -> int:
     return 0 if found.chosen is not None else 1
 
 
-def _steps(model: str) -> int:
-    """The denoising steps that the pipeline of a model makes by itself."""
+def _fill(args: argparse.Namespace) -> None:
+    """Take the size and the steps that are not given from the pipeline of the model."""
+    own: dict[str, Any] = {}
     try:
-        source = loading.find(model)
+        source = loading.find(args.model)
+        own = settings_of(preset_call(source), source)
     except diffpatch.DiffpatchError:  # a built-in shape, or a transformer alone
-        return STEPS
-    return steps_of(preset_call(source), source) or STEPS
+        pass
+    for name, usual in USUAL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, own.get(name, usual))
+    for name in ("height", "width"):
+        if getattr(args, name) is None:
+            raise UsageError(f"give --{name}: {args.model} has no size of its own")
 
 
 def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:

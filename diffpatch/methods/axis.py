@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
 import torch
@@ -97,6 +97,25 @@ def part(share: float) -> Size:
     if n == 0:
         return -1
     return (n + math.sqrt(max(n * (share * (n + 1) - 1), 0.0))) / (n * (n + 1))
+
+
+def box(
+    shares: Sequence[Mapping[int, float]], share: float, even: float = 0.05
+) -> tuple[int, int, int]:
+    """Sizes along the axes that together see about a share of everything.
+
+    Args:
+        shares: for each axis the sizes there are, and the share of the axis that each sees.
+        share: wanted.
+        even: what unequal shares along the axes cost, beside a product that misses the share.
+    """
+    t, h, w = (torch.tensor([*axis.values()]).double().log() for axis in shares)
+    t, h, w = t[:, None, None], h[:, None], w
+    most = torch.maximum(torch.maximum(t, h), w)
+    least = torch.minimum(torch.minimum(t, h), w)
+    misfit = (t + h + w - math.log(share)).abs() + even * (most - least)
+    best = torch.unravel_index(misfit.argmin(), misfit.shape)
+    return each([*axis][int(i)] for axis, i in zip(shares, best, strict=True))
 
 
 def neighborhood(

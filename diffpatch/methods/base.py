@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_TOKENS = 2**22  # of a grid: patterns are tables of pairs of tiles, and tiles have 128 tokens
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -337,9 +339,9 @@ class Method:
     def with_kept(self, kept: float, kind: str = "video") -> Method:
         """This method set to keep about `kept` of the visual pairs of a sparse call.
 
-        The only parameters it changes are those in `kept_parameters`. Without a grid it can only be
-        near: `fit_kept` meets a budget on a grid. Methods whose knob is not called ``kept``
-        override this.
+        The only parameters it changes are those in `kept_parameters`. Most methods then choose
+        their size for each grid; `fit_kept` counts the pairs of text as well. Methods whose knob is
+        not called ``kept`` override this.
 
         Args:
             kept: fraction of the pairs, in (0, 1].
@@ -369,6 +371,11 @@ def _checking_grid(pattern: Callable[..., BlockPattern]) -> Callable[..., BlockP
             raise BadParameter(
                 f"{self.name}: grid={checking.shown(grid)} must be a TokenGrid, such as"
                 " TokenGrid(num_frames, height, width)"
+            )
+        if grid.visual_tokens > MOST_TOKENS:
+            raise BadParameter(
+                f"{self.name}: {grid} are {grid.visual_tokens:,} tokens and patterns hold at most"
+                f" {MOST_TOKENS:,}: choose a smaller height, width or number of frames"
             )
         return pattern(self, grid, *variant, **named)
 

@@ -12,6 +12,7 @@ import torch
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param
 from diffpatch.methods.registry import register
+from diffpatch.methods.sizes import KEPT, check_kept
 from diffpatch.patterns.axes import distinct
 from diffpatch.patterns.build import from_masks
 from diffpatch.patterns.grid import TokenGrid
@@ -33,25 +34,44 @@ class Disc(Method):
     summary = "every token sees the tokens within a radius of it"
     source = "CLEAR, arXiv 2412.16112"
     default_dense_steps = 0.25
-    kept_parameters = ("radius", "time")
+    kept_parameters = ("kept", "radius", "time")
 
     radius: int | float = param(0.3, "int: tokens; float: fraction of √(height·width) of the frame")
     time: axis.Size = param(-1, "frames that are seen: int, fraction, or -1 for all")
     sharpen: float = param(1.0, "factor on the scale of the softmax (see entropy_scale)")
+    kept: float | None = KEPT
 
     def validate(self) -> None:
         self.check(self.radius > 0, "radius", "positive")
         self.check(self.sharpen > 0, "sharpen", "positive")
+        check_kept(self)
         self.check(axis.are_sizes(self.time), "time", "a count ≥ 1, a fraction in (0, 1], or -1")
 
     def softmax_factor(self) -> float:
         return self.sharpen
 
     def with_kept(self, kept: float, kind: str = "video") -> Disc:
-        # A disc has radius²·π tokens; the edges cut some off, and √2 reaches from corner to corner.
-        return replace(self, radius=math.sqrt(2.0) if kept == 1 else math.sqrt(kept / math.pi))
+        return replace(self, kept=kept)
+
+    def sized(self, grid: TokenGrid) -> Disc:
+        """This method with the radius that keeps `kept` of the visual pairs of a grid."""
+        assert self.kept is not None
+        frames = axis.resolve(self.time, grid.num_frames, "time")
+        wanted = self.kept * grid.frame_tokens**2 * grid.num_frames / frames
+        # How often each distance occurs between two tokens of a frame, from near to far.
+        counts: dict[int, int] = {}
+        for dy, dx in itertools.product(range(grid.height), range(grid.width)):
+            pairs = (grid.height - dy) * (grid.width - dx) * (2 if dy else 1) * (2 if dx else 1)
+            counts[dy**2 + dx**2] = counts.get(dy**2 + dx**2, 0) + pairs
+        reached = sorted(counts)
+        kept = itertools.accumulate(counts[distance] for distance in reached)
+        _, limit = min((abs(pairs - wanted), d) for pairs, d in zip(kept, reached, strict=True))
+        # Distances² are whole numbers and stay below the square of the radius.
+        return replace(self, radius=math.sqrt((limit + 0.5) / grid.frame_tokens), kept=None)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        if self.kept is not None:
+            return self.sized(grid).pattern(grid)
         radius = float(self.radius)
         if isinstance(self.radius, float):
             radius *= math.sqrt(grid.frame_tokens)

@@ -14,6 +14,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param
 from diffpatch.methods.registry import register
+from diffpatch.methods.sizes import KEPT, check_kept
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -48,7 +49,7 @@ class Neighborhood(Method):
     summary = "every token sees a window around it, shifted inwards at the edges"
     source = "GNA, arXiv 2504.16922; NATTEN; dilation by layer: DiNAT, arXiv 2209.15001"
     default_dense_steps = 0.25
-    kept_parameters = ("window", "heads", "layers")
+    kept_parameters = ("kept", "window", "heads", "layers")
 
     window: axis.Sizes = param(0.6, "keys along each axis: int, fraction, or -1 for all")
     stride: Literal["auto"] | axis.Counts = param("auto", "queries that share a window, or 'auto'")
@@ -61,6 +62,7 @@ class Neighborhood(Method):
         (), "windows of the layers, repeated over the depth, instead of one window"
     )
     sharpen: float = param(1.0, "factor on the scale of the softmax (see entropy_scale)")
+    kept: float | None = KEPT
 
     def validate(self) -> None:
         self.check(axis.are_sizes(self.window), "window", axis.SIZES)
@@ -72,6 +74,7 @@ class Neighborhood(Method):
         strides = () if self.stride == "auto" else axis.triple(self.stride, 1)
         self.check(min(strides, default=1) >= 1, "stride", "'auto', one positive int or three")
         self.check(self.sharpen > 0, "sharpen", "positive")
+        check_kept(self, (*self.heads, *self.layers))
         for setting in map(self._with, (*self.heads, *self.layers)):
             # The softmax is one for all heads and layers, and groups do not nest.
             plain = setting.sharpen == self.sharpen and not setting.layers
@@ -104,14 +107,32 @@ class Neighborhood(Method):
         return self.sharpen
 
     def with_kept(self, kept: float, kind: str = "video") -> Neighborhood:
-        side = kept ** (1 / 2) if kind == "image" else kept ** (1 / 3)
-        window: axis.Sizes = (-1, side, side) if kind == "image" else side
-        return replace(self, window=window, heads=(), layers=())
+        return replace(self, kept=kept, heads=(), layers=())
+
+    def sized(self, grid: TokenGrid) -> Neighborhood:
+        """This method with the windows that keep `kept` of the visual pairs of a grid."""
+        assert self.kept is not None
+        dilations, causal = axis.triple(self.dilation, 1), axis.triple(self.causal, False)
+        strides, tile = self._strides(grid)
+        shares = []
+        for i, length in enumerate(grid.shape):
+            place = i, length, dilations[i] if length > 1 else 1, strides[i], tile[i]
+            # What fractions come to: windows of whole tiles, where they are near.
+            sizes = {
+                replace(self, window=size / length)._window(*place)
+                for size in range(1, length + 1)
+                if self.stride == "auto" or size >= min(strides[i], length)
+            }
+            # On a causal axis the first positions see less.
+            shares.append({n: (n - causal[i] * n * (n - 1) / length / 2) / length for n in sizes})
+        return replace(self, window=axis.box(shares, self.kept), kept=None)
 
     def variant(self, layer: int, step: int) -> Hashable:
         return layer % len(self.layers) if self.layers else None
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        if self.kept is not None:
+            return self.sized(grid).pattern(grid)
         setting = self
         if self.layers:
             assert isinstance(variant, int)
@@ -126,11 +147,7 @@ class Neighborhood(Method):
     def _axes(self, grid: TokenGrid) -> tuple[tuple[Cuts, Cuts, Cuts], list[torch.Tensor]]:
         """The best tiling and the rule of every axis, of one setting for all heads."""
         dilations, causal = axis.triple(self.dilation, 1), axis.triple(self.causal, False)
-        if self.stride == "auto":
-            strides = choose_tile(grid.shape, GROUP, [-(-n // 2) for n in grid.shape])
-            tile = choose_tile(strides)
-        else:
-            strides, tile = axis.triple(self.stride, 1), choose_tile(grid.shape)
+        strides, tile = self._strides(grid)
         cuts, rules = [], []
         for i, length in enumerate(grid.shape):
             dilation = dilations[i] if length > 1 else 1
@@ -141,6 +158,13 @@ class Neighborhood(Method):
             rules.append(axis.neighborhood(length, window, stride, dilation, causal[i]))
         t, h, w = cuts
         return (t, h, w), rules
+
+    def _strides(self, grid: TokenGrid) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Queries that share a window, and the tile of the kernel, along each axis."""
+        if self.stride == "auto":
+            strides = choose_tile(grid.shape, GROUP, [-(-n // 2) for n in grid.shape])
+            return strides, choose_tile(strides)
+        return axis.triple(self.stride, 1), choose_tile(grid.shape)
 
     def _window(self, i: int, length: int, dilation: int, stride: int, tile: int) -> int:
         """Keys along an axis."""

@@ -10,6 +10,7 @@ import torch
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param
 from diffpatch.methods.registry import register
+from diffpatch.methods.sizes import KEPT, check_kept
 from diffpatch.patterns.axes import outer
 from diffpatch.patterns.build import from_tiles
 from diffpatch.patterns.grid import TokenGrid
@@ -31,21 +32,31 @@ class SlidingTile(Method):
     summary = "every tile of tokens sees the whole tiles around it"
     source = "STA, arXiv 2502.04507"
     default_dense_steps = 0.3  # 15 of 50 steps
-    kept_parameters = ("window",)
+    kept_parameters = ("kept", "window")
 
     window: axis.Sizes = param(0.6, "tiles along each axis: int, fraction, or -1 for all")
     tile: tuple[int, int, int] = param((6, 8, 8), "most tokens of a tile along each axis")
+    kept: float | None = KEPT
 
     def validate(self) -> None:
         self.check(axis.are_sizes(self.window), "window", axis.SIZES)
         self.check(min(self.tile) >= 1, "tile", "three positive ints")
+        check_kept(self)
 
     def with_kept(self, kept: float, kind: str = "video") -> SlidingTile:
-        if kind == "image":
-            return replace(self, window=(-1, kept ** (1 / 2), kept ** (1 / 2)))
-        return replace(self, window=kept ** (1 / 3))
+        return replace(self, kept=kept)
+
+    def sized(self, grid: TokenGrid) -> SlidingTile:
+        """This method with the windows that keep `kept` of the visual pairs of a grid."""
+        assert self.kept is not None
+        tiles = [-(-n // most) for n, most in zip(grid.shape, self.tile, strict=True)]
+        # As many tiles on the left as on the right, or all.
+        shares = [{s: s / n for s in (*range(1, n, 2), n)} for n in tiles]
+        return replace(self, window=axis.box(shares, self.kept), kept=None)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
+        if self.kept is not None:
+            return self.sized(grid).pattern(grid)
         finer = choose_tile([min(t, n) for t, n in zip(self.tile, grid.shape, strict=True)])
         names = ("time", "height", "width")
         cuts, keep = [], []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from diffpatch.methods import axis
 from diffpatch.methods.base import Method, param
 from diffpatch.methods.registry import register
+from diffpatch.methods.sizes import KEPT, ROUNDS, check_kept, nearest
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -42,7 +43,7 @@ class Window(Method):
         " CSWin, arXiv 2107.00652"
     )
     default_dense_steps = 0.25
-    kept_parameters = ("window", "heads")
+    kept_parameters = ("kept", "window", "heads")
 
     window: axis.Sizes = param(
         (-1, 0.5, 0.5), "size of a window along each axis: int, fraction, or -1 for all"
@@ -52,12 +53,14 @@ class Window(Method):
     heads: tuple[axis.Sizes, ...] = param(
         (), "windows of equal groups of heads, instead of one window"
     )
+    kept: float | None = KEPT
 
     def validate(self) -> None:
         self.check(self.shift in SHIFTS, "shift", f"one of {', '.join(SHIFTS)}")
         self.check(axis.are_sizes(self.window), "window", axis.SIZES)
         windows = all(map(axis.are_sizes, self.heads))
         self.check(windows, "heads", f"made of windows, each {axis.SIZES}")
+        check_kept(self, self.heads)
 
     @classmethod
     def cross(cls, stripe: axis.Size) -> Window:
@@ -69,13 +72,38 @@ class Window(Method):
         return cls(heads=((-1, stripe, -1), (-1, -1, stripe)), shift="none")
 
     def with_kept(self, kept: float, kind: str = "video") -> Window:
+        return replace(self, kept=kept, heads=())
+
+    def sized(self, grid: TokenGrid) -> Window:
+        """This method with the window that keeps `kept` of the visual pairs of a grid."""
+        kind = "image" if grid.num_frames == 1 else "video"
+        variants = sorted({self.variant(*place) for place in ROUNDS})
+
+        def share(method: Window) -> float:
+            """Of the visual pairs, the mean over what the partition moves through."""
+            return sum(method._share(grid, variant) for variant in variants) / len(variants)
+
+        assert self.kept is not None
+        return nearest(lambda kept: self._cut(kept, kind), share, self.kept)
+
+    def _share(self, grid: TokenGrid, variant: int) -> float:
+        """Of the visual pairs that one partition keeps."""
+        kept = 1.0
+        for length, borders in zip(
+            grid.shape, self._borders(grid, self.window, variant), strict=True
+        ):
+            kept *= sum((b - a) ** 2 for a, b in itertools.pairwise(borders)) / length**2
+        return kept
+
+    def _cut(self, kept: float, kind: str) -> Window:
+        """The window that keeps about a fraction: near, where windows do not divide the grid."""
         # A video is cut along its width first, then also its height, then also time.
         cut = [max(kept, 0.5), min(max(2 * kept, 0.5), 1.0), min(4 * kept, 1.0)]
         width, height, time = cut if kind == "video" else [kept**0.5] * 2 + [1.0]
         if time < 0.5:
             width = height = time = kept ** (1 / 3)
         t, h, w = (axis.part(share) for share in (time, height, width))
-        return replace(self, window=(t, h, w), heads=())
+        return replace(self, window=(t, h, w), kept=None)
 
     def variant(self, layer: int, step: int) -> int:
         """Quarters of a window by which the partition moves; for "count", windows that it adds."""
@@ -87,6 +115,8 @@ class Window(Method):
 
     def pattern(self, grid: TokenGrid, variant: Hashable = 0) -> BlockPattern:
         assert isinstance(variant, int)
+        if self.kept is not None:
+            return self.sized(grid).pattern(grid, variant)
         windows = self.heads or (self.window,)
         return partitioned(grid, [self._borders(grid, window, variant) for window in windows])
 

@@ -73,11 +73,11 @@ def patch(
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
             above.
         dense_last_steps: last denoising steps that stay dense.
-        quality: "high", "balanced" or "fast": sparse calls keep about 50, 25 or 12.5 % of the
-            pairs of visual tokens, or what the family's published setting near that keeps. It only
-            chooses what `params` leave open and never the dense steps and layers; `report` and
-            `plan` print the result, and say so where `params` leave nothing to choose. None takes
-            the published setting, else the method's defaults.
+        quality: "high", "balanced" or "fast": sparse calls keep 50, 25 or 12.5 % of the pairs of
+            visual tokens, within a tenth of that where the grid has enough tiles. It only chooses
+            what `params` leave open and never the dense steps and layers; `report` and `plan`
+            print the result, and say so where `params` leave nothing to choose. None takes the
+            published setting, else the method's defaults.
         backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
             "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         grid: for models without a family: a `TokenGrid` (or a `PackedGrid`, for several grids in

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 from diffpatch.checking import checked
@@ -12,11 +10,8 @@ from diffpatch.kernels.memo import neutral
 from diffpatch.methods.base import Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
+from diffpatch.methods.sizes import ROUNDS, nearest
 from diffpatch.patterns.grid import Grid, as_grid
-
-CLOSE = 0.01  # relative; nearer than this a search ends
-TRIES = 12
-ROUNDS = range(4)  # layers and steps to look at: methods that alternate do so within these
 
 
 @checked("method", "grid")
@@ -46,20 +41,9 @@ def fit_kept(
     place = as_grid(grid)
     base = make_method(method, **params)
     kind = "image" if place.num_frames == 1 else "video"
-    low, amount, high = 1e-4, kept, 1.0
-    best, misfit = base, math.inf
-    for _ in range(TRIES):
-        candidate = base.with_kept(amount, kind)
-        share = kept_of(candidate, place)
-        if abs(share - kept) < misfit:
-            best, misfit = candidate, abs(share - kept)
-        if misfit <= CLOSE * kept:
-            break
-        low, high = (amount, high) if share < kept else (low, amount)
-        # Close to proportional in most methods, so a scaled guess beats halving where it is inside.
-        guess = amount * kept / share
-        amount = guess if low * 1.001 < guess < high / 1.001 else math.sqrt(low * high)
-    return best
+    return nearest(
+        lambda amount: base.with_kept(amount, kind), lambda method: kept_of(method, place), kept
+    )
 
 
 def kept_of(method: Method, grid: Grid) -> float:
@@ -67,7 +51,7 @@ def kept_of(method: Method, grid: Grid) -> float:
 
     Dense steps and layers, and the refreshes of methods that have such, come on top.
     """
-    calls = [method.variant(layer, step) for layer, step in itertools.product(ROUNDS, ROUNDS)]
+    calls = [method.variant(layer, step) for layer, step in ROUNDS]
     with neutral():
         share = {v: method.kept_at(pattern_on(method, grid, v), age=1) for v in set(calls)}
     return sum(share[v] for v in calls) / len(calls)

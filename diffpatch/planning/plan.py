@@ -78,6 +78,8 @@ class Plan:
         quality: the level asked for, or None.
         unused_quality: why that level has no effect; None if it has one or there is no level.
         kept_per_span: of a packed sequence, what a sparse call keeps of the pairs within each span.
+        kept_visual: what the level is about: the fraction of the pairs of visual tokens that sparse
+            calls compute, those aside in which a method over another one refreshes what it keeps.
     """
 
     model: str
@@ -112,14 +114,15 @@ class Plan:
     quality: str | None = None
     unused_quality: str | None = None
     kept_per_span: tuple[float, ...] = ()
+    kept_visual: float = 1.0
 
     @property
     def missed_quality(self) -> str | None:
         """How far a sparse call is from what the level of quality asks for; None if it is near."""
         wanted = None if self.quality is None else QUALITIES[self.quality]
-        if wanted is None or self.unused_quality or abs(self.kept_sparse / wanted - 1) <= NEAR:
+        if wanted is None or self.unused_quality or abs(self.kept_visual / wanted - 1) <= NEAR:
             return None
-        return f"{self.kept_sparse:.1%} instead of {wanted:.1%}"
+        return f"{self.kept_visual:.1%} instead of {wanted:.1%}"
 
     @property
     def computed_speedup(self) -> float:
@@ -326,4 +329,5 @@ def _plan_of(
         warning=beyond(trained, run.grid, run.method.name),
         scratch_bytes=run.scratch_size(shape),
         kept_per_span=run.kept_per_span(),
+        kept_visual=run.kept_visual(),
     )

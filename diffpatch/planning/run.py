@@ -98,6 +98,15 @@ class PlannedRun:
         """The mean over sparse calls; 1 if there are none."""
         return sum(self.sparse) / len(self.sparse) if self.sparse else 1.0
 
+    def kept_visual(self) -> float:
+        """The mean over sparse calls that refresh nothing, of the pairs of visual tokens alone."""
+        if not self.used:
+            return 1.0
+        share = {id(p): self.method.kept_at(p, age=1) for p in self.made.values()}
+        kept = sum(share[id(p)] for p in self.used) / len(self.used)
+        visual = (self.grid.visual_tokens / self.grid.num_tokens) ** 2
+        return (kept - (1 - visual)) / visual  # text is always seen
+
     def at_most(self) -> bool:
         """Whether the run may keep less than is counted, because the data decide."""
         return any(map(self.method.at_most, self.made.values()))

@@ -16,7 +16,6 @@ class Preset:
         dense_steps: as in `patch`.
         dense_layers: as in `patch`.
         source: where it was published, and for what run.
-        levels: quality level -> what was published near its share of the pairs.
         experts: the setting where two of these transformers share the steps (Wan 2.2 A14B, whose
             transformers look exactly like those of Wan 2.1).
     """
@@ -25,7 +24,6 @@ class Preset:
     dense_steps: int | float | None = None
     dense_layers: int | float | None = None
     source: str = ""
-    levels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: Preset | None = None
 
 
@@ -57,8 +55,7 @@ HUNYUAN = {
         {"window": (0.6, 0.5, 0.3)},
         0.3,
         0,
-        "GNA: 18×24×24 of 30×48×80, 15 of 50 steps dense; high: 30×40×40",
-        {"high": {"window": (-1, 0.83, 0.5)}, "fast": {"window": (0.6, 0.5, 0.3)}},
+        "GNA: 18×24×24 of 30×48×80, 15 of 50 steps dense",
     ),
 }
 MOCHI = {"radial": Preset({"decay": 1.0}, 2, 2, "Radial Attention, made for its LoRA")}
@@ -67,7 +64,6 @@ COSMOS = {
         {"window": (1.0, 0.73, 0.6)},
         0.34,
         0,
-        "GNA: 16×32×48 of 16×44×80, 12 of 35 steps dense; fast: 16×24×16",
-        {"high": {"window": (-1, 0.73, 0.6)}, "fast": {"window": (-1, 0.55, 0.2)}},
+        "GNA: 16×32×48 of 16×44×80, 12 of 35 steps dense",
     )
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,7 @@ def test_a_dry_run_shows_and_writes_nothing(
         (["--dense-layers", "a,b"], "layer numbers"),
         (["--image", "no/such/file.png"], "there is no file no/such/file.png"),
         (["--prompt-file", "no/such/file.txt"], "there is no file"),
+        (["--prompt-file", "."], ". is a folder: give a file"),
         (["--dtype", "fp8"], "known: auto, bf16, fp16, fp32"),
         (["--format", "mp5"], "did you mean 'mp4'"),
         (["--model", "no/such/folder/"], "a folder, or a hub id"),
@@ -375,3 +378,14 @@ def fails(words: list[str], out: Path, capsys: pytest.CaptureFixture[str], code:
     assert len(lines) == 1 and lines[0].startswith("diffpatch: "), shown.err
     assert (sorted(out.iterdir()) if out.exists() else None) == before
     return lines[0]
+
+
+def test_a_pipe_of_the_shell_is_a_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=("a red circle\n",), daemon=True).start()
+    words = ["render", "-m", "demo", "--prompt-file", str(pipe), "-o", str(tmp_path / "out")]
+    assert main([*words, "--dry-run"]) == 0
+    assert "a red circle" in capsys.readouterr().out

@@ -227,9 +227,10 @@ def test_the_demo_draws_its_own_captions(
     ("words", "message"),
     [
         (["OUT"], "--reference DENSE"),
+        (["no/such"], "there is no file or folder no/such"),
         (["--reference", "OUT"], "--reference DENSE"),
         (["OUT", "--reference", "no/such"], "there is no folder no/such"),
-        (["no/such", "--reference", "OUT"], "there is no folder no/such"),
+        (["no/such", "--reference", "OUT"], "there is no file or folder no/such"),
         (["OUT", "--reference", "EMPTY"], "holds nothing to evaluate"),
         (["OUT", "--reference", "OTHER"], "no names fit: 'clip0' against 'else'"),
         (["OUT", "--reference", "TALL"], "has frames"),

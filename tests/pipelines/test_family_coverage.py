@@ -143,6 +143,18 @@ def test_the_command_prints_every_row(capsys: pytest.CaptureFixture[str]) -> Non
     assert "already linear" in refused and lines.index(refused) > lines.index("Cannot be patched:")
 
 
+def test_the_command_shows_the_families_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["families", "WAN"]) == 0
+    out = capsys.readouterr().out
+    assert "WanVACETransformer3DModel" in out and "FluxTransformer2DModel" not in out
+    assert main(["families", "sana"]) == 0
+    assert "Cannot be patched:" in capsys.readouterr().out
+    assert main(["families", "nothing-like-it"]) == 2
+    assert "no family is like 'nothing-like-it'" in capsys.readouterr().err
+
+
 def test_markdown_tables_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families", "--markdown"]) == 0
     tables = [t.splitlines() for t in capsys.readouterr().out.split("\n\n") if t.startswith("|")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import diffpatch
-from diffpatch import BadParameter, Dynamic, Neighborhood, Radial, Window
+from diffpatch import BadParameter, Dynamic, Neighborhood, Radial, TokenGrid, Window
 from diffpatch.cli import main
 from diffpatch.patching.options.settle import QUALITIES, settle
 from diffpatch.pipelines.families.table import list_families
@@ -78,27 +78,38 @@ def test_the_pipeline_tells_wan_2_2_from_wan_2_1() -> None:
     assert "decay=0.8" in diffpatch.report(unbounded).method
 
 
-@pytest.mark.parametrize("method", ["radial", "neighborhood", "window", "linear"])
+COARSE = (("hunyuan-video", "sliding_tile"), ("flux", "linear"))  # no whole tiles are nearer
+METHODS = ["radial", "neighborhood", "window", "sliding_tile", "disc", "linear", "dynamic"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "window+temporal"])
 @pytest.mark.parametrize("model", list(SIZES))
 def test_quality_levels_keep_what_they_promise(model: str, method: str) -> None:
-    if model == "flux" and method == "radial":
+    if model == "flux" and method in ("radial", "window+temporal"):
         return  # there is nothing between the frames of an image
     plans = [diffpatch.plan(model, method, quality=q, **SIZES[model]) for q in QUALITIES]
     for plan, target in zip(plans, QUALITIES.values(), strict=True):
-        visual = (plan.grid.visual_tokens / plan.tokens) ** 2  # levels are about visual tokens
-        kept = (plan.kept_sparse - (1 - visual)) / visual
-        assert 0.6 * target <= kept <= 1.3 * target, plan
+        coarse = (model, method) in COARSE
+        assert plan.kept_visual == pytest.approx(target, rel=0.15 if coarse else 0.1), plan
+        assert coarse or plan.missed_quality is None
+        if "+" not in method:  # no refreshes, and levels are about visual tokens
+            visual = (plan.grid.visual_tokens / plan.tokens) ** 2
+            kept = (plan.kept_sparse - (1 - visual)) / visual
+            assert kept == pytest.approx(plan.kept_visual)
     default = diffpatch.plan(model, method, **SIZES[model])
     assert {p.dense_steps for p in plans} == {default.dense_steps}
     assert {p.dense_layers for p in plans} == {default.dense_layers}
 
 
-def test_published_levels_are_used_where_there_are_some() -> None:
+def test_a_level_replaces_the_published_size_and_leaves_the_published_schedule() -> None:
     family = FAMILIES["HunyuanVideoTransformer3DModel"]
-    fast, schedule = settle("neighborhood", {}, family, "video", quality="fast")
-    assert fast == Neighborhood(window=(0.6, 0.5, 0.3)) and schedule.dense_steps == 0.3
-    balanced, _ = settle("neighborhood", {}, family, "video", quality="balanced")
-    assert balanced == Neighborhood().with_kept(0.25)
+    published, schedule = settle("neighborhood", {}, family, "video")
+    assert published == Neighborhood(window=(0.6, 0.5, 0.3))
+    fast, same = settle("neighborhood", {}, family, "video", quality="fast")
+    grid = TokenGrid(30, 48, 80)
+    assert fast.pattern(grid).kept == pytest.approx(0.125, rel=0.02)
+    assert published.pattern(grid).kept == pytest.approx(0.09, rel=0.02)
+    assert schedule == same and same.dense_steps == 0.3
 
 
 def test_what_the_caller_gives_wins() -> None:
@@ -110,9 +121,9 @@ def test_what_the_caller_gives_wins() -> None:
     assert chosen("radial", decay=0.7) == Radial(decay=0.7)
     assert chosen("radial", sink=False) == Radial(decay=0.2, sink=False, kept=0.125)
     assert chosen("window", window=(1, 2, 3), shift="step") == Window((1, 2, 3), "step")
-    assert chosen("window", shift="none") == Window(window=(0.5, 0.5, 0.5), shift="none")
+    assert chosen("window", shift="none") == Window(shift="none", kept=0.125)
     combined = chosen("window+temporal", refresh=3)
-    assert combined == diffpatch.Temporal(over=Window(window=(0.5, 0.5, 0.5)), refresh=3)
+    assert combined == diffpatch.Temporal(over=Window(kept=0.125), refresh=3)
 
 
 def test_a_level_without_effect_is_said() -> None:
@@ -133,7 +144,7 @@ def test_a_level_without_effect_is_said() -> None:
 
 def test_a_plan_says_that_a_level_has_no_effect() -> None:
     made = diffpatch.plan("wan-1.3b", "radial", quality="fast", decay=0.9, **SIZES["wan-1.3b"])
-    assert made.missed_quality is None and "without knowing the grid" not in str(made)
+    assert made.missed_quality is None
     assert "quality    quality='fast' has no effect beside decay=0.9" in str(made)
 
 

@@ -123,6 +123,9 @@ def _places(folders: Sequence[Path], reference: Path | None) -> tuple[list[Path]
     """
     from diffpatch.eval.quality.items import rendered
 
+    for path in folders:
+        if not path.exists():
+            raise UsageError(f"there is no file or folder {path}")
     if reference is None or list(folders) == [reference]:
         found = list(rendered(folders[0])) if len(folders) == 1 and folders[0].is_dir() else []
         if "dense" in found and len(found) > 1:

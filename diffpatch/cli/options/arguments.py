@@ -76,9 +76,11 @@ def layers(text: str) -> int | float | list[int]:
 
 
 def existing_file(text: str) -> Path:
-    """A file that is there."""
+    """A file that is there, or a pipe such as the shell's <(…)."""
     path = Path(text).expanduser()
-    if not path.is_file():
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file")
+    if not path.exists():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return path
 

@@ -9,6 +9,7 @@ from diffpatch.cli.options.arguments import later
 EXAMPLES = """\
 examples:
   diffpatch families
+  diffpatch families wan
   diffpatch families --json
   diffpatch families --markdown    # the tables of the README
 """
@@ -23,6 +24,7 @@ def add_parser(commands: Any) -> None:
         "one can be patched, unless the table says why not.",
         epilog=EXAMPLES,
     )
+    parser.add_argument("like", nargs="?", help="a part of a name, such as wan or image")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")

@@ -15,6 +15,7 @@ examples:
   diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81 --device-profile h100
   diffpatch plan --model wan-14b --height 720 --width 1280 --num-frames 81 \\
       --method radial --set decay=0.5 --dense-steps 12 --draw pictures/
+  diffpatch plan --model demo-long
   diffpatch plan --model flux --height 2048 --width 2048 --method neighborhood --json
   diffpatch plan --model minimax-h3 --height 768 --width 1344 --num-frames 124 \\
       --reference 124,768,1344
@@ -25,6 +26,7 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
+    own = "(the pipeline's own; a built-in shape has none)"
     models = ", ".join(row.name for row in MODELS)
     parser = commands.add_parser(
         "plan",
@@ -39,11 +41,9 @@ def add_parser(commands: Any) -> None:
         "-m", "--model",
         help=f"{models}; a pipeline as in render, or a transformer's config.json",
     )  # fmt: skip
-    parser.add_argument("--height", type=arguments.number(int, 1), help="in pixels")
-    parser.add_argument("--width", type=arguments.number(int, 1), help="in pixels")
-    parser.add_argument(
-        "--num-frames", type=arguments.number(int, 1), default=1, help="of a video (1)"
-    )
+    parser.add_argument("--height", type=arguments.number(int, 1), help=f"in pixels {own}")
+    parser.add_argument("--width", type=arguments.number(int, 1), help=f"in pixels {own}")
+    parser.add_argument("--num-frames", type=arguments.number(int, 1), help=f"of a video {own}")
     parser.add_argument(
         "--reference", type=size, action="append", default=[], metavar="FRAMES,HEIGHT,WIDTH",
         help="a video or image that stands in the sequence before the one to make (minimax-h3);"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -110,7 +109,8 @@ class Linear(Method):
                 f"linear: with far={self.far!r}, near={self.near} the window has a fixed size and"
                 " no share of the tokens: set near instead"
             )
-        return super().with_kept(kept, kind)
+        rest = 1 / self.pool  # the virtual tokens of the rest are counted as well
+        return super().with_kept(max((kept - rest) / (1 - rest), 1e-4), kind)
 
     def pattern(self, grid: TokenGrid, variant: Hashable = None) -> BlockPattern:
         """The exact part; its `kept` counts a virtual token, or a state, as one key."""
@@ -181,18 +181,7 @@ class Linear(Method):
 
 def _boxes(counts: tuple[int, int, int], share: float) -> torch.Tensor:
     """bool (V, V) over visual tiles: each sees a box of about a share of all around it."""
-    sizes = _windows(counts, share)
+    sizes = axis.box([{s: s / n for s in range(1, n + 1)} for n in counts], share, even=0.2)
     t, h, w = (axis.tile_windows(n, size) for n, size in zip(counts, sizes, strict=True))
     keep = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
     return keep.reshape(math.prod(counts), -1)
-
-
-def _windows(counts: tuple[int, int, int], share: float) -> tuple[int, ...]:
-    """Tiles along each axis whose product is nearest to a share of all, of even proportions."""
-
-    def misfit(sizes: tuple[int, ...]) -> float:
-        shares = [s / n for s, n in zip(sizes, counts, strict=True)]
-        uneven = math.log(max(shares) / min(shares))
-        return abs(math.log(math.prod(shares) / share)) + 0.2 * uneven
-
-    return min(itertools.product(*(range(1, n + 1) for n in counts)), key=misfit)

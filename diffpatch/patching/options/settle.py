@@ -73,7 +73,7 @@ def settle(
             f" {kind} model: use neighborhood or window"
         )
     if quality is not None:
-        chosen = _at_quality(method, chosen, quality, params, preset, kind)
+        chosen = _at_quality(method, chosen, quality, params, kind)
     frames, size = (None, None) if trained is None else (trained.num_frames, trained.size)
     chosen = chosen.for_model(frames, size, cross_attention)
     composition.check_method(chosen)
@@ -115,7 +115,6 @@ def _at_quality(
     chosen: Method,
     quality: str,
     params: Mapping[str, Any],
-    preset: Preset,
     kind: str,
 ) -> Method:
     if quality not in QUALITIES:
@@ -127,8 +126,6 @@ def _at_quality(
         )
     if no_effect(chosen, quality, params) is not None:
         return chosen
-    if quality in preset.levels:
-        return make_method(method, **{**preset.params, **preset.levels[quality], **params})
     return chosen.with_kept(QUALITIES[quality], kind)
 
 
