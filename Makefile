@@ -17,7 +17,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 REACHED = $(BIN)/python -c "import signal, urllib.request as u; signal.alarm(6); u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" >/dev/null 2>&1
 MODEL ?= demo-long
 METHOD ?= radial
-OPTIONS ?= --dense-steps 2 --dense-layers 0
+OPTIONS ?= --set decay=0.5 --dense-steps 2 --dense-layers 0
 PROMPT ?= a large red circle moves left over a black background
 
 VENV := .venv

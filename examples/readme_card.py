@@ -59,15 +59,14 @@ def write(folder: Path, picture: Path = PICTURE) -> str:
     """
     result = json.loads((folder / "render.json").read_text(encoding="utf-8"))
     row = row_of(TABLE, METHOD)
-    if row["facts"]["model"] != result["model"] or [*result["runs"]] != ["dense", METHOD]:
-        return f"{picture.name} shows {METHOD} on {row['facts']['model']} and stays as it is"
-    text = text_of(row, result["prompt"])
+    text, wanted = text_of(row, result["prompt"]), row["facts"]["parameters"]
+    options = result["runs"].get(METHOD, {}).get("options", {})
+    if row["facts"]["model"] != result["model"] or not wanted.items() <= options.items():
+        return f"{picture.name} shows {text.line} on {row['facts']['model']} and stays as it is"
     if picture.is_file() and replace(card_text(picture), prompt=text.prompt) == text:
         return f"{picture.name} already says what the README's table says"
     dense, fast = (read_frames(folder / f"{name}.mp4") for name in ("dense", METHOD))
-    pattern = thumbnail(
-        make_method(METHOD, **row["facts"]["parameters"]).pattern(GRID).tile_map()[0]
-    )
+    pattern = thumbnail(make_method(METHOD, **wanted).pattern(GRID).tile_map()[0])
     with tempfile.TemporaryDirectory() as made:
         write_card(Path(made), dense, fast, text, pattern, FPS)
         shutil.move(Path(made) / "card.webp", picture)

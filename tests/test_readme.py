@@ -132,7 +132,8 @@ def test_make_demo_ends_with_the_picture() -> None:
 def test_make_demo_writes_the_picture_only_where_it_says_something_else(tmp_path: Path) -> None:
     module = load_example("readme_card")
     shown = card_text(PICTURE)
-    result = {"prompt": "a blue ring", "model": "demo-long", "runs": {"dense": {}, "radial": {}}}
+    runs = {"dense": {}, "radial": {"options": {"decay": 0.5, "dense_steps": 2}}}
+    result = {"prompt": "a blue ring", "model": "demo-long", "runs": runs}
     clip = torch.rand(3, 3, 16, 16)
     for name in ("dense", "radial"):
         save(to_images(clip), tmp_path / f"{name}.mp4", 8)
@@ -143,7 +144,8 @@ def test_make_demo_writes_the_picture_only_where_it_says_something_else(tmp_path
         return str(module.write(tmp_path, card))
 
     assert "stays as it is" in made(model="demo")
-    assert "stays as it is" in made(runs={"dense": {}, "window": {}})
+    assert "stays as it is" in made(runs={"dense": {}, "window": {"options": {}}})
+    assert "stays as it is" in made(runs={"dense": {}, "radial": {"options": {"decay": 0.2}}})
     assert not card.exists()
     assert made() == f"wrote {card}"
     assert card_text(card) == replace(shown, prompt="a blue ring")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_TOKENS = 2**22  # of a grid: patterns are tables of pairs of tiles, and tiles have 128 tokens
+MOST_TOKENS = 2**21  # of a grid: patterns are tables of pairs of tiles, and tiles have 128 tokens
 
 
 @dataclass(frozen=True)

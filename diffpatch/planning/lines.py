@@ -63,10 +63,7 @@ def _quality(plan: Plan) -> list[str]:
         return [f"  quality    {plan.unused_quality}"]
     if plan.missed_quality is None:
         return []
-    return [
-        f"  quality    {plan.missed_quality}: a level is chosen without knowing the grid;"
-        " `diffpatch.fit_kept` fits to it"
-    ]
+    return [f"  quality    {plan.missed_quality} of the visual pairs; nothing is nearer here"]
 
 
 def _training(plan: Plan) -> list[str]:

@@ -78,8 +78,7 @@ class Plan:
         quality: the level asked for, or None.
         unused_quality: why that level has no effect; None if it has one or there is no level.
         kept_per_span: of a packed sequence, what a sparse call keeps of the pairs within each span.
-        kept_visual: what the level is about: the fraction of the pairs of visual tokens that sparse
-            calls compute, those aside in which a method over another one refreshes what it keeps.
+        kept_visual: what levels are about, `kept_sparse` of visual tokens alone, without refreshes.
     """
 
     model: str

@@ -266,7 +266,7 @@ def test_a_level_of_quality_that_is_missed_is_said() -> None:
     size |= {"height": 96, "width": 160, "num_frames": 9}  # one tile of 6×8×8 and a bit
     far = diffpatch.plan("wan-1.3b", "sliding_tile", quality="fast", **size)
     assert far.missed_quality == f"{far.kept_visual:.1%} instead of 12.5%"
-    assert f"quality    {far.missed_quality} of the visual pairs, which is the near" in str(far)
+    assert f"quality    {far.missed_quality} of the visual pairs; nothing is nearer" in str(far)
     assert diffpatch.plan("wan-1.3b", "sliding_tile", **size).missed_quality is None
 
 
@@ -291,5 +291,5 @@ def test_a_size_beyond_what_patterns_hold_is_refused_before_it_is_tried(side: in
         "dynamic",
         "radial+temporal",
     ):
-        with pytest.raises(BadParameter, match="tokens and patterns hold at most 4,194,304"):
+        with pytest.raises(BadParameter, match="tokens and patterns hold at most 2,097,152"):
             diffpatch.plan("wan-1.3b", name, height=side, width=2 * side, num_frames=81)
