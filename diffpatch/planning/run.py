@@ -104,8 +104,9 @@ class PlannedRun:
             return 1.0
         share = {id(p): self.method.kept_at(p, age=1) for p in self.made.values()}
         kept = sum(share[id(p)] for p in self.used) / len(self.used)
-        visual = (self.grid.visual_tokens / self.grid.num_tokens) ** 2
-        return (kept - (1 - visual)) / visual  # text is always seen
+        grids = self.grid.grids if isinstance(self.grid, PackedGrid) else (self.grid,)
+        visual = sum(grid.visual_tokens**2 for grid in grids) / self.grid.num_tokens**2
+        return (kept - (self.asking - visual)) / visual  # all other pairs are always kept
 
     def at_most(self) -> bool:
         """Whether the run may keep less than is counted, because the data decide."""

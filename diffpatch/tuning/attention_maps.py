@@ -279,15 +279,18 @@ def attention_maps(
 
     Raises:
         NotPatched: the target carries no patch.
-        BadParameter: the query lies outside of the grid.
+        BadParameter: there is no such layer, or the query lies outside of the grid.
     """
     from diffpatch import internals  # imports diffusers, which takes seconds
 
     found = named_owners(target)
     if not found:
         raise NotPatched(f"{type(target).__name__} is not patched: call diffpatch.patch(...) first")
+    layers = len(next(iter(found.values())).modules)
     if layer is None:
-        layer = len(next(iter(found.values())).modules) // 2
+        layer = layers // 2
+    if layer >= layers:
+        raise BadParameter(f"layer={layer}: {layers} layers are patched, the last is {layers - 1}")
     maps = AttentionMaps(layer, step, query)
 
     def observe(call: SparseCall) -> None:

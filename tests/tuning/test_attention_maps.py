@@ -131,6 +131,11 @@ def test_what_cannot_be_seen_is_said() -> None:
     with pytest.raises(diffpatch.NotPatched), diffpatch.attention_maps(tiny.pipe, 0, step=0):
         pass
     diffpatch.patch(tiny.pipe, LOCAL, dense_steps=1, dense_layers=0)
+    with (
+        pytest.raises(diffpatch.BadParameter, match=r"layer=9: \d layers are patched, the last is"),
+        diffpatch.attention_maps(tiny.pipe, layer=9, step=1),
+    ):
+        pass
     with diffpatch.attention_maps(tiny.pipe, layer=1, step=0) as maps:
         tiny.run()
     with pytest.raises(diffpatch.DiffpatchError, match="no sparse call of layer 1 was seen"):
