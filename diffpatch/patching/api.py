@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from diffpatch.checking import checked
-from diffpatch.errors import BadParameter, NotPatched
+from diffpatch.errors import BadParameter, DiffpatchError, NotPatched
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
 
 Target = TypeVar("Target")
 Grid = TokenGrid | PackedGrid | Callable[..., TokenGrid | PackedGrid]
+_CHANGING = threading.RLock()  # while patches go on and off; never during attention
+# The patches of the `patched` blocks that the current thread or task is inside of.
+_INSIDE: contextvars.ContextVar[tuple[Patch, ...]] = contextvars.ContextVar(
+    "diffpatch_patched", default=()
+)
 
 
 @checked("method", "dense_steps", "dense_layers", "dense_last_steps", "grid")
@@ -150,8 +157,9 @@ def patch(
     ]
     for transformer in fresh:
         schedule.layers(len(transformer.modules))
-    unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
-    _install(pipe, shared, fresh)
+    with _CHANGING:
+        unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
+        _install(pipe, shared, fresh)
     return pipe
 
 
@@ -225,14 +233,15 @@ def unpatch(target: Target) -> Target:
     That goes for all that was patched, also if the target has other components by now. Does nothing
     to a target that is not patched.
     """
-    for owner in owners(target):
-        owner.remove()
-        if not owner.patch.installed:
-            owner.patch.undo()
-    if not isinstance(target, torch.nn.Module):
-        shared = getattr(target, "__dict__", {}).pop("_diffpatch", None)
-        if shared is not None and shared.is_for(target):
-            shared.undo()
+    with _CHANGING:
+        for owner in owners(target):
+            owner.remove()
+            if not owner.patch.installed:
+                owner.patch.undo()
+        if not isinstance(target, torch.nn.Module):
+            shared = getattr(target, "__dict__", {}).pop("_diffpatch", None)
+            if shared is not None and shared.is_for(target):
+                shared.undo()
     return target
 
 
@@ -242,18 +251,34 @@ def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iter
 
     A patch that the target carried before is back afterwards, with counts and state of its own that
     begin anew.
+
+    Raises:
+        DiffpatchError: another thread or task is inside such a block with the same transformers.
+        Others: as `patch` does.
     """
     before: dict[Patch, list[PatchedTransformer]] = {}
-    for owner in owners(pipe):
-        before.setdefault(owner.patch, []).append(owner)
-    patch(pipe, method, **options)
+    with _CHANGING:
+        for owner in owners(pipe):
+            before.setdefault(owner.patch, []).append(owner)
+        if any(one.in_block for one in before if one not in _INSIDE.get()):
+            raise DiffpatchError(
+                f"another thread or task is inside `patched` with this {type(pipe).__name__}, and"
+                " its method would change in the middle: patch once for all of them, or let one"
+                " block end before the next begins"
+            )
+        own = owners(patch(pipe, method, **options))[0].patch
+        own.in_block = True
+        _INSIDE.set((*_INSIDE.get(), own))
     try:
         yield pipe
     finally:
-        unpatch(pipe)
-        for shared, previous in before.items():
-            shared.runs.forget()
-            _install(pipe, shared, previous)
+        with _CHANGING:
+            own.in_block = False
+            _INSIDE.set(tuple(one for one in _INSIDE.get() if one is not own))
+            unpatch(pipe)
+            for shared, previous in before.items():
+                shared.runs.forget()
+                _install(pipe, shared, previous)
 
 
 def report(target: Any) -> Report:

@@ -93,6 +93,7 @@ class Patch:
             predicted to give, or that a level of quality has no effect.
         strict: whether a forward in which nothing runs sparsely is an error.
         hold: tolerance within which steps are held; None holds none.
+        in_block: whether it is on for the length of a `patched` block that has not ended.
         observers: see every sparse call of every run.
         runs: the runs over the patch, with all that they remember.
         installed: the transformers that carry it.
@@ -118,6 +119,7 @@ class Patch:
         self.remark = remark
         self.strict = strict
         self.hold = hold
+        self.in_block = False
         self.observers: list[Observer] = []
         self.runs = Runs(follows=not bare)
         self.installed: weakref.WeakSet[Installed] = weakref.WeakSet()

@@ -202,6 +202,8 @@ class PatchedTransformer:
 
     def _keep_processors(self) -> None:
         """Patch again what was replaced behind our back (fused projections, IP-Adapters, …)."""
+        if not self.active:  # another thread has undone the patch since this forward began
+            return
         for i, (path, module) in enumerate(self.modules):
             if rebind.is_rebound(module.processor, self):
                 continue
