@@ -26,20 +26,16 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Given:
-    """What a held result must have been given: latents of this shape, and this text."""
+    """What a held result must have been given: latents of this shape, and these texts."""
 
     shape: tuple[int, ...]
-    text: Any
+    texts: Any
 
     def fits(self, other: Given) -> bool:
         """Whether a result for the one serves the other."""
-        if self.shape != other.shape or isinstance(self.text, torch.Tensor) != isinstance(
-            other.text, torch.Tensor
-        ):
-            return False
-        same = self.text is other.text or not isinstance(self.text, torch.Tensor)
-        return same or (
-            self.text.shape == other.text.shape and bool(torch.equal(self.text, other.text))
+        mine, theirs = pytree.tree_leaves(self.texts), pytree.tree_leaves(other.texts)
+        return (
+            self.shape == other.shape and len(mine) == len(theirs) and all(map(_same, mine, theirs))
         )
 
 
@@ -100,6 +96,12 @@ class Path:
 def copied(result: Any) -> Any:
     """A result with tensors of its own, because a pipeline may write into what it is given."""
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return type(one) is type(other)
 
 
 def _change(before: Any, now: Any) -> torch.Tensor:

@@ -23,7 +23,8 @@ from diffpatch.patching.swap.guide import RECORD
 
 _NO_TIMES = "its scheduler runs the model twice a step, or its timesteps do not fall towards 0"
 FORWARD = "forward"
-TEXT = "encoder_hidden_states"  # what a caller may exchange in the middle of a run
+# What a caller may exchange in the middle of a run.
+TEXTS = ("encoder_hidden_states", "pooled_projections")
 
 
 class Hold:
@@ -96,7 +97,9 @@ class Hold:
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         latents = next((x for x in named.values() if isinstance(x, torch.Tensor)), None)
-        return Given(() if latents is None else tuple(latents.shape), named.get(TEXT))
+        return Given(
+            () if latents is None else tuple(latents.shape), [named.get(name) for name in TEXTS]
+        )
 
     def remove(self) -> None:
         """Give the model its own forward back; under what somebody has put on top, do nothing."""

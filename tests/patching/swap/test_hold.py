@@ -296,3 +296,14 @@ def test_models_that_are_cut_over_processes_are_refused(tiny: Tiny, tmp_path: Fi
             tiny.run(num_inference_steps=STEPS)
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_result_serves_what_was_given_the_same() -> None:
+    text, pooled = torch.ones(1, 2, 3), torch.ones(1, 4)
+    given = Given((1, 2), [text, [pooled, None]])
+    assert given.fits(Given((1, 2), [text.clone(), [pooled, None]]))
+    assert not given.fits(Given((2, 1), [text, [pooled, None]]))
+    assert not given.fits(Given((1, 2), [text, [pooled + 1, None]]))
+    assert not given.fits(Given((1, 2), [text[:, :1], [pooled, None]]))
+    assert not given.fits(Given((1, 2), [text, [None, pooled]]))
+    assert not given.fits(Given((1, 2), [text]))
