@@ -16,6 +16,7 @@ from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned.files import Layer, Learned, load
+from diffpatch.methods.slowing import Slowing
 from diffpatch.patterns.grid import TokenGrid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 
@@ -43,6 +44,7 @@ class AttentionCall:
         branch: number of the transformer's forward in its step, from 0: the guidance branch.
         shared: what the method keeps for this layer and all branches; None where nothing says which
             calls are branches of one step.
+        common: what the method keeps for all layers of this branch.
     """
 
     pattern: BlockPattern
@@ -56,6 +58,7 @@ class AttentionCall:
     layer: int = 0
     branch: int = 0
     shared: dict[str, Any] | None = None
+    common: dict[str, Any] = field(default_factory=dict)
 
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None
@@ -209,15 +212,23 @@ class Method:
         return ("kept",)
 
     @property
-    def slowed_from(self) -> int | None:
-        """Trained length in latent frames, beyond which one frequency of the model's rotary
-        embedding is slowed down (see `diffpatch.patching.swap.rope`); None never changes it."""
+    def slowing(self) -> Slowing | None:
+        """Which frequencies of the model's rotary embedding are slowed down; None for none."""
+        return None
+
+    @property
+    def why_one_process(self) -> str | None:
+        """Why several processes cannot share a sequence, and what to do; None if they can."""
         return None
 
     def guide_every(self, grid: TokenGrid | None = None) -> int:
         """Denoising steps that the cross-attention of one dense forward serves, on a grid or on
         any; 0 where there is no such forward (see `diffpatch.patching.swap.guide`)."""
         return 0
+
+    def changes_whole(self, grid: TokenGrid) -> bool:
+        """Whether it does more than dense attention where its pattern keeps everything."""
+        return self.dynamic
 
     def why_whole(self, grid: TokenGrid) -> str:
         """Why a pattern on a grid keeps everything."""
@@ -240,9 +251,7 @@ class Method:
     ) -> Attended:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
-        scale, factor = call.scale, self.softmax_factor()
-        if factor != 1:
-            scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = self.sharpened(call.scale, q.shape[-1])
         out, _, used = block_sparse.attend(
             q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=call.backend
         )
@@ -278,6 +287,12 @@ class Method:
     def softmax_factor(self) -> float:
         """What the scale of the softmax is multiplied by: above 1 sharpens it."""
         return 1.0
+
+    @final
+    def sharpened(self, scale: float | None, head_dim: int) -> float | None:
+        """The factor on q·k with that in it; None means 1 / sqrt(D), before and after."""
+        factor = self.softmax_factor()
+        return scale if factor == 1 else factor * (scale or head_dim**-0.5)
 
     def kept_at(self, pattern: BlockPattern, age: int) -> float:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""

@@ -11,6 +11,7 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method, param
 from diffpatch.methods.registry import register
+from diffpatch.methods.slowing import CUT, Slowing
 from diffpatch.patterns.build import from_axes
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
@@ -20,6 +21,7 @@ UNKNOWN = (
     "longer: trained=None, and how many latent frames the model was trained at is not known: pass"
     " trained=21, for example"
 )
+ADVICE = "pass riflex=False"
 
 
 @register
@@ -32,9 +34,9 @@ class Longer(Method):
     sharp as the model expects. The keyframes move on by one frame with every denoising step, so in
     the course of a run all frames meet. Clips up to `trained` × `scale` frames stay dense.
 
-    With `riflex`, the temporal frequency of the rotary embedding whose period is nearest to the
-    trained length is slowed down until one period spans the clip; without that, models repeat
-    themselves after the length that they know.
+    With `riflex`, one temporal frequency of the rotary embedding is slowed down until its period
+    spans the clip: the one with the shortest period that a clip of the trained length does not
+    pass. Without that, models repeat themselves after the length that they know.
     """
 
     name = "longer"
@@ -60,8 +62,14 @@ class Longer(Method):
         self.check(0 < self.scale < math.inf, "scale", "a positive number")
 
     @property
-    def slowed_from(self) -> int | None:
-        return self.trained if self.riflex else None
+    def slowing(self) -> Slowing | None:
+        if self.trained is None or not self.riflex:
+            return None
+        return Slowing((self.trained, None, None), None, ADVICE)
+
+    @property
+    def why_one_process(self) -> str | None:
+        return None if self.slowing is None else f"{CUT}: {ADVICE}"
 
     def variant(self, layer: int, step: int) -> int:
         """The step, by which the keyframes have moved."""

@@ -11,6 +11,7 @@ import torch
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.base import Attended, AttentionCall, Method
 from diffpatch.methods.learned.files import Layer, Learned
+from diffpatch.methods.slowing import Slowing
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
@@ -72,8 +73,12 @@ class Wrapper(Method):
         return self.over.kept_parameters
 
     @property
-    def slowed_from(self) -> int | None:
-        return self.over.slowed_from
+    def slowing(self) -> Slowing | None:
+        return self.over.slowing
+
+    @property
+    def why_one_process(self) -> str | None:
+        return self.over.why_one_process
 
     def guide_every(self, grid: TokenGrid | None = None) -> int:
         return self.over.guide_every(grid)

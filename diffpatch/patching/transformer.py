@@ -339,7 +339,7 @@ class PatchedTransformer:
         learned = self._gates.gate(self._on(q.device, layer), noted, q)
         call = AttentionCall(
             pattern, scale, seen.keys, self.patch.backend, place.step, place.total, state, learned,
-            layer, place.branch, shared,
+            layer, place.branch, shared, place.run.common(self.name, place.branch, sample),
         )  # fmt: skip
         with on_device_of(q):
             done = method.attend(q, k, v, call)

@@ -114,8 +114,9 @@ class Decider:
         heads = question.shape[2]
         pattern = pattern.for_heads(heads * question.parts)
         pattern = parallel.of_heads(pattern, heads, question.rank, question.parts, question.deal)
-        if pattern.kept >= DENSE_FROM and not self.method.dynamic:
-            return Decision(self._why_whole(found))
+        grids = found.grids if isinstance(found, PackedGrid) else (found,)
+        if pattern.kept >= DENSE_FROM and not any(map(self.method.changes_whole, grids)):
+            return Decision("; ".join(dict.fromkeys(map(self.method.why_whole, grids))))
         like = torch.empty((), dtype=question.dtype, device=question.device).expand(question.shape)
         reason = unsupported_reason(like, pattern.on(question.device), self.backend)
         if reason is not None:  # "auto" always finds one
@@ -131,10 +132,6 @@ class Decider:
         if silent:
             pattern = without_queries(pattern, silent)
         return Decision(None, pattern, order, silent)
-
-    def _why_whole(self, grid: Grid) -> str:
-        grids = grid.grids if isinstance(grid, PackedGrid) else (grid,)
-        return "; ".join(dict.fromkeys(map(self.method.why_whole, grids)))
 
     def _grid(self, shape: Numbers, question: Question) -> Grid | str:
         """Where the tokens of the sequence stand, or why it must be dense."""

@@ -110,11 +110,8 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
     from diffpatch import internals  # imports diffusers, which takes seconds
     from diffpatch.patching.attention import parallel
 
-    if method.slowed_from is not None and parallel.context(model) is not None:
-        raise DiffpatchError(
-            f"{method.name} slows a frequency of the rotary embedding down, which is cut over"
-            " several processes here: pass riflex=False"
-        )
+    if method.why_one_process is not None and parallel.context(model) is not None:
+        raise DiffpatchError(f"{method.name}: {method.why_one_process}")
     cache = cache_of(model)
     if cache is not None and cache not in CACHES:
         raise DiffpatchError(

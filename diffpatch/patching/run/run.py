@@ -17,6 +17,7 @@ from diffpatch.patching.run.frames import FrameClock
 from diffpatch.patching.run.path import Path
 
 ALL_BRANCHES = -1  # in place of a branch: what its layer keeps for all of them
+ALL_LAYERS = -1  # in place of a layer: what its branch keeps for all of them
 # What tells the states of a method apart: transformer, layer, guidance branch, sample.
 StateKey = tuple[str, int, int, int]
 
@@ -112,6 +113,10 @@ class Run:
         """What a method keeps for a layer: of one guidance branch, and, if `shared`, of all."""
         of_all = self.state[transformer, layer, ALL_BRANCHES, sample] if shared else None
         return self.state[transformer, layer, branch, sample], of_all
+
+    def common(self, transformer: str, branch: int, sample: int) -> dict[str, Any]:
+        """What a method keeps for all layers of a guidance branch."""
+        return self.state[transformer, ALL_LAYERS, branch, sample]
 
     def note_state(self) -> None:
         """Count the memory that is held now."""
