@@ -45,6 +45,7 @@ def test_known_families_run_longer_and_come_back_bit_for_bit(build: str) -> None
     if maker is None:
         pytest.fail(f"no tiny model {build}")
     tiny = maker()
+    tiny.call["num_frames"] = 65 if build == "ltx" else 33  # 9 latent frames; periods begin at 6.3
     before = tiny.run()
     diffpatch.patch(tiny.pipe, "longer", trained=1, window=0, first=0, dense_steps=0)
     during = tiny.run()
@@ -72,7 +73,7 @@ def test_the_family_says_what_it_was_trained_at() -> None:
 def test_compiled_models_turn_as_slowly(whole: bool) -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "longer", trained=1, window=0, first=0)
-    lengths = (9, 17)
+    lengths = (9, 33)  # 3 and 9 latent frames; periods begin at 6.3
     expected = [tiny.run(num_frames=n) for n in lengths]
     model = tiny.pipe.transformer
     parts = [model] if whole else list(model.blocks)
@@ -86,7 +87,7 @@ def test_compiled_models_turn_as_slowly(whole: bool) -> None:
 def test_two_lengths_at_once() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "longer", trained=2, window=0, first=0)
-    lengths = (5, 9, 17)  # 2, 3 and 5 latent frames: one as in training, two beyond
+    lengths = (5, 9, 33)  # 2, 3 and 9 latent frames: one as in training, two beyond
     pipes = [
         type(tiny.pipe)(**{**tiny.pipe.components, "scheduler": copy.deepcopy(tiny.pipe.scheduler)})
         for _ in lengths
