@@ -251,7 +251,7 @@ class Method:
     ) -> Attended:
         """Attention over (B, S, H, D) tensors; here, over the pattern and nothing else."""
         blocks = call.pattern.on(q.device)
-        scale = self.sharpened(call.scale, q.shape[-1])
+        scale = sharpened(call.scale, self.softmax_factor(), q.shape[-1])
         out, _, used = block_sparse.attend(
             q, k, v, blocks, scale=scale, key_mask=call.key_mask, backend=call.backend
         )
@@ -287,12 +287,6 @@ class Method:
     def softmax_factor(self) -> float:
         """What the scale of the softmax is multiplied by: above 1 sharpens it."""
         return 1.0
-
-    @final
-    def sharpened(self, scale: float | None, head_dim: int) -> float | None:
-        """The factor on q·k with that in it; None means 1 / sqrt(D), before and after."""
-        factor = self.softmax_factor()
-        return scale if factor == 1 else factor * (scale or head_dim**-0.5)
 
     def kept_at(self, pattern: BlockPattern, age: int) -> float:
         """Fraction of the pairs that a call computes in the sparse step number `age` of a run."""
@@ -375,6 +369,11 @@ class Method:
         if not condition:
             value = getattr(self, parameter)
             raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
+
+
+def sharpened(scale: float | None, factor: float, head_dim: int) -> float | None:
+    """The factor on q·k times another one; None means 1 / sqrt(D), before and after."""
+    return scale if factor == 1 else factor * (scale or head_dim**-0.5)
 
 
 def _checking_grid(pattern: Callable[..., BlockPattern]) -> Callable[..., BlockPattern]:

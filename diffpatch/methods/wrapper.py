@@ -83,6 +83,9 @@ class Wrapper(Method):
     def guide_every(self, grid: TokenGrid | None = None) -> int:
         return self.over.guide_every(grid)
 
+    def changes_whole(self, grid: TokenGrid) -> bool:
+        return self.dynamic or self.over.changes_whole(grid)
+
     def why_whole(self, grid: TokenGrid) -> str:
         return self.over.why_whole(grid)
 

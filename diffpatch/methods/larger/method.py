@@ -12,7 +12,7 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
-from diffpatch.methods.base import Attended, AttentionCall, Method, param
+from diffpatch.methods.base import Attended, AttentionCall, Method, param, sharpened
 from diffpatch.methods.larger import focus
 from diffpatch.methods.neighborhood import Neighborhood, entropy_scale
 from diffpatch.methods.registry import register
@@ -163,9 +163,10 @@ class Larger(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> Attended:
         if self.focus > 1:
+            scale = sharpened(call.scale, self.softmax_factor(), q.shape[-1])
             factor = focus.factor_of(
-                q, k, self.focus, call.common, layer=call.layer, step=call.step,
-                scale=self.sharpened(call.scale, q.shape[-1]), key_mask=call.key_mask,
+                q, k, self.focus, call.common, layer=call.layer, step=call.step, scale=scale,
+                key_mask=call.key_mask,
             )  # fmt: skip
             if factor is not None:
                 q = q * factor.to(q.dtype)[:, None]
