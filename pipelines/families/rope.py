@@ -179,9 +179,9 @@ def _wan(model: Any) -> RotaryEmbedding:
     rope = model.rope
     # The angles of position 1 are the frequencies, whatever base they were made with.
     angles = torch.atan2(rope.freqs_sin[1, ::2].double(), rope.freqs_cos[1, ::2].double())
-    sizes = (rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2)
-    frequencies = [tuple(part.tolist()) for part in angles.split(sizes)]
-    shape = _latents(tuple(rope.patch_size))
+    sizes = [rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2]
+    frequencies = [tuple(part.tolist()) for part in torch.split(angles, sizes)]
+    shape = _latents(rope.patch_size)
     return RotaryEmbedding("rope", (0, 1, 2), lambda args: _on_grid(shape(args), frequencies))
 
 

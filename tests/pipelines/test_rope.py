@@ -80,7 +80,7 @@ def angles(tables: Tables, column: int) -> list[torch.Tensor]:
     cos, sin = (table.flatten(0, -2).double() for table in tables)
     rows = len(cos) // 2 if len(tables[0].shape) == 3 else len(cos)  # LTX has a batch
     both = [torch.atan2(sin[:rows, c], cos[:rows, c]) for c in (column, column + 1)]
-    assert torch.allclose(*both, atol=1e-6)
+    assert torch.allclose(both[0], both[1], atol=1e-6)
     return both[:1]
 
 

@@ -91,7 +91,8 @@ def test_calls_are_sharpened_from_the_second_step_on(shape: Any) -> None:
 
 
 def test_whole_frames_are_changed_beyond_the_trained_size_only() -> None:
-    for params in ({"focus": MOST}, {"sharpen": 1.1}):
+    changes: tuple[dict[str, Any], ...] = ({"focus": MOST}, {"sharpen": 1.1})
+    for params in changes:
         method = Larger(trained=(3, 5), shape="whole", **params)
         assert not method.changes_whole(GRID) and method.changes_whole(TokenGrid(1, 4, 5))
         assert "holds all 3×5" in method.why_whole(GRID)

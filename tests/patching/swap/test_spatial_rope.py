@@ -67,10 +67,11 @@ def test_two_sizes_at_once() -> None:
 
     alone = [run(i) for i in range(len(sizes))]
     together: dict[int, torch.Tensor] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: together.__setitem__(i, run(i)))
-        for i in range(len(sizes))
-    ]
+
+    def work(i: int) -> None:
+        together[i] = run(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(sizes))]
     for thread in threads:
         thread.start()
     for thread in threads:
