@@ -16,6 +16,7 @@ from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned.files import Layer, Learned, load
+from diffpatch.methods.scale import sharpened
 from diffpatch.methods.slowing import Slowing
 from diffpatch.patterns.grid import TokenGrid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
@@ -42,8 +43,7 @@ class AttentionCall:
         learned: what the layer learned, from the method's file of weights; empty without one.
         layer: number of the layer among those that are patched, from 0.
         branch: number of the transformer's forward in its step, from 0: the guidance branch.
-        shared: what the method keeps for this layer and all branches; None where nothing says which
-            calls are branches of one step.
+        shared: the same for all branches of this layer; None where nothing says which they are.
         common: what the method keeps for all layers of this branch.
     """
 
@@ -222,8 +222,7 @@ class Method:
         return None
 
     def guide_every(self, grid: TokenGrid | None = None) -> int:
-        """Denoising steps that the cross-attention of one dense forward serves, on a grid or on
-        any; 0 where there is no such forward (see `diffpatch.patching.swap.guide`)."""
+        """Steps that the cross-attention of one dense forward serves, on a grid or any; 0: none."""
         return 0
 
     def changes_whole(self, grid: TokenGrid) -> bool:
@@ -369,11 +368,6 @@ class Method:
         if not condition:
             value = getattr(self, parameter)
             raise BadParameter(f"{self.name}: {parameter}={value!r} must be {expected}")
-
-
-def sharpened(scale: float | None, factor: float, head_dim: int) -> float | None:
-    """The factor on q·k times another one; None means 1 / sqrt(D), before and after."""
-    return scale if factor == 1 else factor * (scale or head_dim**-0.5)
 
 
 def _checking_grid(pattern: Callable[..., BlockPattern]) -> Callable[..., BlockPattern]:

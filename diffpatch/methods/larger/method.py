@@ -12,10 +12,11 @@ import torch
 from diffpatch.errors import BadParameter
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
-from diffpatch.methods.base import Attended, AttentionCall, Method, param, sharpened
+from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.larger import focus
 from diffpatch.methods.neighborhood import Neighborhood, entropy_scale
 from diffpatch.methods.registry import register
+from diffpatch.methods.scale import sharpened
 from diffpatch.methods.slowing import CUT, Slowing
 from diffpatch.methods.window import partitioned
 from diffpatch.patterns.grid import TokenGrid
