@@ -16,8 +16,7 @@ from diffpatch.kernels.block_sparse import api as block_sparse
 from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.kernels.block_sparse.work import Work
 from diffpatch.methods.learned.files import Layer, Learned, load
-from diffpatch.methods.scale import sharpened
-from diffpatch.methods.slowing import Slowing
+from diffpatch.methods.slowing import Slowing, sharpened
 from diffpatch.patterns.grid import TokenGrid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
 

@@ -1,4 +1,4 @@
-"""What a method asks of the rotary embedding of a model that goes beyond its trained size."""
+"""What methods change beyond the trained size: the rotary embedding, and the softmax."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ class Slowing:
     trained: tuple[int | None, int | None, int | None]
     count: int | None
     advice: str
+
+
+def sharpened(scale: float | None, factor: float, head_dim: int) -> float | None:
+    """The factor on q·k times another one; None means 1 / sqrt(D), before and after."""
+    return scale if factor == 1 else factor * (scale or head_dim**-0.5)

@@ -16,8 +16,7 @@ from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.larger import focus
 from diffpatch.methods.neighborhood import Neighborhood, entropy_scale
 from diffpatch.methods.registry import register
-from diffpatch.methods.scale import sharpened
-from diffpatch.methods.slowing import CUT, Slowing
+from diffpatch.methods.slowing import CUT, Slowing, sharpened
 from diffpatch.methods.window import partitioned
 from diffpatch.patterns.grid import TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
