@@ -158,6 +158,12 @@ def patch(
     for transformer in fresh:
         schedule.layers(len(transformer.modules))
     with _CHANGING:
+        for one in dict.fromkeys(owner.patch for owner in owners(pipe)):
+            if one.is_for_another(pipe):
+                shared.say_once(
+                    f"another pipeline shares the transformer and was patched with {one.method}:"
+                    f" both run {chosen} now"
+                )
         unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
         _install(pipe, shared, fresh)
     return pipe

@@ -143,6 +143,10 @@ class Patch:
         """Whether it was made for a target."""
         return self._target() is target
 
+    def is_for_another(self, target: Any) -> bool:
+        """Whether it was made for something else than a target, which is still there."""
+        return self._target() not in (None, target)
+
     def follow(self, schedulers: Iterable[Any]) -> None:
         """Be told of what the target's schedulers do, from now on."""
         for scheduler in schedulers:

@@ -99,3 +99,15 @@ def test_a_block_left_by_an_exception_is_over_for_all() -> None:
     with diffpatch.patched(tiny.pipe, "window"):
         pass
     assert "Radial" in diffpatch.report(tiny.pipe).method, "a patch without a block comes back"
+
+
+def test_a_patch_that_changes_another_pipeline_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = wan()
+    diffpatch.patch(tiny.pipe, "window")
+    diffpatch.patch(tiny.pipe, "radial")
+    assert not caplog.text, "one's own may change"
+    other = type(tiny.pipe)(**tiny.pipe.components)
+    diffpatch.patch(other, "linear")
+    assert "shares the transformer and was patched with Radial" in caplog.text
+    assert "both run Linear" in caplog.text
+    assert "Linear" in diffpatch.report(tiny.pipe).method
