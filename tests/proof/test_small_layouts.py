@@ -12,7 +12,7 @@ import torch
 from diffpatch import Dynamic, Neighborhood, Radial, Temporal, TokenGrid, Window
 from diffpatch.kernels.memo import Memo
 from diffpatch.kernels.pieces import cut
-from diffpatch.methods.linear.method import _windows
+from diffpatch.methods import axis
 from diffpatch.methods.neighborhood import _whole_tiles, entropy_scale
 from diffpatch.methods.radial.rules import half_window, published
 from diffpatch.patching.attention.decision import Decider, Question
@@ -185,14 +185,17 @@ def test_windows_are_rounded_to_tiles_where_that_changes_little() -> None:
     assert _whole_tiles(17, 40, 8, 4) == 16 and _whole_tiles(39, 40, 8, 4) == 40
     assert _whole_tiles(29, 30, 16, 8) == 30, "never more than there is"
     assert entropy_scale(100, 10) == pytest.approx(2**0.5)
-    image = Neighborhood().with_kept(0.25, "image").window
-    assert image == (-1, 0.5, 0.5) and Neighborhood().with_kept(0.125).window == 0.5
+    assert Neighborhood(kept=0.25).pattern(TokenGrid(1, 64, 64)).kept == pytest.approx(0.25)
+    assert Neighborhood(kept=0.125).pattern(TokenGrid(16, 16, 16)).kept == pytest.approx(0.125)
     pattern = Neighborhood(window=(-1, 4, 4), dilation=2).pattern(TokenGrid(1, 8, 8))
     assert pattern.kept < 1, "along an axis of one token no dilation matters"
 
 
 def test_boxes_of_equal_share_are_even() -> None:
-    assert _windows((4, 4, 4), 1 / 8) == (2, 2, 2) and _windows((2, 8, 8), 1 / 8) == (1, 4, 4)
+    def box(*counts: int) -> tuple[int, ...]:
+        return axis.box([{s: s / n for s in range(1, n + 1)} for n in counts], 1 / 8, even=0.2)
+
+    assert box(4, 4, 4) == (2, 2, 2) and box(2, 8, 8) == (1, 4, 4)
 
 
 def test_bands_of_radial_decay_down_to_a_block() -> None:
