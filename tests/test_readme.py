@@ -108,7 +108,7 @@ PICTURE = ROOT / "examples" / "card.webp"
 def test_the_picture_says_what_the_table_says() -> None:
     """`make demo` makes it from the JSON behind the table."""
     text = README.read_text(encoding="utf-8")
-    [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+\.webp)\)", text)
+    picture, *_ = re.findall(r"!\[[^\]]*\]\(([^)]+\.webp)\)", text)  # the first
     assert ROOT / picture == PICTURE
     said = card_text(PICTURE)
     rows = json.loads((ROOT / "eval/results/demo_sweep.json").read_text(encoding="utf-8"))["rows"]
