@@ -109,12 +109,13 @@ def box(
         share: wanted.
         even: what unequal shares along the axes cost, beside a product that misses the share.
     """
-    t, h, w = (torch.tensor([*axis.values()]).double().log() for axis in shares)
+    t, h, w = (torch.tensor([*axis.values()], dtype=torch.float64).log() for axis in shares)
     t, h, w = t[:, None, None], h[:, None], w
     most = torch.maximum(torch.maximum(t, h), w)
     least = torch.minimum(torch.minimum(t, h), w)
     misfit = (t + h + w - math.log(share)).abs() + even * (most - least)
-    best = torch.unravel_index(misfit.argmin(), misfit.shape)
+    near = (misfit * 1e9).round()  # of equal ones the first, whatever the rounding
+    best = torch.unravel_index(near.argmin(), near.shape)
     return each([*axis][int(i)] for axis, i in zip(shares, best, strict=True))
 
 

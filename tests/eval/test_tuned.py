@@ -82,7 +82,11 @@ def test_the_picture_is_well_formed_and_shows_everything() -> None:
     settings = made(checked=[fresh("a", 31.4)])
     found = answer(settings, "28 dB")
     drawn = picture(settings, found)
-    assert [series.name for series in drawn.series] == ["caches alone", "attention alone", "both"]
+    assert [series.name for series in drawn.series] == [
+        "caches alone",
+        "attention alone",
+        "attention and steps",
+    ]
     assert drawn.chosen is not None and drawn.target is not None and len(drawn.checked) == 1
     for series in drawn.series:
         for x, y, *_ in series.marks:

@@ -28,7 +28,7 @@ def with_found_weights(
         params: parameters given by the caller.
     """
     given = dict(params)
-    if "weights" in given or method not in _HOLDS:
+    if "weights" in given or not isinstance(method, str) or method not in _HOLDS:
         return given
     folders = filter(None, map(_folder, (target, model)))
     folder = next(filter(_HOLDS[str(method)], folders), None)
