@@ -117,8 +117,8 @@ def patch(
     # Imports diffusers, which takes seconds, so only here.
     from diffpatch import internals
     from diffpatch.patching.patch import Patch
-    from diffpatch.patching.swap.cache import check_cache
-    from diffpatch.patching.swap.hold import check_hold
+    from diffpatch.patching.swap import cache as caches
+    from diffpatch.patching.swap import hold as holds
     from diffpatch.patching.transformer import PatchedTransformer
 
     internals.check()
@@ -138,9 +138,9 @@ def patch(
         quality = None
     bare = not hasattr(pipe, "components")
     if cache is not None:
-        check_cache(cache, bare=bare)
+        caches.check_limit("cache", cache, caches.MEANING, bare=bare)
     if hold is not None:
-        check_hold(hold, bare=bare)
+        caches.check_limit("hold", hold, holds.MEANING, bare=bare)
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)

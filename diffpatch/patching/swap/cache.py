@@ -16,6 +16,8 @@ from diffpatch.errors import BadParameter
 from diffpatch.patching.options.composition import cache_of
 from diffpatch.patching.run.run import Run
 
+MEANING = "0.1: how much the first block may change before the others are computed again"
+
 
 class StepCache:
     """The cache on one transformer.
@@ -97,20 +99,23 @@ def foreign_cache(model: Any) -> str | None:
     return None if own is not None and own.is_on(model) else cache_of(model)
 
 
-def check_cache(threshold: Any, *, bare: bool) -> None:
-    """Refuse what cannot be a threshold, and a transformer whose runs nobody tells apart.
+def check_limit(name: str, limit: Any, meaning: str, *, bare: bool) -> None:
+    """Refuse what cannot be a limit of change, and a transformer whose runs nobody tells apart.
+
+    Args:
+        name: of the argument.
+        limit: its value.
+        meaning: an example, and what it means.
+        bare: whether a transformer alone is patched.
 
     Raises:
         BadParameter: says what can be.
     """
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not math.isfinite(threshold) or threshold <= 0:
-        raise BadParameter(
-            f"cache={threshold!r} must be a number above 0, such as 0.1: how much the first block"
-            " may change before the others are computed again"
-        )
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not number or not math.isfinite(limit) or limit <= 0:
+        raise BadParameter(f"{name}={limit!r} must be a number above 0, such as {meaning}")
     if bare:
         raise BadParameter(
-            f"cache={threshold!r} remembers results from step to step, but a bare transformer knows"
-            " no steps: patch the pipeline"
+            f"{name}={limit!r} takes results from step to step, but a bare transformer knows no"
+            " steps: patch the pipeline"
         )

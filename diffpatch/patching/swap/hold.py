@@ -7,14 +7,13 @@ and it looks at the results, which guide the picture, in place of the first bloc
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.errors import DiffpatchError
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.forwards import Forward, Forwards
 from diffpatch.patching.patch import Patch
@@ -23,6 +22,7 @@ from diffpatch.patching.swap.guide import RECORD
 
 _NO_TIMES = "its scheduler runs the model twice a step, or its timesteps do not fall towards 0"
 FORWARD = "forward"
+MEANING = "0.005: how far a held result may lead astray before the transformer is run again"
 # What a caller may exchange in the middle of a run.
 TEXTS = ("encoder_hidden_states", "pooled_projections")
 
@@ -121,25 +121,6 @@ class Hold:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def check_hold(tolerance: Any, *, bare: bool) -> None:
-    """Refuse what cannot be a tolerance, and a transformer whose runs nobody tells apart.
-
-    Raises:
-        BadParameter: says what can be.
-    """
-    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not number or not math.isfinite(tolerance) or tolerance <= 0:
-        raise BadParameter(
-            f"hold={tolerance!r} must be a number above 0, such as 0.005: how far a held result may"
-            " lead astray before the transformer is run again"
-        )
-    if bare:
-        raise BadParameter(
-            f"hold={tolerance!r} repeats results from step to step, but a bare transformer knows"
-            " no steps: patch the pipeline"
-        )
 
 
 def _check_processes(model: Any) -> None:
