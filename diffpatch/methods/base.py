@@ -43,7 +43,7 @@ class AttentionCall:
         layer: number of the layer among those that are patched, from 0.
         branch: number of the transformer's forward in its step, from 0: the guidance branch.
         shared: the same for all branches of this layer; None where nothing says which they are.
-        common: what the method keeps for all layers of this branch.
+        common: gives what the method keeps for all layers of this branch.
     """
 
     pattern: BlockPattern
@@ -57,7 +57,7 @@ class AttentionCall:
     layer: int = 0
     branch: int = 0
     shared: dict[str, Any] | None = None
-    common: dict[str, Any] = field(default_factory=dict)
+    common: Callable[[], dict[str, Any]] = dict
 
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern | None = None

@@ -26,4 +26,6 @@ class Slowing:
 
 def sharpened(scale: float | None, factor: float, head_dim: int) -> float | None:
     """The factor on q·k times another one; None means 1 / sqrt(D), before and after."""
-    return scale if factor == 1 else factor * (scale or head_dim**-0.5)
+    if factor == 1:
+        return scale
+    return factor * (head_dim**-0.5 if scale is None else scale)

@@ -333,13 +333,13 @@ class PatchedTransformer:
             q, k, v, seen = q[:, places[0]], k[:, places[0]], v[:, places[0]], seen.at(places[0])
         if seen.bias is not None:
             q, k, v, scale = masks.fold_bias(q, k, v, seen.bias, scale)
-        place, method = forward.place, self.patch.method
-        key, of_all = (self.name, layer, place.branch, sample), method.shares_state
-        state, shared = place.run.states(*key, of_all)
+        place, method, name = forward.place, self.patch.method, self.name
+        state, shared = place.run.states(name, layer, place.branch, sample, method.shares_state)
         learned = self._gates.gate(self._on(q.device, layer), noted, q)
         call = AttentionCall(
             pattern, scale, seen.keys, self.patch.backend, place.step, place.total, state, learned,
-            layer, place.branch, shared, place.run.common(self.name, place.branch, sample),
+            layer, place.branch, shared,
+            functools.partial(place.run.common, name, place.branch, sample),
         )  # fmt: skip
         with on_device_of(q):
             done = method.attend(q, k, v, call)

@@ -22,6 +22,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from diffpatch.errors import BadParameter
 from diffpatch.targets.settings import Measured
@@ -129,36 +131,28 @@ def with_between(points: Iterable[FrontPoint]) -> list[FrontPoint]:
 
     Nothing is predicted between sparse and dense attention, which different kernels compute.
     """
-    by_sparse: dict[Applied, list[FrontPoint]] = defaultdict(list)
-    by_steps: dict[Applied, list[FrontPoint]] = defaultdict(list)
-    by_cache: dict[Applied, list[FrontPoint]] = defaultdict(list)
-    by_hold: dict[Applied, list[FrontPoint]] = defaultdict(list)
+    points = list(points)
     found = list(points)
-    for point in found:
-        if (applied := point.applied).sparse < 1:
-            by_sparse[replace(applied, sparse=0.0)].append(point)
-            by_steps[replace(applied, dense_steps=0.0)].append(point)
-        if applied.cache is not None:
-            by_cache[replace(applied, cache=0.0)].append(point)
-        if applied.hold is not None:
-            by_hold[replace(applied, hold=0.0)].append(point)
-    for line in by_sparse.values():
-        found += _cut(line, lambda point: point.applied.sparse, _between_kept)
-    for line in by_steps.values():
-        found += _cut(line, lambda point: point.applied.dense_steps, _between_steps)
-    for line in by_cache.values():
-        found += _cut(line, lambda point: point.applied.cache or 0.0, _between_thresholds)
-    for line in by_hold.values():
-        found += _cut(line, lambda point: point.applied.hold or 0.0, _between_tolerances)
+    for name, (differs, between) in _LINES.items():
+        lines: dict[Applied, list[FrontPoint]] = defaultdict(list)
+        same: dict[str, Any] = {name: 0.0}
+        for point in filter(differs, points):
+            lines[replace(point.applied, **same)].append(point)
+        for line in lines.values():
+            found += _cut(line, name, between)
     return sorted(found, key=lambda point: point.time)
 
 
-def _cut(
-    line: Sequence[FrontPoint],
-    place: Callable[[FrontPoint], float],
-    between: Callable[[FrontPoint, FrontPoint, float], FrontPoint],
-) -> list[FrontPoint]:
-    pairs = itertools.pairwise(sorted(line, key=place))
+Between = Callable[[FrontPoint, FrontPoint, float], FrontPoint]
+
+
+def _value(point: FrontPoint, name: str) -> float:
+    """What a point applies of one thing; 0 where that is nothing."""
+    return getattr(point.applied, name) or 0.0
+
+
+def _cut(line: Sequence[FrontPoint], name: str, between: Between) -> list[FrontPoint]:
+    pairs = itertools.pairwise(sorted(line, key=lambda point: _value(point, name)))
     return [between(low, high, n / BETWEEN) for low, high in pairs for n in range(1, BETWEEN)]
 
 
@@ -175,18 +169,23 @@ def _between_steps(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint
     return _mixed(low, high, part, part, replace(low.applied, dense_steps=steps))
 
 
-def _between_thresholds(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
-    cache = _geometric(low.applied.cache or 0.0, high.applied.cache or 0.0, part)
-    return _mixed(low, high, part, part, replace(low.applied, cache=cache))
+def _between_limits(name: str, low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
+    least, most = _value(low, name), _value(high, name)
+    limit: dict[str, Any] = {name: float(f"{least * (most / least) ** part:.3g}")}
+    return _mixed(low, high, part, part, replace(low.applied, **limit))
 
 
-def _between_tolerances(low: FrontPoint, high: FrontPoint, part: float) -> FrontPoint:
-    hold = _geometric(low.applied.hold or 0.0, high.applied.hold or 0.0, part)
-    return _mixed(low, high, part, part, replace(low.applied, hold=hold))
+def _is_sparse(point: FrontPoint) -> bool:
+    return point.applied.sparse < 1
 
 
-def _geometric(least: float, most: float, part: float) -> float:
-    return float(f"{least * (most / least) ** part:.3g}")
+# The one thing in which neighbours on a line differ: of which points, and what is between them.
+_LINES: dict[str, tuple[Callable[[FrontPoint], bool], Between]] = {
+    "sparse": (_is_sparse, _between_kept),
+    "dense_steps": (_is_sparse, _between_steps),
+    "cache": (lambda p: p.applied.cache is not None, partial(_between_limits, "cache")),
+    "hold": (lambda p: p.applied.hold is not None, partial(_between_limits, "hold")),
+}
 
 
 def _mixed(

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from diffpatch.errors import DiffpatchError
-from diffpatch.files import read_json, write_json
+from diffpatch.files import read_json, write_bytes, write_json
 
 WEIGHTS, STATE, RECORD = "pytorch_lora_weights.safetensors", "optimizer.safetensors", "loss.json"
 KEEP_EVERY = 20  # steps between two writings
@@ -111,8 +112,8 @@ class LoraTraining:
         self.folder.mkdir(parents=True, exist_ok=True)
         learned = get_peft_model_state_dict(self.model)
         named = {f"transformer.{n}": x.detach().contiguous() for n, x in learned.items()}
-        save_file(named, self.folder / WEIGHTS)
-        save_file(dict(self._state()), self.folder / STATE)
+        write_bytes(self.folder / WEIGHTS, to_bytes(named))
+        write_bytes(self.folder / STATE, to_bytes(dict(self._state())))
         write_json(self.folder / RECORD, self.record)  # last: it says how far the others are
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:

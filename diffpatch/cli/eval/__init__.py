@@ -124,8 +124,8 @@ def _places(folders: Sequence[Path], reference: Path | None) -> tuple[list[Path]
     from diffpatch.eval.quality.items import rendered
 
     for path in folders:
-        perhaps = not path.exists() and path.parent.is_dir()  # a clip, by its method's name
-        if not path.exists() and not (perhaps and path.name in rendered(path.parent)):
+        # It may also be a clip, by the name of its method.
+        if not (path.exists() or (path.parent.is_dir() and path.name in rendered(path.parent))):
             raise UsageError(f"there is no file or folder {path}")
     if reference is None or list(folders) == [reference]:
         found = list(rendered(folders[0])) if len(folders) == 1 and folders[0].is_dir() else []

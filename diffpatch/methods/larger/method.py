@@ -165,7 +165,7 @@ class Larger(Method):
         if self.focus > 1:
             scale = sharpened(call.scale, self.softmax_factor(), q.shape[-1])
             factor = focus.factor_of(
-                q, k, self.focus, call.common, layer=call.layer, step=call.step, scale=scale,
+                q, k, self.focus, call.common(), layer=call.layer, step=call.step, scale=scale,
                 key_mask=call.key_mask,
             )  # fmt: skip
             if factor is not None:

@@ -31,7 +31,7 @@ def with_found_weights(
     if "weights" in given or not isinstance(method, str) or method not in _HOLDS:
         return given
     folders = filter(None, map(_folder, (target, model)))
-    folder = next(filter(_HOLDS[str(method)], folders), None)
+    folder = next(filter(_HOLDS[method], folders), None)
     if folder is None:
         return given
     if others := sorted(given.keys() - {"kept", "near"}):

@@ -82,8 +82,9 @@ class Path:
         """
         if first:
             before, passed = self.results.get(branch), self.times[step] - self.times[self.last]
-            known = before is not None and before[0].shape == given.shape and passed > 0
-            self.rate = _change(before[1], result) / passed if known and before else None
+            self.rate = None
+            if before is not None and before[0].shape == given.shape and passed > 0:
+                self.rate = _change(before[1], result) / passed
             self.last = step
         self.results[branch] = given, copied(result)
 

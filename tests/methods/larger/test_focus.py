@@ -77,14 +77,15 @@ def test_calls_are_sharpened_from_the_second_step_on(shape: Any) -> None:
     for step in range(3):
         for layer in layers:
             q, k, v = heads(layer)
-            call = AttentionCall(pattern, step=step, layer=layer, common=common)
+            call = AttentionCall(pattern, step=step, layer=layer, common=lambda: common)
             out = method.attend(q, k, v, call).out
             sharp = 1 + (MOST - 1) * ((high - found[layer]) / (high - low)) ** 2 * (step > 0)
             logits = factor * sharp[:, None, None] * scores(q, k)
             chances = logits.masked_fill(~seen, -math.inf).softmax(-1)
             expected = torch.einsum("bhij,bjhd->bihd", chances, v.double())
             assert torch.allclose(out.double(), expected, atol=1e-4), (step, layer)
-    again = AttentionCall(pattern, step=0, layer=0, common={})
+    held: dict[str, Any] = {}
+    again = AttentionCall(pattern, step=0, layer=0, common=lambda: held)
     q, k, v = heads(0)
     once, twice = (method.attend(q, k, v, again).out for _ in range(2))
     assert torch.equal(once, twice)  # a block that a backward pass computes again

@@ -110,7 +110,7 @@ def denoise(
                 for b in branches
             ])  # fmt: skip
             if held is not None:
-                held.append(sum(map(bool, states(pipe).values())))
+                held.append(len(states(pipe)))
             pipe.scheduler.step(answers[-1][0][: len(x)], t, x)
     return answers
 
