@@ -50,9 +50,6 @@ class Disc(Method):
     def softmax_factor(self) -> float:
         return self.sharpen
 
-    def with_kept(self, kept: float, kind: str = "video") -> Disc:
-        return replace(self, kept=kept)
-
     def sized(self, grid: TokenGrid) -> Disc:
         """This method with the radius that keeps `kept` of the visual pairs of a grid."""
         assert self.kept is not None

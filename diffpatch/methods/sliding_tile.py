@@ -43,9 +43,6 @@ class SlidingTile(Method):
         self.check(min(self.tile) >= 1, "tile", "three positive ints")
         check_kept(self)
 
-    def with_kept(self, kept: float, kind: str = "video") -> SlidingTile:
-        return replace(self, kept=kept)
-
     def sized(self, grid: TokenGrid) -> SlidingTile:
         """This method with the windows that keep `kept` of the visual pairs of a grid."""
         assert self.kept is not None
