@@ -42,8 +42,8 @@ def wan() -> comfy.Patcher:
 
 
 def texts(width: int = 32, tokens: int = 6) -> list[torch.Tensor]:
-    torch.manual_seed(1)
-    return [torch.randn(1, tokens, width) for _ in range(2)]
+    random = torch.Generator().manual_seed(1)  # of its own: threads share torch's
+    return [torch.randn(1, tokens, width, generator=random) for _ in range(2)]
 
 
 def put(patcher: comfy.Patcher, **inputs: Any) -> comfy.Patcher:
