@@ -314,7 +314,11 @@ def test_ctrl_c_leaves_nothing_behind(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["-m", str(models / "wan"), "-p", "a cat", *SIZE[:-1], "2000", "-o", str(out)]
     command = [sys.executable, "-m", "diffpatch", "render", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def listen() -> None:  # where the tests run in the background, their processes would not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
         first = [process.stderr.readline() for _ in range(2)]
         process.send_signal(signal.SIGINT)
