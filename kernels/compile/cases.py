@@ -49,7 +49,8 @@ class CompileCase:
             scores in 8 bits), "quantize", the gradient of
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
-            tokens, "missed" of their correction, "moments" of the tiles that are chosen from,
+            tokens, "corrected" with what they miss, "missed" which finds that out, "moments" of the
+            tiles that are chosen from,
             "score" and "drop" (scores of these where the rest stays as virtual tokens, and where it
             is dropped), "choose" (the best of a row of `tile` strips), "state" and "apply" of
             linear attention.
@@ -99,10 +100,10 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
-            for kernel in ("pool", "moments", "virtual", "missed", "state", "apply"):
+            for kernel in ("pool", "moments", "virtual", "corrected", "missed", "state", "apply"):
                 yield CompileCase(arch, kernel, dtype, 128, 128, False)
-            for tile in (64, 128):
-                yield CompileCase(arch, "virtual", dtype, 64, tile, False)
+            for kernel, tile in product(("virtual", "corrected"), (64, 128)):
+                yield CompileCase(arch, kernel, dtype, 64, tile, False)
             for size in (64, 256):
                 yield CompileCase(arch, "missed", dtype, size, 128, True)
         if dtype == "fp32":  # of moments, whatever the tensors are
@@ -159,7 +160,7 @@ def configuration(case: CompileCase) -> Config:
         return selection.DROP if case.kernel == "drop" else selection.SCORES
     if case.kernel == "missed":
         return correction.CONFIGS[dtype.itemsize, padded(case.size)]
-    if case.kernel == "virtual":
+    if case.kernel in ("virtual", "corrected"):
         return virtual.configuration(dtype, case.size, case.tile)
     if case.kernel == "state":
         return linear.STATE_CONFIGS[dtype.itemsize]
@@ -198,7 +199,7 @@ def specialization(case: CompileCase, config: Config) -> tuple[Any, dict[str, An
 def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The kernel of a case, its own constants, and the types of its tensors."""
     tensor = f"*{case.dtype}"
-    if case.kernel in ("pool", "moments", "virtual", "missed"):
+    if case.kernel in ("pool", "moments", "virtual", "corrected", "missed"):
         return _virtual(case)
     if isinstance(config, SelectionConfig):
         return _selection(case, config)
@@ -258,7 +259,7 @@ def _gluon(case: CompileCase, config: HopperConfig) -> tuple[Any, dict[str, Any]
 def _virtual(case: CompileCase) -> tuple[Any, dict[str, Any], dict[str, str]]:
     names = ("Q", "K", "V", "KEYS", "VALUES", "VARIANCE", "NEAR", "OUT")
     types = dict.fromkeys(names, f"*{case.dtype}")
-    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE"), "*fp32")
+    types |= dict.fromkeys(("LOG_COUNT", "NEAR_LSE", "LSE", "MISSED", "MISSED_LSE"), "*fp32")
     types |= {"log2_e": "fp32", "SHOWN": "*u8"}
     if case.kernel == "pool":
         return virtual.pool_kernel, {"ROWS": virtual.POOLED_ROWS}, types
@@ -269,7 +270,8 @@ def _virtual(case: CompileCase) -> tuple[Any, dict[str, Any], dict[str, str]]:
     if case.kernel == "missed":
         types |= {"MEAN": "*fp32", "OUT": "*fp32"}
         return correction.missed_kernel, {"group": 1, "LENGTH": 32}, types
-    return virtual.virtual_kernel, {"group": 1}, types
+    plain = dict.fromkeys(("MISSED", "MISSED_LSE")) if case.kernel == "virtual" else {}
+    return virtual.virtual_kernel, {"group": 1} | plain, types
 
 
 def _selection(

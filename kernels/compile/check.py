@@ -87,7 +87,7 @@ def compiled(case: CompileCase) -> tuple[CompileResult, Any]:
     instruction = TENSOR_CORE.get(case.arch, OLDER_TENSOR_CORE)
     if config.block_m < 64:
         instruction = OLDER_TENSOR_CORE
-    if case.kernel in ("virtual", "state", "apply", *SELECTION):
+    if case.kernel in ("virtual", "corrected", "state", "apply", *SELECTION):
         instruction = "mma"  # of either kind: their blocks are of many shapes
     tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, padded(case.size))

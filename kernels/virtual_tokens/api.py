@@ -89,20 +89,19 @@ def attend_virtual(
         The output (B, S, H, D) and its natural log-sum-exp (B, S, H), fp32 (fp64 for fp64).
     """
 
-    if missed is not None:
-        far = attend_virtual(q, tokens, blocks, scale, None, backend, shown=shown)
-        far = missed.added(*far, blocks)
-        return far if near is None else merge(*near, *far)
-
     def compute(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if name == "reference":
-            return reference.attend(q, tokens, blocks, scale, near, shown)
         if name == "triton":
             from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
             seen = _shown_pieces(tokens, blocks, shown)
-            return kernels.attend(q, tokens, blocks, scale, near, seen)
-        far = torch_impl.attend(q, tokens, blocks, scale, _shown_pieces(tokens, blocks, shown))
+            return kernels.attend(q, tokens, blocks, scale, near, seen, missed)
+        if name == "reference" and missed is None:
+            return reference.attend(q, tokens, blocks, scale, near, shown)
+        if name == "reference":
+            far = reference.attend(q, tokens, blocks, scale, None, shown)
+        else:
+            far = torch_impl.attend(q, tokens, blocks, scale, _shown_pieces(tokens, blocks, shown))
+        far = far if missed is None else missed.added(*far, blocks)
         return far if near is None else merge(*near, *far)
 
     return run(VIRTUAL_TOKENS, backend, blocks, (q, tokens.keys, tokens.values), compute)[0]

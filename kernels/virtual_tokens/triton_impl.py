@@ -1,8 +1,10 @@
 """Virtual tokens in Triton, for GPUs: one kernel pools keys and values, one attends to them.
 
 The second goes on with the softmax of the exact part: it begins with that part's output and
-log-sum-exp, so that near and far share one softmax and nothing has to be merged afterwards. All
-queries of a program lie in one tile, so that which pieces they attend to is a byte for each piece.
+log-sum-exp, so that near and far share one softmax and nothing has to be merged afterwards. What is
+missed has to be added to the far part alone, which is then merged before it is written. All queries
+of a program lie in one tile, so that which pieces they attend to is a byte for each piece, and what
+they miss is one row.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +20,7 @@ import triton.language as tl
 
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.gpu.common import LOG2_E
-from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
+from diffpatch.kernels.virtual_tokens.tokens import Missed, VirtualTokens
 
 LN_2 = tl.constexpr(0.6931471805599453)
 START = tl.constexpr(-1.0e30)  # a finite start of the running maximum, see block_sparse_triton
@@ -121,8 +123,8 @@ def pool_kernel(
 
 @triton.jit
 def virtual_kernel(
-    Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SHOWN, COUNTS, NEAR, NEAR_LSE, OUT, LSE,
-    ORDER, STARTS,
+    Q, KEYS, VALUES, VARIANCE, LOG_COUNT, SHOWN, COUNTS, NEAR, NEAR_LSE, MISSED, MISSED_LSE,
+    OUT, LSE, ORDER, STARTS,
     scale, scale_log2, log2_e, stride_qb, stride_qs, stride_qh, stride_sb, stride_sh,
     tokens, heads, group, tiles, parts, pieces,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
@@ -131,7 +133,8 @@ def virtual_kernel(
     """One program: BLOCK_M queries of one tile, for one head of one batch entry.
 
     KEYS, VALUES and VARIANCE (B, V, heads / group, SIZE), LOG_COUNT (B, V), NEAR and OUT
-    (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H) are contiguous, and so are the channels of Q. A byte
+    (B, S, H, SIZE), NEAR_LSE and LSE (B, S, H), MISSED (B, H, tiles, SIZE) and MISSED_LSE
+    (B, H, tiles), both fp32, are contiguous, and so are the channels of Q. A byte
     of SHOWN (B or 1, H or 1, tiles, V) says whether a tile attends to a piece; COUNTS, laid out
     alike without its last axis, holds V, or 0 where it attends to none.
     """
@@ -155,7 +158,7 @@ def virtual_kernel(
     acc = tl.zeros([BLOCK_M, SIZE_PADDED], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], START, tl.float32)
-    if NEAR is not None:
+    if NEAR is not None and MISSED is None:
         lse = tl.load(NEAR_LSE + at_row, mask=held, other=-float("inf"))
         begun = lse > -float("inf")
         top = tl.where(begun, lse * log2_e, START)
@@ -187,6 +190,27 @@ def virtual_kernel(
         v = tl.load(VALUES + at, mask=read, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
+
+    if MISSED is not None:
+        of_tile = (batch * heads + head) * tiles + tile
+        missed = tl.load(MISSED + of_tile * SIZE + channel, mask=channel < SIZE, other=0.0)
+        seen = total > 0.0
+        acc = acc / tl.where(seen, total, 1.0)[:, None]
+        acc = tl.where(seen[:, None], acc + missed[None, :], 0.0)
+        top += tl.log2(tl.where(seen, total, 1.0)) + tl.load(MISSED_LSE + of_tile) * log2_e
+        top = tl.where(seen, top, START)
+        total = seen.to(tl.float32)
+        if NEAR is not None:
+            lse = tl.load(NEAR_LSE + at_row, mask=held, other=-float("inf"))
+            begun = lse > -float("inf")
+            near_top = tl.where(begun, lse * log2_e, START)
+            new_top = tl.maximum(top, near_top)
+            of_far = tl.exp2(top - new_top) * total
+            of_near = tl.exp2(near_top - new_top) * begun.to(tl.float32)
+            near = tl.load(NEAR + at_out, mask=stored, other=0.0).to(tl.float32)
+            acc = acc * of_far[:, None] + near * of_near[:, None]
+            total = of_far + of_near
+            top = new_top
 
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
@@ -265,8 +289,9 @@ def attend(
     scale: float,
     near: tuple[torch.Tensor, torch.Tensor] | None,
     shown: torch.Tensor,
+    missed: Missed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to virtual tokens, after that to `near`.
+    """Attention to virtual tokens and what it missed, in one softmax with `near`.
 
     Args:
         q: (B, S, H, D), fp32, bf16 or fp16.
@@ -275,6 +300,7 @@ def attend(
         scale: the factor on q·k.
         near: an output (B, S, H, D) and its natural log-sum-exp fp32 (B, S, H) to go on with.
         shown: bool (B or 1, H or 1, N, V), which of them a query tile attends to.
+        missed: what is added to the virtual part of every query of a tile, fp32.
 
     Returns:
         The output (B, S, H, D) in the dtype of q and its natural log-sum-exp, fp32 (B, S, H).
@@ -290,12 +316,12 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     begun, begun_lse = (None, None) if near is None else (x.contiguous() for x in near)
+    more, longer = (None, None) if missed is None else (x.contiguous() for x in missed)
     parts = -(-blocks.max_tile // config.block_m)
     virtual_kernel[(blocks.num_tiles * parts, batch * heads)](
         q, tokens.keys, tokens.values, tokens.variance, tokens.log_count,
-        shown.view(torch.uint8), counts, begun, begun_lse, out, lse,
-        blocks.order, blocks.starts,
-        scale, scale * LOG2_E, LOG2_E, *q.stride()[:3],
+        shown.view(torch.uint8), counts, begun, begun_lse, more, longer,
+        out, lse, blocks.order, blocks.starts, scale, scale * LOG2_E, LOG2_E, *q.stride()[:3],
         by_entry, blocks.num_tiles if by_head else 0,
         length, heads, heads // tokens.keys.shape[2], blocks.num_tiles, parts, pieces,
         SIZE=size, SIZE_PADDED=padded(size),

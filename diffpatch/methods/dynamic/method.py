@@ -22,7 +22,7 @@ from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.methods import selection
 from diffpatch.methods.base import Attended, AttentionCall, Method, param
 from diffpatch.methods.dense import LARGE, Dense
-from diffpatch.methods.dynamic import costs, trained
+from diffpatch.methods.dynamic import budgets, costs, trained
 from diffpatch.methods.learned import checkpoint
 from diffpatch.methods.learned.files import Layer, Learned
 from diffpatch.methods.registry import register
@@ -30,13 +30,12 @@ from diffpatch.methods.selection import Levels, always, memory, remembered
 from diffpatch.patterns.grid import Grid, TokenGrid
 from diffpatch.patterns.pattern import BlockPattern
 
-RESTS = ("virtual", "drop", "pyramid")
+RESTS = ("auto", "virtual", "drop", "pyramid")
 TILES = ((4096, 32), (8192, 64), (math.inf, 128))  # visual tokens below which a tile is so large
+DROPPED_FROM = 8192  # visual tokens; rest="auto"
 STRIP, STRIP_OF_LARGE = 32, 64  # keys that are taken or left together beside virtual tokens
 REFRESH, REFRESH_OF_LONG, LONG = 2, 4, 30  # steps; the second in runs of 30 steps or more
 PYRAMID = ((1, 0.1), (2, 0.05), (8, 0.2))  # PSA's for CogVideoX
-
-Budgets = tuple[tuple[int, tuple[float, ...]], ...]
 
 
 @register
@@ -49,9 +48,10 @@ class Dynamic(Method):
     chooses for all branches: guidance scales the difference between branches, and what all of them
     leave out alike cancels in it.
 
-    By default the strips are chosen whose loss would change the output most. The others are not
-    dropped: in the same softmax, virtual tokens stand for them, each the mean of `pool` keys. These
-    are corrected by what the tile's mean query sees in the keys themselves. Text, each tile's view
+    By default the strips are chosen whose loss would change the output most. From 8,192 tokens on
+    the others are dropped. On shorter sequences virtual tokens stand for them in the same softmax,
+    each the mean of `pool` keys, corrected by what the tile's mean query sees in the keys
+    themselves. Text, each tile's view
     of itself and the first `keep_frames` frames are always exact. The same tensors always give the
     same choice; among equal scores the first strips win.
 
@@ -77,14 +77,17 @@ class Dynamic(Method):
     kept: float = param(0.25, "fraction of the pairs computed, virtual tokens included")
     rule: str = param("error", f"what strips are chosen by: {', '.join(RULES)}")
     rest: str = param(
-        "virtual", "what is not chosen: 'virtual' tokens, 'drop', or 'pyramid' (both, by rank)"
+        "auto",
+        "what is not chosen: 'virtual' tokens, 'drop', or 'pyramid' (both, by rank); auto drops it"
+        " from 8,192 tokens on",
     )
     pool: int = param(32, "tokens that one virtual token stands for")
     tile: int = param(
         0, "most queries of a tile; 0 takes 32, 64 from 4,096 tokens on, 128 from 8,192"
     )
     strip: int = param(
-        0, "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or a tile with rest='drop'"
+        0,
+        "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or a tile if the rest is dropped",
     )
     refresh: int | None = param(
         None,
@@ -121,7 +124,7 @@ class Dynamic(Method):
         for name, least in (("pool", 1), ("tile", 0), ("strip", 0), ("keep_frames", 0)):
             value = getattr(self, name)
             self.check(value >= least, name, f"a count from {least}")
-        fits = not self.strip or self.pool <= self.strip or self.rest != "virtual"
+        fits = not self.strip or self.pool <= self.strip or self.rest in ("drop", "pyramid")
         self.check(fits, "pool", f"at most strip={self.strip}, which holds whole virtual tokens")
         often = self.refresh is None or self.refresh >= 1
         self.check(often, "refresh", "a count of at least 1, or None")
@@ -132,7 +135,7 @@ class Dynamic(Method):
         rising = all(a < b for a, b in zip([0, *sizes], sizes, strict=False))
         parts = rising and sizes[:1] == [1] and all(part > 0 for _, part in self.pyramid)
         self.check(parts, "pyramid", "(1, part), (tokens, part), ... with rising tokens")
-        object.__setattr__(self, "budgets", _budgets(self.budgets))
+        object.__setattr__(self, "budgets", budgets.read(self.budgets))
         kind = None if self.weights is None else checkpoint.kind_of(self.weights)
         object.__setattr__(self, "_trained", kind)  # what the weights were trained with
         Dense(tile=self.tile)
@@ -181,12 +184,23 @@ class Dynamic(Method):
         """Most queries of a tile on a grid."""
         return self.tile or next(tile for most, tile in TILES if grid.visual_tokens < most)
 
+    def rest_on(self, grid: Grid) -> str:
+        """What becomes of the strips that are not chosen on a grid: "virtual", "drop" or "pyramid".
+
+        On long sequences the clips of dropped strips came closer to dense than those of virtual
+        tokens, and sooner (`eval/results/README.md`); on short ones it was the other way round.
+        """
+        if self.rest != "auto":
+            return self.rest
+        return "virtual" if grid.visual_tokens < DROPPED_FROM else "drop"
+
     def keys_of(self, grid: Grid) -> int:
         """Most keys of a strip on a grid."""
-        if self.strip or self.rest == "drop":
+        rest = self.rest_on(grid)
+        if self.strip or rest == "drop":
             return self.strip or self.queries_of(grid)
         usual = STRIP_OF_LARGE if grid.visual_tokens > LARGE else STRIP
-        return max(usual, self.pool if self.rest == "virtual" else 0)
+        return max(usual, self.pool if rest == "virtual" else 0)
 
     def every(self, total: int | None) -> int:
         """Steps from one choice to the next in a run of that many."""
@@ -208,7 +222,7 @@ class Dynamic(Method):
         length = table.strips.first.diff()[visual].double()
         rest: float | None = None
         quotas: tuple[tuple[int, float], ...] = ((1, 1.0),)
-        if self.rest == "virtual":  # tokens that one virtual token stands for, on this grid
+        if self.rest_on(grid) == "virtual":  # tokens of one virtual token, on this grid
             rest = float(length.sum() / (-(-length // self.pool)).sum())
             if self.correct:  # one query a tile more
                 rest = 1 / (1 / rest + float((~text).sum() / blocks.sizes[~text].sum()))
@@ -220,11 +234,10 @@ class Dynamic(Method):
             for level in zip(*parts, strict=True)
         )
         sizes = tuple(size for size, _ in quotas) + ((self.pool,) if rest else ())
-        return Levels(sizes, counts, corrected=self._corrects)
+        return Levels(sizes, counts, corrected=self._corrects_on(grid))
 
-    @property
-    def _corrects(self) -> bool:
-        return self.correct and self.rest == "virtual"
+    def _corrects_on(self, grid: Grid) -> bool:
+        return self.correct and self.rest_on(grid) == "virtual"
 
     def bounds(self, pattern: BlockPattern, kept: float) -> tuple[float, float]:
         """The least and the most that a call keeps, of all pairs, text included."""
@@ -286,7 +299,8 @@ class Dynamic(Method):
     ) -> Attended:
         if self._trained is not None:
             return trained.attend(self._trained, q, k, v, call, self.kept)
-        blocks, strip = call.pattern.on(q.device), self.keys_of(call.pattern.grid)
+        grid, blocks = call.pattern.grid, call.pattern.on(q.device)
+        strip = self.keys_of(grid)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         backend, table = beside(call.backend), tile_table(blocks, strip)
         state = memory(call, not self.shares_state)
@@ -307,11 +321,11 @@ class Dynamic(Method):
             )  # fmt: skip
         out, lse = near.out, near.lse
         with record_function("dynamic: virtual tokens"):
-            for size, shown in self._virtual(maps, table):
+            for size, shown in self._virtual(maps, grid, table):
                 tokens = virtual_tokens.pool(
                     k, v, blocks, size, key_mask=call.key_mask, strip=strip, backend=backend
                 )
-                missed = None if not self._corrects else virtual_tokens.missed(
+                missed = None if not self._corrects_on(grid) else virtual_tokens.missed(
                     q, k, v, tokens, blocks, scale, shown=shown, key_mask=call.key_mask,
                     backend=backend,
                 )  # fmt: skip
@@ -349,15 +363,15 @@ class Dynamic(Method):
             ("counts", self, kept, q.device), lambda: [x.to(q.device) for x in levels.counts]
         )
         fixed = tile_table(blocks, strip).map(always(blocks, grid, self.keep_frames, strip))
-        options = Options("drop" if self.rest == "drop" else "virtual", guard=self.guard)
+        options = Options("drop" if self.rest_on(grid) == "drop" else "virtual", guard=self.guard)
         tiles = Tiles(q, k, v, blocks, strip, scale, call.key_mask, backend, options)
         return select(tiles, self.rule, fixed, counts, self.threshold)
 
     def _virtual(
-        self, maps: list[torch.Tensor], table: TileTable
+        self, maps: list[torch.Tensor], grid: Grid, table: TileTable
     ) -> list[tuple[int, torch.Tensor]]:
         """Tokens of a piece, and where such pieces are shown, bool (B, H, N, n)."""
-        if self.rest == "virtual":
+        if self.rest_on(grid) == "virtual":
             left = ~maps[0]
             return [(self.pool, left if table.complete else left & table.map(table.valid()))]
         sizes = [size for size, _ in self.pyramid]
@@ -372,7 +386,7 @@ class Dynamic(Method):
         wide = torch.float32 if q.device.type == "mps" else torch.float64
 
         def weighed(size: int, shown: torch.Tensor) -> torch.Tensor:
-            extra = self._corrects and size > 1
+            extra = self._corrects_on(pattern.grid) and size > 1
             price = pattern.once(
                 ("price", size, strip, extra, q.device),
                 lambda: selection.price(table, size, extra).to(wide),
@@ -380,21 +394,6 @@ class Dynamic(Method):
             return (table.flags(shown) * price[table.pattern]).sum(dtype=price.dtype)
 
         total = weighed(1, maps[0])
-        for size, shown in self._virtual(maps, table):
+        for size, shown in self._virtual(maps, pattern.grid, table):
             total = total + weighed(size, shown)
         return total / (q.shape[0] * q.shape[2] * q.shape[1] ** 2)
-
-
-def _budgets(given: Any) -> Budgets | None:
-    """Budgets as they are kept: ((layer, (kept of each head, ...)), ...), in order."""
-    if given is None:
-        return None
-    pairs = given.items() if isinstance(given, Mapping) else given
-    try:
-        found = tuple(sorted((int(n), tuple(float(x) for x in heads)) for n, heads in pairs))
-    except (TypeError, ValueError):
-        raise BadParameter(f"dynamic: budgets={given!r} must be {{layer: (kept, ...)}}") from None
-    wrong = [x for _, heads in found for x in heads if not 0 < x <= 1]
-    if wrong or not found:
-        raise BadParameter(f"dynamic: budgets={wrong or given!r} must be in (0, 1]")
-    return found

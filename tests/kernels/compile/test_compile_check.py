@@ -35,6 +35,7 @@ SAMPLE = {
     "scores in 8 bits": CompileCase(90, "int8", "bf16", 128, 128, False),
     "keys to 8 bits": CompileCase(90, "quantize", "bf16", 128, 128, True),
     "tiles for the next step": CompileCase(90, "skip", "bf16", 128, 128, False),
+    "virtual tokens with what they miss": CompileCase(90, "corrected", "bf16", 64, 128, False),
     "what virtual tokens miss": CompileCase(90, "missed", "bf16", 64, 128, True),
     "gradient of queries": CompileCase(90, "queries", "bf16", 128, 128, False),
     "gradient of keys": CompileCase(90, "keys", "bf16", 128, 128, False),

@@ -12,6 +12,7 @@ from diffpatch import Dense, TokenGrid
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.kernels.blocks import BlockIndex
+from diffpatch.kernels.merge import merge
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from tests.exactness import poisoned
 from tests.kernels.random_blocks import random_qkv
@@ -255,6 +256,50 @@ def test_a_tile_of_equal_queries_misses_nothing_once_corrected() -> None:
     )
     assert torch.allclose(out, exact[0], atol=1e-6)
     assert not torch.allclose(rough, exact[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_kernel_adds_what_is_missed(dtype: torch.dtype, beside: bool) -> None:
+    """To the virtual part alone, also in heads and rows that see nothing near, or nothing far."""
+    pytest.importorskip("triton")
+    from unittest import mock
+
+    from diffpatch.kernels.gpu import support
+    from tests.kernels.gpu.triton_interpreter import interpreted
+
+    blocks = index()
+    tensors, key_mask = inputs(dtype)
+    active, shown = chosen(blocks, 4)
+    q, k, v = tensors
+    lost = virtual_tokens.Missed(
+        torch.randn(2, 4, blocks.num_tiles, 16), torch.rand(2, 4, blocks.num_tiles)
+    )
+    wide = tuple(x.double() for x in tensors)
+    near = by_formula(wide, blocks, active, shown & False, 0.4, key_mask) if beside else None
+    far = by_formula(wide, blocks, active & False, shown, 0.4, key_mask)
+    far = lost.added(*far, blocks)
+    far[0][far[1].isinf()] = 0.0  # nothing is added to nothing
+    expected = far if near is None else merge(*near, *far)
+    begun = None if near is None else (near[0].to(dtype), near[1].float())
+    with (
+        interpreted(),
+        poisoned(),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
+    ):
+        tokens = virtual_tokens.pool(
+            k, v, blocks, POOL, key_mask=key_mask, strip=STRIP, backend="triton"
+        )
+        out, lse = virtual_tokens.attend_virtual(
+            q, tokens, blocks, 0.4, begun, "triton", shown=shown, missed=lost
+        )
+    error = (out.double() - expected[0]).norm() / expected[0].norm()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    seen = expected[1].isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert torch.allclose(
+        lse.double()[seen], expected[1][seen], atol=1e-5 if dtype == torch.float32 else 0.05
+    )
 
 
 def test_the_correction_has_gradients() -> None:

@@ -220,7 +220,7 @@ def test_branches_of_a_patched_model_share_their_state() -> None:
 
 
 def test_tiles_are_finer_on_small_grids_and_coarser_on_large_ones() -> None:
-    method = Dynamic()
+    method = Dynamic(rest="virtual")
     sizes = []
     for grid in (TokenGrid(13, 16, 16), TokenGrid(1, 64, 64), TokenGrid(16, 56, 64)):
         blocks = method.pattern(grid).blocks
@@ -231,6 +231,18 @@ def test_tiles_are_finer_on_small_grids_and_coarser_on_large_ones() -> None:
     long = TokenGrid(33, 16, 16)
     assert int(method.pattern(long).blocks.sizes.max()) == 128 and method.keys_of(long) == 32
     assert [Dynamic(rest="drop").keys_of(TokenGrid(n, 16, 16)) for n in (13, 33)] == [32, 128]
+
+
+def test_the_rest_is_dropped_on_long_sequences_and_virtual_on_short_ones() -> None:
+    short, long = TokenGrid(31, 11, 24), TokenGrid(32, 11, 24)  # 8,184 and 8,448 tokens
+    for grid, rest, other in ((short, "virtual", "drop"), (long, "drop", "virtual")):
+        tensors = inputs(grid)
+        found, same, different = (
+            method.attend(*tensors, AttentionCall(method.pattern(grid)))
+            for method in (Dynamic(rest=name) for name in ("auto", rest, other))
+        )
+        assert torch.equal(found.out, same.out) and found.kept == same.kept
+        assert not torch.equal(found.out, different.out)
 
 
 def test_the_same_tensors_give_the_same_bits() -> None:
