@@ -46,7 +46,7 @@ def cost(
     run = step * steps + around
     # A candidate computes about half of the pairs of attention, and that about half of a step.
     tried = min(PARTS, steps) * TRIED * 0.25 * step
-    seconds = curves * (run + tried) + fronts * run * (1 + FASTER * ways)
+    seconds = curves * (run + tried) + fronts * run * (1 + FASTER * ways) + (fronts > 0) * run
     seconds += checks * run * (1 + FASTER)
     frames = two_steps.frames
     return Cost(seconds, seconds / run, 2 * frames.numel() * frames.element_size())

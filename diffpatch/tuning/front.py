@@ -17,7 +17,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods.dense import Dense
 from diffpatch.patching.api import patched, report
 from diffpatch.patching.target import transformers
-from diffpatch.pipelines.running.sampling import Sample, named, sample, warm_up
+from diffpatch.pipelines.running.sampling import Sample, named, other_kernel, sample, warm_up
 from diffpatch.targets.choice import Chosen, choose_for, chosen_for
 from diffpatch.targets.front import Applied
 from diffpatch.targets.settings import Checked, Measured, Settings
@@ -28,6 +28,7 @@ from diffpatch.tuning.unfinished import Unfinished
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
+MOST_SCORES = 4 * 2**30  # bytes of one call's scores, which a CPU's other kernel holds as a whole
 HOLDS = (0.0025, 0.005, 0.01)  # tolerances within which steps are held, beside none
 
 
@@ -70,7 +71,8 @@ def measure_front(
 
     Targets in dB and in speed are then chosen from what was seen. On n prompts with s fractions,
     each after d parts of the run, c thresholds and h tolerances it renders
-    n · (s · d + 1) · (c + h + 1) clips, of which n are dense and the others faster.
+    n · (s · d + 1) · (c + h + 1) clips, of which n are dense and the others faster, and one that is
+    dense by another kernel of torch: nothing can be closer to dense than that is.
 
     Args:
         pipe: the pipeline that the settings are of. A patch that it carries is back afterwards.
@@ -104,12 +106,14 @@ def measure_front(
             f"prompts={prompts!r}, sparse={sparse!r}, caches={caches!r}, holds={holds!r}: there is"
             " nothing to render"
         )
-    job = _Job(pipe, settings, dict(call or {}), seed, path, len(prompts) * (1 + len(ways)))
+    job = _Job(pipe, settings, dict(call or {}), seed, path, len(prompts) * (1 + len(ways)) + 1)
+    floor = None
     for prompt in prompts:
         job.begin(prompt, on_progress)
+        floor = job.floor(prompt, on_progress) if floor is None else floor
         for applied in ways:
             job.measure(prompt, applied, on_progress)
-    found = settings.model_copy(update={"front": job.measured})
+    found = settings.model_copy(update={"front": job.measured, "floor": floor})
     if path is not None:
         found.save(path)
     job.finish()
@@ -214,6 +218,13 @@ class _Job:
         self.checked: list[Checked] = []
         self._dense: tuple[str, _Clip] | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        from diffpatch.internals import execution_device  # diffusers is slow to import
+
+        return execution_device(self._pipe)
+
     def begin(self, prompt: str, on_progress: OnAdvance | None) -> None:
         """A prompt, whose dense clip the others are compared with; rendered when it is needed."""
         self._tell(f"dense: {prompt}", on_progress)
@@ -235,6 +246,23 @@ class _Job:
             self._done.put(unit, known)
         self._count += 1
         self.measured.append(Measured(**known))
+
+    def floor(self, prompt: str, on_progress: OnAdvance | None) -> float | None:
+        """PSNR of dense to dense by another kernel; None if that would not fit into memory."""
+        self._tell(f"dense by another kernel: {prompt}", on_progress)
+        frames, height, width, text = self._settings.measured_on.grid
+        *_, heads = next(iter(self._settings.measured_on.transformers.values()))
+        scores = 4.0 * heads * (frames * height * width + text) ** 2
+        self._count += 1
+        if self.device.type == "cpu" and scores > MOST_SCORES:
+            return None
+        unit = json.dumps([prompt, "floor"])
+        if (known := self._done.get(unit)) is None:
+            dense = self._dense_of(prompt)
+            with other_kernel(self.device):
+                known = psnr(self._sample(prompt, None).frames, dense.frames)
+            self._done.put(unit, known)
+        return float(known)
 
     def check(
         self, prompt: str, target: str, chosen: Chosen, on_progress: OnAdvance | None
@@ -277,14 +305,12 @@ class _Job:
 
     def _sample(self, prompt: str, chosen: Chosen | None) -> _Clip:
         """One clip."""
-        from diffpatch.internals import execution_device  # diffusers is slow to import
-
         began = time.monotonic()
         method = Dense() if chosen is None else chosen.method(self._name)
         cache, hold = (None, None) if chosen is None else (chosen.cache, chosen.hold)
         first = 0 if chosen is None else chosen.dense_steps
         call = {"prompt": prompt, **self._call}
-        on_cpu = execution_device(self._pipe).type == "cpu"
+        on_cpu = self.device.type == "cpu"
         with torch.no_grad():
             if not on_cpu and str(chosen) not in self._warm:  # compilers
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):

@@ -48,7 +48,7 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
     told: list[str] = []
 
     def stop(progress: fronts.Advance) -> None:
-        if progress.done == 3:
+        if progress.done == 4:
             raise KeyboardInterrupt
         told.append(progress.what)
 
@@ -58,7 +58,12 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         measure_front(tiny.pipe, settings, **options, on_progress=stop)
-    assert told == ["dense: a cat", "cache 1e+09: a cat", "attention 50% after 15%: a cat"]
+    assert told == [
+        "dense: a cat",
+        "dense by another kernel: a cat",
+        "cache 1e+09: a cat",
+        "attention 50% after 15%: a cat",
+    ]
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"wan.json.clips", "wan.json.clips.safetensors"}
     rendered: list[str] = []
@@ -84,6 +89,19 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
         assert point.calls == pytest.approx(first + (1 - first) / layers if skips else 1.0)
         assert 0 < point.psnr <= FINEST and point.spread >= 0
     assert all(0 < run.psnr < 100 for run in found.front)
+    assert found.floor is not None and 50 < found.floor <= 100
+    with pytest.raises(BadParameter, match="means nothing: dense differs from dense"):
+        choose_for(found.model_copy(update={"floor": 45.0}), Target.parse("46 dB"))
+
+
+def test_a_kernel_whose_scores_do_not_fit_into_memory_gives_no_floor(
+    tiny: Tiny, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fronts, "MOST_SCORES", 1)
+    found = measure_front(
+        tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(), caches=(), holds=(ALWAYS,)
+    )
+    assert found.floor is None and len(found.front) == 1
 
 
 def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: Settings) -> None:

@@ -58,6 +58,7 @@ def front(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
 
     monkeypatch.setattr(fronts, "transformers", lambda *_: [])
     monkeypatch.setattr(fronts._Job, "_sample", sample)
+    monkeypatch.setattr(fronts._Job, "device", torch.device("cpu"))
     monkeypatch.setattr(Settings, "check_model", lambda *_: None)
     monkeypatch.setattr(fronts, "chosen_for", lambda _, applied: applied)
     settings = Settings.model_validate(made())
@@ -68,12 +69,12 @@ def front(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
 @pytest.fixture(params=["tune", "front"])
 def job(request: pytest.FixtureRequest) -> tuple[Job, int]:
     """One of the two, and how many units it has."""
-    return request.getfixturevalue(request.param), {"tune": 3, "front": 2}[request.param]
+    return request.getfixturevalue(request.param), {"tune": 3, "front": 3}[request.param]
 
 
-def found(settings: Settings) -> tuple[Any, Any]:
+def found(settings: Settings) -> tuple[Any, ...]:
     """What was found out, without the time at which."""
-    return settings.curves, settings.front
+    return settings.curves, settings.front, settings.floor
 
 
 def left(path: Path) -> list[Path]:
