@@ -87,7 +87,7 @@ class Dynamic(Method):
     )
     strip: int = param(
         0,
-        "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), or a tile if nothing is virtual",
+        "most keys of a strip; 0 takes 32 (64 above 50,000 tokens), a tile if the rest is dropped",
     )
     refresh: int | None = param(
         None,
