@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from diffpatch.eval.media import load_frames, to_images
 
-LINE = 16  # pixels, of a row's text
+LINE, SIZE = 26, 16  # pixels, of a row's text and of its letters
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,10 +65,10 @@ def picture(
         side: of a frame, in pixels.
     """
     image = Image.new("RGB", (count * side, len(found) * (side + LINE)), "white")
-    draw = ImageDraw.Draw(image)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(SIZE)
     for row, (run, frames) in enumerate(found):
         top = row * (side + LINE)
-        draw.text((3, top + 2), title(run), fill="black")
+        draw.text((4, top + LINE // 2), title(run), fill="black", font=font, anchor="lm")
         places = torch.linspace(0, len(frames) - 1, count).round().long()
         for column, frame in enumerate(to_images(frames[places])):
             small = frame.resize((side, side), Image.Resampling.BOX)
@@ -80,7 +80,7 @@ def title(run: dict[str, Any]) -> str:
     """What stands over a row."""
     frames, height, width = size_of(run)
     right = run["quality"].get("caption_accuracy")
-    read = "" if right is None else f": {right:.0%} of the caption read from it"
+    read = "" if right is None else f": the judge reads {right:.0%} of the caption"
     return f"{run['label']}, {frames} frames of {height}x{width}{read}"
 
 

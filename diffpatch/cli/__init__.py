@@ -56,7 +56,9 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"diffpatch {diffpatch.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, dest="command"
+    )
     for name, help in COMMANDS.items():
         if words is None or name in words[:1]:
             importlib.import_module(f"diffpatch.cli.options.{name}").add_parser(commands)
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words  # understood by every command, also before parsing succeeds
     words = [word for word in words if word != "--debug"]
+    args = None
     try:
         args = build_parser(words).parse_args(words)
         code = int(args.run(args))
@@ -88,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("diffpatch: interrupted; no file was left half-written", file=sys.stderr)
+        from diffpatch.cli.interrupted import how_to_go_on
+
+        said = f"interrupted; no file was left half-written; {how_to_go_on(args)}"
+        print(f"diffpatch: {said}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:

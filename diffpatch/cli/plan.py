@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 import diffpatch
 from diffpatch.cli import progress
@@ -14,7 +17,7 @@ from diffpatch.cli.output import check_writable
 from diffpatch.cli.parameters import method_parameters
 from diffpatch.cli.render import sheets
 from diffpatch.eval.tuned.table import answer, describe
-from diffpatch.files import to_json
+from diffpatch.files import staged, to_json
 from diffpatch.patterns.drawing import KINDS, draw, tile_picture
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import preset_call, settings_of
@@ -115,19 +118,13 @@ def _fill(args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace, made: diffpatch.Plan, folder: bool) -> None:
-    if not folder:
-        args.draw.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made.draw(args.draw_kind, args.draw_query).save(args.draw)
-        return
-    args.draw.mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
-        made.draw(kind, args.draw_query).save(args.draw / f"{kind}.png", format="PNG")
+    kinds = KINDS if folder else (args.draw_kind,)
+    _save({kind: made.draw(kind, args.draw_query) for kind in kinds}, args.draw, folder)
 
 
 def _draw_all(args: argparse.Namespace, plans: dict[str, diffpatch.Plan], folder: bool) -> None:
     """Every method's picture on one sheet, or a sheet for each kind of picture in a folder."""
-    path = args.draw if folder else args.draw.absolute().parent
-    path.mkdir(parents=True, exist_ok=True)
+    sheet = {}
     for kind in KINDS if folder else (args.draw_kind,):
         pictures = {
             f"{name}, {plan.kept_sparse:.1%} kept": tile_picture(plan.patterns[0], 400)
@@ -137,7 +134,15 @@ def _draw_all(args: argparse.Namespace, plans: dict[str, diffpatch.Plan], folder
             # Where the data decide, or nothing is left out, there is nothing to see.
             if plan.patterns and plan.patterns[0].kept < 1 and plan.kept_sparse < 1
         }
-        sheets.named(pictures).save(path / f"{kind}.png" if folder else args.draw)
+        sheet[kind] = sheets.named(pictures)
+    _save(sheet, args.draw, folder)
+
+
+def _save(pictures: dict[str, Image.Image], path: Path, folder: bool) -> None:
+    """The pictures by kind in a folder, or the only one as a file."""
+    with staged(path if folder else path.absolute().parent) as stage:
+        for kind, picture in pictures.items():
+            picture.save(stage / (f"{kind}.png" if folder else path.name))
 
 
 def _comparable() -> list[str]:

@@ -117,7 +117,8 @@ def run_sweep(
             _work(session, found, runs, progress)
     left = sum(store.is_pending(run) for run in runs)
     if left and progress.is_over:
-        say(f"{left} runs are left: {minutes:g} minutes are over; the same command goes on")
+        verb = "runs do" if left > 1 else "run does"
+        say(f"{left} {verb} not fit into {minutes:g} minutes; the same command goes on")
     _write_plan(store, spec, runs)  # also where nothing was left to do: the bar may be another
     return [run for run in runs if store.failure(run) is not None]
 

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pdoc
@@ -50,8 +51,12 @@ def main() -> None:
 
 def api(folder: Path) -> None:
     """The reference; pdoc writes an index of its own, which the README's page replaces."""
-    pdoc.render.configure(docformat="google", footer_text="diffpatch", show_source=True)
-    pdoc.pdoc(*MODULES, output_directory=folder)
+    pdoc.render.configure(
+        docformat="google", footer_text="diffpatch", template_directory=Path(__file__).parent
+    )
+    with warnings.catch_warnings():  # it tries adapters to engines that are not installed, too
+        warnings.filterwarnings("ignore", "Couldn't import")
+        pdoc.pdoc(*MODULES, output_directory=folder)
 
 
 def linked(source: Path, folder: Path) -> str:

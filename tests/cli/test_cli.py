@@ -325,7 +325,8 @@ def test_ctrl_c_leaves_nothing_behind(models: Path, tmp_path: Path) -> None:
         rest = process.stderr.read()
     assert first[1].startswith("warming up"), [*first, rest]
     assert process.returncode == 130
-    assert rest.splitlines()[-1] == "diffpatch: interrupted; no file was left half-written"
+    said = "interrupted; no file was left half-written; the same command starts again"
+    assert rest.splitlines()[-1] == f"diffpatch: {said}"
     assert "Traceback" not in rest
     assert not out.exists()
 

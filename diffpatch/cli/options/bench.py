@@ -57,7 +57,9 @@ def add_parser(commands: Any) -> None:
         "results are an error, never a speedup.",
         epilog=EXAMPLES,
     )
-    kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    kinds = parser.add_subparsers(
+        title="what to measure", metavar="WHAT", required=True, dest="what"
+    )
     _add_attention(kinds)
     _add_render(kinds)
     _add_model(kinds)

@@ -264,7 +264,7 @@ def test_a_model_and_a_prompt_are_enough(
     out = tmp_path / "runs"
     assert main(quick(sweep, out, "--kept", "0.6", "--minutes", "0")) == 0
     shown = capsys.readouterr()
-    assert "3 runs are left: 0 minutes are over; the same command goes on" in shown.err
+    assert "3 runs do not fit into 0 minutes; the same command goes on" in shown.err
     assert main(quick(sweep, out, "--kept", "0.6")) == 0  # which it does
     shown = capsys.readouterr()
     found = {result["label"]: result for result in results(out).values()}
