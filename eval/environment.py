@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         **({"gpu": _gpu(device)} if device.type == "cuda" else {}),
         **({"instructions": _instructions()} if device.type == "cpu" else {}),
     }
+
+
+def threads(about: Mapping[str, Any]) -> str:
+    """How many threads an `environment` had, in words."""
+    count = about["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def device_name(device: torch.device | str) -> str:

@@ -49,6 +49,21 @@ def check_free(paths: list[Path], overwrite: bool, option: str = "-o") -> None:
             tried.add(nearest)
 
 
+def check_file(path: str | Path | None, option: str = "--json") -> None:
+    """Refuse a file for a result that could not be written, before any work is done.
+
+    None and "-", which is stdout, are no files; an earlier result is replaced in the end.
+
+    Raises:
+        UsageError: it is a folder, or its folder cannot be written to.
+    """
+    if path is None or str(path) == "-":
+        return
+    if Path(path).is_dir():  # such as OUT in `--json OUT --reference DENSE`
+        raise UsageError(f"{option} {path} is a folder; give a file, or put {option} last")
+    check_free([Path(path)], overwrite=True, option=option)
+
+
 def check_writable(folder: Path, option: str = "-o") -> None:
     """Refuse a folder that files cannot be written into, by trying; nothing is left of the try.
 

@@ -15,7 +15,7 @@ import torch
 import diffpatch
 from diffpatch.eval.bench.case import AttentionCase, Tensors
 from diffpatch.eval.bench.timing import dense_call, fastest_dense, interleaved
-from diffpatch.eval.environment import environment
+from diffpatch.eval.environment import environment, threads
 from diffpatch.kernels.block_sparse.backends import compare_again
 from diffpatch.kernels.block_sparse.chooser import Ranking
 from diffpatch.kernels.block_sparse.torch_plan.grouping import (
@@ -179,7 +179,7 @@ def assemble(rows: Sequence[Row], device: torch.device, peaks: dict[str, float])
         peak=peaks,
         bandwidth=bandwidth(device),
         coefficients=fit([row for row in rows if not row["held_out"]], backend),
-        source=f"measured, torch {around['versions']['torch']}, {around['threads']} threads",
+        source=f"measured, torch {around['versions']['torch']}, {threads(around)}",
     )
     return {"profile": asdict(made), "environment": around, "rows": list(rows)}
 

@@ -53,6 +53,20 @@ def test_a_folder_that_cannot_be_written_to(
     assert "/proc/diffpatch cannot be written to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["attention", "render", "model", "kernels", "profile"])
+def test_a_result_that_could_not_be_written_is_not_measured(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for place, message in (
+        (tmp_path / "file" / "x.json", "file is not a folder; choose another --json"),
+        (tmp_path, "is a folder; give a file"),
+    ):
+        assert main(["bench", what, "--json", str(place)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 def test_a_window_over_everything_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

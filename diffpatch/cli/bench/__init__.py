@@ -11,6 +11,7 @@ from diffpatch.cli import generation, progress
 from diffpatch.cli.bench.output import chosen, finish, times
 from diffpatch.cli.errors import RunError
 from diffpatch.cli.options import arguments
+from diffpatch.cli.output import check_file
 from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import fitted_call, steps_of
 
@@ -23,6 +24,7 @@ def run_attention(args: argparse.Namespace) -> int:
     from diffpatch.eval.bench.case import AttentionCase
     from diffpatch.eval.bench.checking import WrongResult
 
+    check_file(args.json)
     found = chosen(args)
     made = {name: diffpatch.make_method(name, **values) for name, values in found.items()}
     case = AttentionCase(
@@ -55,6 +57,7 @@ def run_render(args: argparse.Namespace) -> int:
     """Measure a whole pipeline call; returns the exit code."""
     from diffpatch.eval.bench.render import bench_render
 
+    check_file(args.json)
     shared = arguments.method_options(args)
     progress.hush_libraries()
     source = loading.find(args.model)

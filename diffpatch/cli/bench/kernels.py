@@ -28,6 +28,7 @@ COLUMNS = (
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code, 1 if something was wrong or failed."""
+    output.check_file(args.json)
     small = choose_device(args.device).type == "cpu"
     file = None if args.json in (None, "-") else Path(args.json)
     result = bench_kernels(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffpatch.cli import progress
+from diffpatch.cli import output, progress
 from diffpatch.cli.bench.output import chosen, finish, times
 from diffpatch.cli.errors import RunError, UsageError
 from diffpatch.patching.options.settle import AUTO
@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from diffpatch.eval.bench.checking import WrongResult
     from diffpatch.eval.bench.model import ModelCase, bench_model
 
+    output.check_file(args.json)
     shape = shapes.shape_of(args.model)
     methods = chosen(args, AUTO[shape.kind])
     device = loading.choose_device(args.device)

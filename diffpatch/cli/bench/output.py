@@ -10,6 +10,7 @@ from typing import Any
 from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
+from diffpatch.eval.environment import threads
 from diffpatch.files import to_json
 from diffpatch.methods.registry import parameter_types
 from diffpatch.tables import table
@@ -45,7 +46,7 @@ def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Sequ
     device = ", ".join(
         environment[part] for part in ("device", "instructions") if part in environment
     )
-    print(f"{device}, {environment['threads']} threads, torch {environment['versions']['torch']}")
+    print(f"{device}, {threads(environment)}, torch {environment['versions']['torch']}")
     if args.json is not None:
         output.write_text(Path(args.json), to_json(result))
         print(f"wrote {args.json}")

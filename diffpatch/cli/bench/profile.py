@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from diffpatch.cli import output, progress
-from diffpatch.cli.errors import UsageError
 from diffpatch.files import to_json
 from diffpatch.pipelines.running import loading
 from diffpatch.tables import table
@@ -15,9 +14,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, fit, check and write; returns the exit code."""
     from diffpatch.eval.bench import profile as device_costs
 
-    if args.json.is_dir():
-        raise UsageError(f"{args.json} is a folder; name a file with --json")
-    output.check_free([args.json], overwrite=True, option="--json")
+    output.check_file(args.json)
     device = loading.choose_device(args.device)
     result = device_costs.profile(
         str(device),

@@ -34,10 +34,7 @@ _MEASURES = ("folders", "reference", "prompt", "prompt_file", "count", "method",
 
 def run(args: argparse.Namespace) -> int:
     """Measure; returns the exit code."""
-    if args.json not in (None, "-"):
-        if Path(args.json).is_dir():  # such as OUT in `--json OUT --reference DENSE`
-            raise UsageError(f"--json {args.json} is a folder; give a file, or put --json last")
-        output.check_free([Path(args.json)], overwrite=True, option="--json")
+    output.check_file(args.json)
     progress.hush_libraries()
     process = Process.current()
     results = eval_vbench.read_results(args.vbench_results)

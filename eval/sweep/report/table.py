@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from diffpatch.eval.environment import threads
 from diffpatch.eval.sweep.report.rows import KD, METRICS, Row
 from diffpatch.eval.sweep.report.summary import Summary
 
@@ -79,7 +80,7 @@ def _circumstances(result: dict[str, Any]) -> str:
     about = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
-        f"{about['device']}, {about['threads']} threads, {result['dtype']}; {versions};"
+        f"{about['device']}, {threads(about)}, {result['dtype']}; {versions};"
         f" commit {about['commit'] or 'unknown'}."
     )
 
