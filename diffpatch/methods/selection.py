@@ -10,7 +10,7 @@ import torch
 
 from diffpatch.kernels.active_tiles.table import TileTable, tile_table
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.selection.choose import Counts, bounds, spread_counts
+from diffpatch.kernels.selection.choose import Counts, bounds, bounds_by_kind, spread_counts
 from diffpatch.methods.base import AttentionCall
 from diffpatch.patterns.grid import Grid
 
@@ -26,7 +26,11 @@ def always(blocks: BlockIndex, grid: Grid, frames: int, strip: int = 0) -> torch
         table = tile_table(index, strip)
         is_text, early = grid.is_text(index.order), grid.in_first_frames(index.order, frames)
         of_keys = _any_in(is_text | early, table.strips.first)
-        kept = _any_in(is_text, index.starts)[table.query] | of_keys[table.key]
+        of_queries = _any_in(is_text, index.starts)
+        if table.plain:
+            own = torch.arange(table.num_tiles, device=index.device)[:, None] == table.strips.tile
+            return (of_queries[:, None] | of_keys | own).view(1, -1)
+        kept = of_queries[table.query] | of_keys[table.key]
         own = table.query == table.strips.tile[table.key]
         return ((kept | own) & (table.area > 0))[table.pattern]
 
@@ -144,33 +148,51 @@ def counts_of(
 def cost_bounds(
     table: TileTable, fixed: torch.Tensor, levels: Levels, scope: str
 ) -> tuple[float, float]:
-    """The least and the most pairs that a choice computes, as a fraction of all pairs.
+    """The least and the most pairs that a choice computes, as a fraction of all pairs of a head.
 
     Args:
         table: on a CPU.
         fixed: bool (1, N, n).
-        levels: of one head.
+        levels: of one head for each pattern; their sums are returned.
         scope: where counts are held.
     """
-    prices = [price(table, size, levels.corrected and size > 1) for size in levels.sizes]
-    tokens = int(table.strips.first[-1])
+    sizes = [(size, levels.corrected and size > 1) for size in levels.sizes]
+    alike = table.plain and scope == "row"
+    if alike:
+        lengths, kind = table.strips.first.long().diff().unique(return_inverse=True)
+        prices = [price_of(table.sizes, lengths, *size) for size in sizes]
+        whole = kind.bincount()
+    else:
+        prices, whole = [price(table, *size) for size in sizes], torch.ones(1)
     least = most = 0.0
     for number, counts in enumerate(levels.counts):
         step = prices[number]
         if number + 1 < len(prices):
             step = step - prices[number + 1]
-        low, high = bounds(table, fixed, counts, scope, step)
+        if alike:
+            low, high = bounds_by_kind(fixed[0], counts.rows[0], kind, step)
+        else:
+            low, high = bounds(table, fixed, counts, scope, step)
         least, most = least + low, most + high
     if levels.complete:
-        rest = float(prices[-1].sum())
+        rest = float((prices[-1] * whole).sum())
         least, most = least + rest, most + rest
-    return least / tokens**2, most / tokens**2
+    pairs = int(table.strips.first[-1]) ** 2
+    return least / pairs, most / pairs
 
 
 def price(table: TileTable, size: int, corrected: bool = False) -> torch.Tensor:
     """fp64 (P, E): query-key pairs of each pair of tiles if keys are read in pieces of `size`, and
     if their mean query looks at the keys too where that is `corrected`."""
     length = table.strips.first.diff().long()
+    if table.plain:
+        return price_of(table.sizes, length, size, corrected).view(1, -1)
     pieces = -(-length // size)
     pairs = table.area.double() / length[table.key] * pieces[table.key]
     return pairs + (table.area > 0) * length[table.key] if corrected else pairs
+
+
+def price_of(queries: torch.Tensor, keys: torch.Tensor, size: int, corrected: bool) -> torch.Tensor:
+    """fp64 (N, n): `price` of tiles of so many queries and strips of so many keys."""
+    pairs = queries.double()[:, None] * (-(-keys // size))
+    return pairs + keys if corrected else pairs

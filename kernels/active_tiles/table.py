@@ -8,13 +8,31 @@ at the same error.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.pieces import Pieces, cut
+
+
+class Pairs(NamedTuple):
+    """The pairs of a table.
+
+    Attributes:
+        query: int64 (P, E), the query tile of each pair.
+        key: int64 (P, E), the strip, or tile where tiles are not cut.
+        mask_ids: int64 (P, E), the row of `masks` of a partial pair, -1 for a full one.
+        area: int64 (P, E), the query-key pairs of tokens in it.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask_ids: torch.Tensor
+    area: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +42,10 @@ class TileTable:
     Patterns with fewer pairs than the longest are filled up with pairs of area 0.
 
     Attributes:
-        query: int64 (P, E), the query tile of each pair.
-        key: int64 (P, E), the strip, or tile where tiles are not cut.
-        mask_ids: int64 (P, E), the row of `masks` of a partial pair, -1 for a full one.
-        area: int64 (P, E), the query-key pairs of tokens in it.
+        make: makes the pairs, once they are asked for: plans of a million tokens need only what
+            follows.
+        length: E, flags a head.
+        sizes: int64 (N,), the tokens of each query tile.
         row_ptr: int32 (P, N + 1), where the pairs of each query tile begin.
         pattern: int64 (H,), the pattern of each head, or (1,) where all heads share one.
         strips: the strips, n of them.
@@ -35,20 +53,41 @@ class TileTable:
         complete: whether every query tile visits every strip, so that E is N * n in their order.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    mask_ids: torch.Tensor
-    area: torch.Tensor
+    make: Callable[[], Pairs]
+    length: int
+    sizes: torch.Tensor
     row_ptr: torch.Tensor
     pattern: torch.Tensor
     strips: Pieces
     masks: torch.Tensor
     complete: bool
 
+    @cached_property
+    def pairs(self) -> Pairs:
+        """All pairs."""
+        return self.make()
+
     @property
-    def length(self) -> int:
-        """E, flags a head."""
-        return self.key.shape[1]
+    def query(self) -> torch.Tensor:
+        """Of the pairs, as are the next three."""
+        return self.pairs.query
+
+    @property
+    def key(self) -> torch.Tensor:
+        return self.pairs.key
+
+    @property
+    def mask_ids(self) -> torch.Tensor:
+        return self.pairs.mask_ids
+
+    @property
+    def area(self) -> torch.Tensor:
+        return self.pairs.area
+
+    @property
+    def plain(self) -> bool:
+        """Whether every query sees every key, so that the area of a pair is a product of sizes."""
+        return self.complete and not len(self.masks)
 
     @property
     def num_tiles(self) -> int:
@@ -57,6 +96,8 @@ class TileTable:
 
     def valid(self) -> torch.Tensor:
         """bool (H or 1, E), which flags of each head mean anything."""
+        if self.plain:
+            return torch.ones(1, self.length, dtype=torch.bool, device=self.row_ptr.device)
         return (self.area > 0)[self.pattern]
 
     def flags(self, map_: torch.Tensor) -> torch.Tensor:
@@ -98,6 +139,8 @@ def _table(blocks: BlockIndex, strip: int) -> TileTable:
     host = blocks.to("cpu")
     patterns, tiles = host.num_patterns, host.num_tiles
     strips = cut(host, strip)
+    if patterns == 1 and not len(host.masks) and len(host.cols) == tiles**2:
+        return _plain(blocks, cut(blocks, strip))
     row = host.rows
     order = (row * tiles + host.cols).argsort()
     # Every pair of tiles once for each strip of its keys.
@@ -127,11 +170,31 @@ def _table(blocks: BlockIndex, strip: int) -> TileTable:
 
     within = torch.nn.functional.pad(ends.view(patterns, tiles) - begins[:-1, None], (1, 0))
     heads = torch.zeros(1, dtype=torch.int64) if host.head_pattern is None else host.head_pattern
+    pairs = Pairs(
+        padded(row % tiles, 0), padded(key, 0), padded(mask_ids, -1), padded(area, 0)
+    )  # fmt: skip
     return TileTable(
-        padded(row % tiles, 0), padded(key, 0), padded(mask_ids, -1), padded(area, 0),
-        within.int().to(blocks.device), heads.long().to(blocks.device),
-        cut(blocks, strip), masks.to(blocks.device),
+        lambda: pairs, length, blocks.sizes.long(), within.int().to(blocks.device),
+        heads.long().to(blocks.device), cut(blocks, strip), masks.to(blocks.device),
         complete=patterns == 1 and length == tiles * len(strips),
+    )  # fmt: skip
+
+
+def _plain(blocks: BlockIndex, strips: Pieces) -> TileTable:
+    """The table where every query tile visits every strip, and all of it."""
+    tiles, n, device = blocks.num_tiles, len(strips), blocks.device
+    sizes, length = blocks.sizes.long(), strips.first.long().diff()
+
+    def make() -> Pairs:
+        number = torch.arange(tiles * n, device=device)[None]
+        return Pairs(
+            number // n, number % n, torch.full_like(number, -1),
+            (sizes[:, None] * length).view(1, -1),
+        )  # fmt: skip
+
+    return TileTable(
+        make, tiles * n, sizes, (torch.arange(tiles + 1, device=device) * n).int()[None],
+        torch.zeros(1, dtype=torch.int64, device=device), strips, blocks.masks, complete=True,
     )  # fmt: skip
 
 

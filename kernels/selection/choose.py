@@ -126,3 +126,29 @@ def bounds(
     cost = cost.expand(1, len(counts.rows), -1, -1)
     found = [float(cost[choose(x, seen, fixed, counts, scope)].sum()) for x in (-cost, cost)]
     return found[0], found[1]
+
+
+def bounds_by_kind(
+    fixed: torch.Tensor, rows: torch.Tensor, kind: torch.Tensor, price: torch.Tensor
+) -> tuple[float, float]:
+    """`bounds` by row where strips of a kind cost the same: without a number for every pair.
+
+    Args:
+        fixed: bool (N, n), pairs that are always in.
+        rows: int64 (N,), how many strips each row has.
+        kind: int64 (n,), the kind of each strip, from 0 to K - 1.
+        price: fp64 (N, K), what choosing a strip of that kind costs.
+    """
+    kinds = price.shape[1]
+    inside = torch.stack([fixed[:, kind == k].sum(1) for k in range(kinds)], 1)  # (N, K)
+    free = kind.bincount(minlength=kinds) - inside
+    room = (rows - inside.sum(1)).clamp(min=0)[:, None]
+    always = float((inside * price).sum())
+
+    def filled(descending: bool) -> float:
+        ordered, order = price.sort(1, descending=descending)
+        there = free.gather(1, order)
+        taken = (room - (there.cumsum(1) - there)).clamp(min=0).minimum(there)
+        return always + float((taken * ordered).sum())
+
+    return filled(False), filled(True)

@@ -17,7 +17,7 @@ from diffpatch.kernels.selection.api import select
 from diffpatch.kernels.selection.choose import Counts
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from diffpatch.methods.base import Attended, AttentionCall
-from diffpatch.methods.selection import always, remembered
+from diffpatch.methods.selection import Levels, always, cost_bounds, remembered
 from diffpatch.patterns.pattern import BlockPattern
 
 RULE = "error"
@@ -98,8 +98,7 @@ def bounds(pattern: BlockPattern, kept: float, keep_frames: int) -> tuple[float,
     def make(blocks: BlockIndex) -> tuple[float, float]:
         table, fixed = tile_table(blocks), always(blocks, pattern.grid, keep_frames)
         counts = _counts(pattern, kept, keep_frames, len(table.pattern))
-        least, most = choosing.bounds(table, table.map(fixed), counts, "row", table.area)
-        pairs = len(table.pattern) * blocks.num_tokens**2
-        return least / pairs, most / pairs
+        least, most = cost_bounds(table, table.map(fixed), Levels((1,), (counts,)), "row")
+        return least / len(table.pattern), most / len(table.pattern)
 
     return pattern.blocks.derived(("bounds of a choice", kept, keep_frames), make)

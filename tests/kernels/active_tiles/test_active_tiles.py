@@ -127,6 +127,24 @@ def test_maps_and_flags_are_each_other() -> None:
     assert whole.complete and torch.equal(whole.flags(whole.map(flags)), flags)
 
 
+def test_a_table_of_all_pairs_is_counted_out_without_sorting_them() -> None:
+    blocks = Dense(tile=16).pattern(TokenGrid(3, 5, 7, text_before=2)).blocks
+    table = tile_table(blocks, 6)
+    tile_of, first = table.strips.tile.tolist(), table.strips.first.tolist()
+    expected = [
+        (i, j, -1, int(blocks.sizes[i]) * (first[j + 1] - first[j]))
+        for i in range(blocks.num_tiles)
+        for j in range(len(tile_of))
+    ]
+    assert table.plain and table.length == len(expected) and bool(table.valid().all())
+    found = zip(*(x[0].tolist() for x in table.pairs), strict=True)
+    assert list(found) == expected
+    assert table.row_ptr.tolist() == [[n * len(tile_of) for n in range(blocks.num_tiles + 1)]]
+    assert table.sizes.tolist() == blocks.sizes.tolist()
+    partial = random_blocks(SIZES, kept=1.0, seed=1)
+    assert not tile_table(partial).plain or not len(partial.masks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_active_is_block_sparse_attention(dtype: torch.dtype) -> None:
     blocks = random_blocks(SIZES, kept=0.7, heads=[0, 1], seed=3)

@@ -16,7 +16,14 @@ from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.selection import api as selection
 from diffpatch.kernels.selection.api import select, tile_scores
-from diffpatch.kernels.selection.choose import Counts, above, choose, spread_counts
+from diffpatch.kernels.selection.choose import (
+    Counts,
+    above,
+    bounds,
+    bounds_by_kind,
+    choose,
+    spread_counts,
+)
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from tests.kernels.random_blocks import random_qkv
 
@@ -163,6 +170,24 @@ def test_mass_by_pieces_is_the_softmax_to_second_order(piece: int) -> None:
             share = torch.tensor(logit, dtype=torch.float64).softmax(0) * len(own) / len(tiles[i])
             expected[b, h, i].index_add_(0, torch.tensor(owner), share)
     assert torch.allclose(found, expected, atol=1e-9)
+
+
+def test_bounds_by_kinds_of_strips_are_those_of_all_pairs() -> None:
+    """Strips of three lengths, rows that want too few, too many and some of them."""
+    blocks = Dense(tile=16).pattern(TokenGrid(3, 5, 7, text_before=2)).blocks
+    table = tile_table(blocks, 6)
+    length, kind = table.strips.first.long().diff().unique(return_inverse=True)
+    assert len(length) > 1
+    random = torch.Generator().manual_seed(3)
+    shape = (table.num_tiles, len(table.strips))
+    fixed = torch.rand(shape, generator=random) < 0.2
+    for most in (2, shape[1] // 2, shape[1] + 3):
+        rows = torch.randint(0, most + 1, shape[:1], generator=random)
+        sizes = table.sizes.double()[:, None]
+        for price in (sizes * length, sizes * (length - 2), (sizes - 20) * length):
+            of_pairs = price[:, kind].reshape(1, -1)
+            expected = bounds(table, fixed[None], Counts.of(rows[None], 1), "row", of_pairs)
+            assert bounds_by_kind(fixed, rows, kind, price) == pytest.approx(expected)
 
 
 def best_by_sorting(

@@ -245,6 +245,15 @@ def test_the_rest_is_dropped_on_long_sequences_and_virtual_on_short_ones() -> No
         assert not torch.equal(found.out, different.out)
 
 
+def test_long_clips_are_planned_without_a_number_for_every_pair() -> None:
+    method, grid = Dynamic(rest="virtual"), TokenGrid(84, 45, 80)
+    pattern = method.pattern(grid)
+    assert method.kept_at(pattern, 0) == pytest.approx(0.25, abs=6e-3)
+    table = tile_table(pattern.blocks, method.keys_of(grid))
+    assert method.state_size(pattern, 40, 128) == 40 * -(-table.length // 8)
+    assert "pairs" not in vars(table)  # at a million tokens 8 GiB of them
+
+
 def test_the_same_tensors_give_the_same_bits() -> None:
     for rule in RULES:
         method = Dynamic(rule=rule, kept=0.3, tile=32, strip=16, pool=16)
