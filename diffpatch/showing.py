@@ -16,11 +16,12 @@ from diffpatch.errors import DiffpatchError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from PIL import Image
 
 COLD, HOT, NONE = (38, 50, 74), (242, 193, 78), (128, 128, 128)  # of a heat map
-TICKS = 24  # columns up to which each has a number
+TICKS = 24  # rows and columns up to which each has a number
 SIDE = 320  # pixels of a heat map, about
 
 
@@ -46,6 +47,7 @@ def heat(
     values: Sequence[Sequence[float | None]],
     title: str,
     words: tuple[str, str, str],
+    rows: Sequence[int] | None = None,
 ) -> tuple[Figure, Axes]:
     """A heat map of numbers in rows, with a colour bar.
 
@@ -54,6 +56,7 @@ def heat(
         values: rows of equal length; None is left grey.
         title: above it.
         words: what rows, columns and colours are.
+        rows: the number of each row; None counts from 0.
     """
     figure, ax = axes(ax)
     numbers = [[float("nan") if v is None else v for v in row] for row in values]
@@ -61,9 +64,25 @@ def heat(
     image = ax.imshow(numbers, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
     figure.colorbar(image, ax=ax, label=words[2])
     ax.set(title=title, ylabel=words[0], xlabel=words[1])
-    if len(numbers[0]) <= TICKS:
-        ax.set_xticks(range(len(numbers[0])))
+    _count(ax.xaxis, range(len(numbers[0])))
+    _count(ax.yaxis, range(len(numbers)) if rows is None else rows)
     return figure, ax
+
+
+def _count(axis: Axis, numbers: Sequence[int]) -> None:
+    """Whole numbers along an axis: there is nothing between two steps or layers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    if len(numbers) <= TICKS:
+        axis.set_ticks(range(len(numbers)))
+    else:
+        axis.set_major_locator(MaxNLocator(TICKS // 2, integer=True))
+
+    def named(place: float, _: int | None) -> str:
+        known = place == int(place) and 0 <= place < len(numbers)
+        return str(numbers[int(place)]) if known else ""
+
+    axis.set_major_formatter(FuncFormatter(named))
 
 
 def heat_picture(values: Sequence[Sequence[float | None]], most: float = 1.0) -> Image.Image:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import diffpatch
-from diffpatch import TokenGrid, Window
+from diffpatch import TokenGrid, Window, showing
 from tests.tiny import wan
 
 LOCAL = Window(window=(-1, 1, 2), shift="none")
@@ -81,6 +81,23 @@ def test_heat_maps_hold_the_numbers(shown: dict[str, Any], axes: Any) -> None:
     errors = shown["AttentionErrors"]
     [row] = errors.map  # step 0 was dense
     assert row == pytest.approx([errors.per_layer[f"transformer.{n}"] for n in range(2)])
+
+
+def numbered(axis: Any) -> list[str]:
+    """The numbers that are drawn along an axis."""
+    axis.get_figure().canvas.draw()
+    return [tick.get_text() for tick in axis.get_ticklabels() if tick.get_text()]
+
+
+def test_steps_and_layers_have_whole_numbers(shown: dict[str, Any], axes: Any) -> None:
+    shown["Report"].plot(axes)
+    assert numbered(axes.yaxis) == ["0", "1"] and numbered(axes.xaxis) == ["0", "1"]
+    _, ax = shown["AttentionErrors"].plot()
+    assert numbered(ax.yaxis) == ["1"]  # step 0 was dense
+    _, ax = showing.heat(None, [[0.5] * 40] * 3, "", ("a", "b", "c"), rows=[7, 9, 12])
+    assert numbered(ax.yaxis) == ["7", "9", "12"]
+    columns = [int(text) for text in numbered(ax.xaxis)]
+    assert 5 < len(columns) <= 24 and 0 <= min(columns) < max(columns) < 40
 
 
 def test_what_is_shown_is_escaped() -> None:

@@ -168,11 +168,8 @@ class AttentionErrors:
         """
         if not self._sums:
             raise DiffpatchError("there is nothing to plot: no call was sparse")
-        figure, ax = showing.heat(
-            ax, self.map, str(self), ("step", "layer", "relative L1 to dense")
-        )
-        ax.set_yticks(range(len(self.per_step)), [str(step) for step in self.per_step])
-        return figure, ax
+        words = ("step", "layer", "relative L1 to dense")
+        return showing.heat(ax, self.map, str(self), words, rows=list(self.per_step))
 
     def __str__(self) -> str:
         if not self._sums:

@@ -113,7 +113,14 @@ def read_spec(path: Path) -> SweepSpec:
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Strict)
-    except OSError:
+    except OSError as error:
+        if path.is_dir():
+            raise BadSweep(
+                f"{path} is a folder, not a YAML file: repeat the command that made it to go on,"
+                " or add --report-only"
+            ) from None
+        if path.exists():
+            raise BadSweep(f"{path} cannot be read ({error.strerror})") from None
         raise BadSweep(f"there is no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadSweep(f"{path} is not YAML: {' '.join(str(error).split())}") from None

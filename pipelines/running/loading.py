@@ -247,10 +247,16 @@ def _check_weights(folder: Path) -> None:
 def _hub_index(model: str) -> str:
     """The pipeline class of a repository on the hub; the first use of the network."""
     from diffusers import DiffusionPipeline
+    from huggingface_hub import constants
 
     try:
         return str(DiffusionPipeline.load_config(model)["_class_name"])
     except (OSError, KeyError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"no pipeline {model} in the cache of the hub, and HF_HUB_OFFLINE is set: unset it,"
+                " or give a folder"
+            ) from error
         raise ModelError(f"no pipeline {model} on the hub or in its cache{_HUB_ADVICE}") from error
 
 

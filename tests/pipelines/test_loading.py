@@ -154,6 +154,12 @@ def test_sampling_stops_at_the_first_broken_step() -> None:
         sample(model.pipe, model.call, 0)
 
 
+def test_the_hub_is_not_named_where_it_was_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set: unset it, or give a folder"):
+        find("no/such-model")
+
+
 def test_warming_up_is_short() -> None:
     model, calls = tiny.wan(), []
     model.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))

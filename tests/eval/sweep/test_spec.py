@@ -150,6 +150,8 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         broken.write_text(text)
         assert main(["sweep", str(broken)]) == 2
         assert message in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path)]) == 2
+    assert "is a folder, not a YAML file: repeat the command" in capsys.readouterr().err
     assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
     assert main(["sweep", "--report-only", str(tmp_path)]) == 2
     assert "not the folder of a sweep" in capsys.readouterr().err
