@@ -14,6 +14,7 @@ from diffpatch.kernels.active_tiles.table import tile_table
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.merge import merge
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
+from diffpatch.kernels.virtual_tokens.tokens import Missed
 from tests.exactness import poisoned
 from tests.kernels.random_blocks import random_qkv
 
@@ -272,10 +273,8 @@ def test_the_kernel_adds_what_is_missed(dtype: torch.dtype, beside: bool) -> Non
     tensors, key_mask = inputs(dtype)
     active, shown = chosen(blocks, 4)
     q, k, v = tensors
-    lost = virtual_tokens.Missed(
-        torch.randn(2, 4, blocks.num_tiles, 16), torch.rand(2, 4, blocks.num_tiles)
-    )
-    wide = tuple(x.double() for x in tensors)
+    lost = Missed(torch.randn(2, 4, blocks.num_tiles, 16), torch.rand(2, 4, blocks.num_tiles))
+    wide = (q.double(), k.double(), v.double())
     near = by_formula(wide, blocks, active, shown & False, 0.4, key_mask) if beside else None
     far = by_formula(wide, blocks, active & False, shown, 0.4, key_mask)
     far = lost.added(*far, blocks)
