@@ -53,8 +53,11 @@ def transformers(target: Any, custom: FamilyInfo | None) -> list[tuple[str, Any,
     Raises:
         UnknownFamily: nothing can, or a family is known not to be.
     """
-    found, present = [], models(target)
+    found, present, seen = [], models(target), set()
     for name, model in present.items():
+        if id(model) in seen:  # one model under two names is patched once
+            continue
+        seen.add(id(model))
         family = custom if custom and name.startswith("transformer") else family_of(model)
         if family is None:
             continue

@@ -112,6 +112,10 @@ class PackedGrid:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", frozen(self.spans))
+        if not isinstance(self.spans, tuple):
+            raise BadParameter(
+                f"spans={self.spans!r} of a PackedGrid must be a list, such as (12, (5, 4, 6))"
+            )
         if self.between not in BETWEEN:
             raise BadParameter(
                 f"between={self.between!r} of a PackedGrid must be 'exact' or 'aligned'"

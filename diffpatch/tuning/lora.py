@@ -10,16 +10,19 @@ block is computed again in the backward pass instead of kept. The folder of a tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from diffpatch.errors import DiffpatchError
+from diffpatch.checking import Count, check
+from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.files import read_json, write_bytes, write_json
 
 WEIGHTS, STATE, RECORD = "pytorch_lora_weights.safetensors", "optimizer.safetensors", "loss.json"
@@ -42,7 +45,8 @@ class LoraTraining:
         record: what `RECORD` holds: ``losses``, and whatever a caller adds.
 
     Raises:
-        DiffpatchError: PEFT is not installed, or the model has none of the targets.
+        DiffpatchError: PEFT is not installed, the model has none of the targets, a number cannot
+            be, or the folder holds a training of something else.
     """
 
     def __init__(
@@ -52,6 +56,9 @@ class LoraTraining:
             from peft import LoraConfig
         except ImportError:
             raise DiffpatchError("a LoRA is trained with PEFT: pip install peft") from None
+        check("LoraTraining", "rank", rank, Count)
+        if not 0 < rate < math.inf:
+            raise BadParameter(f"LoraTraining: rate={rate} must be a positive number, such as 1e-4")
         self.folder, self._accelerator = folder, Accelerator()
         self.model = model.to(self._accelerator.device).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -123,19 +130,48 @@ class LoraTraining:
                 yield f"{i}.{name}", value
 
     def _resume(self) -> None:
-        """Read back what an earlier training wrote, if there was one."""
-        from peft.utils import set_peft_model_state_dict
+        """Read back what an earlier training wrote, if there was one.
 
-        if not (self.folder / RECORD).is_file():
+        Raises:
+            DiffpatchError: it was of something else, or its files are damaged.
+        """
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+        record = read_json(self.folder / RECORD)
+        if record is None:
             return
-        learned = load_file(self.folder / WEIGHTS)
-        set_peft_model_state_dict(
-            self.model, {n.removeprefix("transformer."): x for n, x in learned.items()}
-        )
-        stored = load_file(self.folder / STATE)
-        for i, parameter in enumerate(self._weights):
-            names = [name for name in stored if name.startswith(f"{i}.")]
-            self._optimizer.state[parameter] = {
-                name.partition(".")[2]: stored[name] for name in names
-            }
-        self.record |= read_json(self.folder / RECORD)
+        own = {n: x.shape for n, x in get_peft_model_state_dict(self.model).items()}
+        files = (_tensors(self.folder / WEIGHTS), _tensors(self.folder / STATE))
+        learned = {n.removeprefix("transformer."): x for n, x in files[0].items()}
+        state = [_numbered(files[1], i) for i in range(len(self._weights))]
+        kept = isinstance(record, dict) and isinstance(record.get("losses"), list)
+        if not kept or any("exp_avg" not in one for one in state):
+            raise DiffpatchError(f"{self.folder} holds no whole training: {_ANOTHER}")
+        if {n: x.shape for n, x in learned.items()} != own:
+            raise DiffpatchError(
+                f"{self.folder} holds a training of other layers, of another rank or of another"
+                f" model than {type(self.model).__name__}: go on with what it was begun with, or"
+                f" {_ANOTHER}"
+            )
+        set_peft_model_state_dict(self.model, learned)
+        for parameter, one in zip(self._weights, state, strict=True):
+            self._optimizer.state[parameter] = one
+        self.record |= record
+
+
+_ANOTHER = "name another folder, or delete this one"
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Those of a file that an earlier training wrote."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DiffpatchError(
+            f"{path} is missing or damaged ({str(error).splitlines()[0]}): {_ANOTHER}"
+        ) from None
+
+
+def _numbered(tensors: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
+    """The state of the optimizer for one parameter."""
+    return {n.partition(".")[2]: x for n, x in tensors.items() if n.startswith(f"{i}.")}

@@ -89,6 +89,8 @@ def joined(parts: Sequence[int | Shape]) -> Spans:
 
 def _frames_of_rows(ids: torch.Tensor, rows: torch.Tensor) -> list[tuple[int, float, int, int]]:
     """(first row, time, height, width) of each frame: rows in raster order at one time."""
+    if not len(rows):
+        return []
     time, row, column = ids.unbind(1)
     new_row = (row.diff() > 0) & (time.diff() == 0)
     inside = (row.diff() == 0) & (column.diff() > 0) & (time.diff() == 0)

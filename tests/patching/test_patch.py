@@ -143,6 +143,32 @@ def test_patching_again_replaces_the_earlier_patch() -> None:
     assert same(processors(tiny.pipe), objects)
 
 
+def test_one_model_under_two_names_is_patched_once(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = wan22()
+    tiny.pipe.register_modules(transformer_2=tiny.pipe.transformer)
+    plain = tiny.run()
+    with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=0):
+        tiny.run()
+        report = diffpatch.report(tiny.pipe)
+    assert report.calls == 16 and not report.dense_calls and "replaced" not in caplog.text
+    assert torch.equal(tiny.run(), plain)
+
+
+def test_a_followed_scheduler_equals_its_class() -> None:
+    """Some pipelines (Bria) ask for the very class of their scheduler, by ``type() !=``."""
+    tiny = wan()
+    own = type(tiny.pipe.scheduler)
+    with diffpatch.patched(tiny.pipe, LOCAL, dense_steps=0):
+        tiny.pipe.scheduler.set_timesteps(2)
+        followed = type(tiny.pipe.scheduler)
+        assert followed is not own
+        assert followed == own == followed
+        assert not (followed != own or own != followed)
+        assert hash(followed) == hash(own) and {own: 1}[followed] == 1
+        assert followed != diffusers.FlowMatchHeunDiscreteScheduler
+    assert type(tiny.pipe.scheduler) is own
+
+
 def test_an_exception_in_mid_run_leaves_a_clean_next_run() -> None:
     tiny = wan()
     before = tiny.run()

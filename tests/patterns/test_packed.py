@@ -206,6 +206,7 @@ def test_one_grid_is_a_token_grid() -> None:
         (((2, 0, 4),), r"span \(2, 0, 4\)"),
         ((4.0, (2, 3, 4)), "span 4.0"),
         ((True, (2, 3, 4)), "span True"),
+        (5, "spans=5 of a PackedGrid must be a list"),
     ],
 )
 def test_layouts_that_do_not_add_up(spans: Any, said: str) -> None:

@@ -16,7 +16,7 @@ import diffpatch
 from diffpatch import PackedGrid, TokenGrid
 from diffpatch.methods.packed import pattern_on
 from tests.pipelines.test_families import LOCAL, KeepAll, error
-from tests.tiny import Tiny, derived
+from tests.tiny import Tiny, derived, whole
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "EchoBlocks"), reason="diffusers is older than they are"
@@ -37,6 +37,9 @@ MODELS: dict[str, tuple[Callable[[], Tiny], TokenGrid | PackedGrid, int, str]] =
     "echo-alone": (
         functools.partial(derived.echo, 0), TokenGrid(3, 4, 6), 2, "LTX2VideoTransformer3DModel",
     ),
+    "echo-blocks": (
+        whole.echo, TokenGrid(3, 4, 6, 48), 2, "LTX2VideoTransformer3DModel",
+    ),
     "ltx-2.3": (
         functools.partial(derived.ltx2, derived.LTX23), TokenGrid(3, 4, 6), 2,
         "LTX2VideoTransformer3DModel",
@@ -49,12 +52,13 @@ MODELS: dict[str, tuple[Callable[[], Tiny], TokenGrid | PackedGrid, int, str]] =
 
 
 @contextmanager
-def masked(grid: TokenGrid | PackedGrid) -> Iterator[None]:
-    """Every attention of a sequence of that grid to itself is under the mask of `LOCAL`."""
-    mask, original = pattern_on(LOCAL, grid, None).dense()[0], F.scaled_dot_product_attention
+def masked(*grids: TokenGrid | PackedGrid) -> Iterator[None]:
+    """Every attention of a sequence of such a grid to itself is under the mask of `LOCAL`."""
+    masks = {grid.num_tokens: pattern_on(LOCAL, grid, None).dense()[0] for grid in grids}
+    original = F.scaled_dot_product_attention
 
     def attend(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if query.shape[2] == key.shape[2] == grid.num_tokens:
+        if query.shape[2] == key.shape[2] and (mask := masks.get(query.shape[2])) is not None:
             kwargs = {k: v for k, v in kwargs.items() if k != "attn_mask"} | {"attn_mask": mask}
             return original(query, key, value, **kwargs)
         return original(query, key, value, *args, **kwargs)

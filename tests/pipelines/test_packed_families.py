@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 def read(rows: list[tuple[float, float, float]], video: list[int]) -> Any:
     """The spans of hand-made rows (time, row, column), of which some are video."""
     ids = torch.tensor(rows, dtype=torch.float64)
-    arguments = {"position_ids": ids, "video_indices": torch.tensor(video)}
+    arguments = {"position_ids": ids, "video_indices": torch.tensor(video, dtype=torch.long)}
     return spans.packed_rows(None, arguments)
 
 
@@ -57,6 +57,7 @@ def test_spans_follow_from_the_rows() -> None:
     image = frames([1.0], 3, 3)
     assert read(image + video[:12] + video, list(range(9 + 12 + v))) == (21, (4, 2, 3))
     assert read(text + image, list(range(t, t + 9))) == (5, (1, 3, 3))
+    assert read(text, []) == "the video rows are not whole frames"
 
 
 def test_rows_that_are_not_frames_run_dense() -> None:

@@ -29,6 +29,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods.learned.files import Layer, Learned
 from diffpatch.methods.learned.hub import fetched
 
+_AGAIN = "fetch the whole checkpoint again"
 VSA, SLA, SLA2 = "to_gate_compress", "proj_l", "alpha"
 _ROUTER = "proj_q.weight", "proj_k.weight"
 _NAME = re.compile(
@@ -120,18 +121,20 @@ def _fits(weights: str, layer: Layer, learned: Learned) -> None:
                 f" needs {wanted}; they were trained for another model"
             )
         if not torch.isfinite(value).all():
-            raise BadParameter(f"weights={weights!r}: {layer.path}.{name} holds NaN or infinity")
+            raise BadParameter(
+                f"weights={weights!r}: {layer.path}.{name} holds NaN or infinity: {_AGAIN}"
+            )
     routed = {SLA2, *_ROUTER}
     if learned.keys() & routed:
         if lacking := sorted(routed - learned.keys()):
-            raise BadParameter(f"weights={weights!r}: {layer.path} has no {lacking[0]}")
+            raise BadParameter(f"weights={weights!r}: {layer.path} has no {lacking[0]}: {_AGAIN}")
         if not ((learned[SLA2] >= 0) & (learned[SLA2] <= 1)).all():
             raise BadParameter(
                 f"weights={weights!r}: {layer.path}.{SLA2} must be from 0 to 1: it is the share of"
                 " the chosen tiles"
             )
     elif not any(name.endswith(".weight") for name in learned):
-        raise BadParameter(f"weights={weights!r}: {layer.path} has a bias and no weight")
+        raise BadParameter(f"weights={weights!r}: {layer.path} has a bias and no weight: {_AGAIN}")
 
 
 def _names(file: Path) -> Iterator[tuple[str, re.Match[str]]]:
@@ -147,7 +150,7 @@ def _opened(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise BadParameter(
-            f"{file} is not a safetensors file, or a damaged one ({error})"
+            f"{file} is not a safetensors file, or a damaged one ({error}): {_AGAIN}"
         ) from None
 
 
@@ -162,5 +165,8 @@ def _files(weights: str, component: str | None = None) -> list[Path]:
     folders = [folder for folder in inner if folder.is_dir()] or [place]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     if not files:
-        raise BadParameter(f"weights={weights!r} is a folder without safetensors of a transformer")
+        raise BadParameter(
+            f"weights={weights!r} is a folder without safetensors of a transformer: give that of a"
+            " pipeline, or of its transformer"
+        )
     return files

@@ -30,5 +30,6 @@ def fetched(weights: str, files: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadParameter(
-            f"weights={weights!r} cannot be fetched from the hub ({reason})"
+            f"weights={weights!r} cannot be fetched from the hub ({reason}): check the name and the"
+            " connection, or give a folder on this disk"
         ) from None
