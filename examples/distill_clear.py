@@ -33,6 +33,7 @@ import torch
 
 import diffpatch
 from diffpatch.cli import scripts
+from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.metrics import psnr
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo
 from diffpatch.pipelines.families.table import attention_modules, family_of
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe.transformer.requires_grad_(False)
     teacher = Teacher(pipe, fitted_call(call, pipe), prompts, options.each)
     scores = training.record.setdefault("psnr", {})
+    training.record |= {"settings": vars(options), "environment": environment(training.device)}
     if "before" not in scores:
         scores["before"] = compare(teacher, student, held, options.radius)
         training.save()

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 import diffpatch
 from diffpatch.cli import scripts
+from diffpatch.eval.environment import environment
 from diffpatch.eval.quality.scores import Tools, alone, load_tools
 from diffpatch.pipelines.demo import PRESETS, clips, load_demo
 from diffpatch.pipelines.running.calls import fitted_call
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipe.to(training.device)
     judge = training.record.setdefault("judge", {})
+    training.record |= {"settings": vars(options), "environment": environment(training.device)}
     batches = (
         demo_batches(pipe, options.frames, options.side, options.batch)
         if demo

@@ -214,7 +214,7 @@ def _qwen() -> Any:
         "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    tokens = {name: 60 + i for i, name in enumerate(names)}
+    tokens: dict[str, Any] = {name: 60 + i for i, name in enumerate(names)}
     torch.manual_seed(0)
     config: Any = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
     model: Any = transformers.Qwen3VLForConditionalGeneration(config)

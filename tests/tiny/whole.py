@@ -327,7 +327,7 @@ def _stubbed(made: Tiny, **results: Any) -> Tiny:
     return made
 
 
-def _masks(length: int = 8, name: str = "prompt_embeds_mask") -> dict[str, torch.Tensor]:
+def _masks(length: int = 8, name: str = "prompt_embeds_mask") -> dict[str, Any]:
     """Prompts without padding."""
     return {f"{prefix}{name}": torch.ones(1, length).bool() for prefix in ("", "negative_")}
 

@@ -65,7 +65,7 @@ def test_other_arguments_than_it_was_begun_with_are_refused(tmp_path: Path) -> N
     begun(tmp_path).run(1, loss, quiet)
     for changes in ({"rank": 4}, {"targets": ["attn1.to_k"]}):
         with pytest.raises(DiffpatchError, match="of other layers, of another rank"):
-            begun(tmp_path, **changes)  # type: ignore[arg-type]
+            begun(tmp_path, **changes)
     again = begun(tmp_path)
     again.run(2, loss, quiet)
     assert len(again.record["losses"]) == 2
