@@ -99,6 +99,11 @@ def card_text(path: Path) -> CardText:
         return CardText(**json.loads(card.getexif()[DESCRIPTION]))
 
 
+def faster(shown: float) -> str:
+    """What a speedup means in words, as it is shown: 1.0 and less is no gain."""
+    return "faster" if shown > 1 else "as fast as dense"
+
+
 def _exif(text: CardText) -> Image.Exif:
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps(asdict(text))
@@ -125,7 +130,8 @@ def _board(text: CardText, pattern: Image.Image | None) -> Image.Image:
     draw.text((COLUMN, 8), f"{text.speedup:.1f}x", ACCENT, font=_font(150))
     kept = f"{text.kept:.0%}"
     figures = (f"{text.psnr:.1f} dB", "PSNR to dense"), (kept, "of attention computed")
-    draw.text((COLUMN + 6, 174), "faster, end to end", INK, font=_font(36))
+    words = faster(float(f"{text.speedup:.1f}"))
+    draw.text((COLUMN + 6, 174), f"{words}, end to end", INK, font=_font(36))
     for number, (figure, what) in enumerate(figures):
         draw.text((COLUMN + 6, 252 + 112 * number), figure, INK, font=_font(52))
         draw.text((COLUMN + 6, 310 + 112 * number), what, SOFT, font=_font(26))

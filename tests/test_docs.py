@@ -42,6 +42,14 @@ def test_the_template_shows_every_page(build: Any) -> None:
     assert 'aria-current="page">Gallery' in shown and "&lt;b&gt;&amp;" in shown
 
 
+def test_docstrings_are_made_markdown(build: Any) -> None:
+    text = "Two names::\n\n    code\n\n``a``   one\n        thing\n``long``  two\n"
+    shown = build.marked(text)
+    assert shown == "Two names:\n\n    code\n\n- ``a``: one\n        thing\n- ``long``: two\n"
+    page = build.to_html(shown)
+    assert "::" not in page and page.count("<li>") == 2 and "<pre>" in page
+
+
 def modules() -> list[str]:
     """Every module with an example, by the name it is imported by."""
     found = []

@@ -54,9 +54,18 @@ def api(folder: Path) -> None:
     pdoc.render.configure(
         docformat="google", footer_text="diffpatch", template_directory=Path(__file__).parent
     )
+    convert = pdoc.docstrings.google
+    pdoc.docstrings.google = lambda text: convert(marked(text))
     with warnings.catch_warnings():  # it tries adapters to engines that are not installed, too
         warnings.filterwarnings("ignore", "Couldn't import")
         pdoc.pdoc(*MODULES, output_directory=folder)
+
+
+def marked(text: str) -> str:
+    """A docstring whose habits Markdown does not know as Markdown: "::" before code, and lists of
+    ``names`` with what each is beside it, which would run together into one paragraph."""
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+    return re.sub(r"^(``[^`\n]+``) {2,}(?=\S)", r"- \1: ", text, flags=re.MULTILINE)
 
 
 def linked(source: Path, folder: Path) -> str:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from diffpatch.cli import output
+from diffpatch.cli import main, output, render
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.render import sheets
+from diffpatch.cli.render.page import page
 from diffpatch.eval import media
+from diffpatch.eval.card import faster
 from diffpatch.files import staged
 
 
@@ -130,3 +132,31 @@ def test_results_are_not_overwritten_unasked(tmp_path: Path) -> None:
     output.check_free([tmp_path / "deep" / "er" / "new.mp4"], overwrite=False)
     with pytest.raises(UsageError, match="not a folder"):
         output.check_free([tmp_path / "dense.mp4" / "new.mp4"], overwrite=False)
+
+
+@pytest.mark.parametrize(("gain", "words"), [(1.01, "faster"), (1.0, "as fast"), (0.92, "as fast")])
+def test_what_is_slower_is_not_called_faster(gain: float, words: str) -> None:
+    seconds = {"denoising": 1.0, "step_median": 1.0, "total": 1.0}
+    run = {"seconds": seconds, "kept": 0.5, "options": {}}
+    result = {"prompt": "a cat", "seed": 0, "model": "m", "measured": ""}
+    result |= {"runs": {"dense": run, "radial": run}, "speedup": {"total": gain}}
+    result |= {"quality": {name: {"mean": 1.0} for name in ("psnr", "ssim")}}
+    html = page(
+        result | {"environment": {"device": "a CPU"}}, {"dense": "a.mp4", "radial": "b.mp4"}
+    )
+    heading = html[html.index("<h1>") : html.index("</h1>")]
+    assert heading == f"<h1><b>{gain:.2f}×</b> {faster(gain)} with radial"
+    assert faster(gain).startswith(words)
+
+
+def test_the_card_shows_the_pattern_of_the_clip_that_was_made(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some pipelines are asked for another number of frames than they make."""
+    grids = []
+    monkeypatch.setattr(render, "fitted_call", lambda call, pipe: call | {"num_frames": 13})
+    monkeypatch.setattr(render, "planned_pattern", lambda plan: grids.append(plan.grid))
+    size = ["--height", "32", "--width", "32", "--num-frames", "17", "--steps", "2"]
+    words = ["render", "-m", str(models / "wan"), "-p", "a cat", *size, "--method", "window"]
+    assert main([*words, "--compare", "dense", "--quiet", "-o", str(tmp_path)]) == 0
+    assert [grid.num_frames for grid in grids] == [5]

@@ -134,7 +134,7 @@ def render(
     result["environment"] = environment(device)
     files = job.files(folder)
     result["files"] = {key: str(path) for key, path in files.items()}
-    picture = _pattern(pipe, job.variants[-1], call, chosen) if len(samples) > 1 else None
+    picture = _pattern(pipe, job.variants[-1], job.call, chosen) if len(samples) > 1 else None
     _write(job, samples, result, folder, picture)
     return result
 
@@ -193,7 +193,10 @@ def _explained(name: str) -> Iterator[None]:
 def _pattern(
     pipe: Any, variant: RenderVariant, call: dict[str, Any], chosen: torch.Tensor | None
 ) -> Image.Image | None:
-    """A small picture of what is kept, for the card: chosen by content, or else as planned."""
+    """A small picture of what is kept, for the card: chosen by content, or else as planned.
+
+    `call` is the one that was asked for: what `fitted_call` makes of it is not what comes out.
+    """
     if chosen is not None:
         return thumbnail(chosen)
     sizes = {key: call[key] for key in ("height", "width", "num_frames") if call.get(key)}

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffpatch.cli.render import summary
+from diffpatch.eval.card import faster
 
 PLAYED = (".mp4",)  # by a video element; everything else is a picture, moving or not
 
@@ -26,6 +27,7 @@ def page(result: Mapping[str, Any], names: Mapping[str, str]) -> str:
     )  # fmt: skip
     text = summary.card_text(dict(result))
     head, *rows = summary.lines(dict(result))
+    gain = f"{text.speedup:.2f}"
     clips = []
     for name, run in result["runs"].items():
         file, kept = names[name], f", {run['kept']:.0%} of pairs" * (name != "dense")
@@ -35,7 +37,8 @@ def page(result: Mapping[str, Any], names: Mapping[str, str]) -> str:
         video = Path(file).suffix in PLAYED
         clips.append({"name": name, "file": file, "facts": facts, "video": video})
     return templates.get_template("page.html").render(
-        method=text.label, speedup=text.speedup, prompt=text.prompt, seed=result["seed"],
-        model=result["model"], busy=text.busy, clips=clips, line=text.line, head=head, rows=rows,
-        measured=result["measured"], machine=text.small, moving="moving_card" in names,
+        method=text.label, speedup=gain, gained=faster(float(gain)), prompt=text.prompt,
+        seed=result["seed"], model=result["model"], busy=text.busy, clips=clips, line=text.line,
+        head=head, rows=rows, measured=result["measured"], machine=text.small,
+        moving="moving_card" in names,
     )  # fmt: skip
