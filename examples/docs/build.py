@@ -55,7 +55,7 @@ def api(folder: Path) -> None:
         docformat="google", footer_text="diffpatch", template_directory=Path(__file__).parent
     )
     convert = pdoc.docstrings.google
-    pdoc.docstrings.google = lambda text: convert(marked(text))
+    pdoc.docstrings.google = lambda docstring: convert(marked(docstring))
     with warnings.catch_warnings():  # it tries adapters to engines that are not installed, too
         warnings.filterwarnings("ignore", "Couldn't import")
         pdoc.pdoc(*MODULES, output_directory=folder)
