@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe.transformer.requires_grad_(False)
     teacher = Teacher(pipe, fitted_call(call, pipe), prompts, options.each)
     scores = training.record.setdefault("psnr", {})
-    training.record |= {"settings": vars(options), "environment": environment(training.device)}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    training.record |= {"settings": settings, "environment": environment(training.device)}
     if "before" not in scores:
         scores["before"] = compare(teacher, student, held, options.radius)
         training.save()

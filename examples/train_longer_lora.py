@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipe.to(training.device)
     judge = training.record.setdefault("judge", {})
-    training.record |= {"settings": vars(options), "environment": environment(training.device)}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    training.record |= {"settings": settings, "environment": environment(training.device)}
     batches = (
         demo_batches(pipe, options.frames, options.side, options.batch)
         if demo
