@@ -14,10 +14,12 @@ import torch
 
 from diffpatch.checking import checked
 from diffpatch.errors import BadParameter
+from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
+from diffpatch.methods.dynamic.method import Dynamic
 from diffpatch.patching.api import patched, report
 from diffpatch.patching.target import transformers
-from diffpatch.pipelines.running.sampling import Sample, named, other_kernel, sample, warm_up
+from diffpatch.pipelines.running.sampling import Sample, named, sample, warm_up
 from diffpatch.targets.choice import Chosen, choose_for, chosen_for
 from diffpatch.targets.front import Applied
 from diffpatch.targets.settings import Checked, Measured, Settings
@@ -28,7 +30,7 @@ from diffpatch.tuning.unfinished import Unfinished
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
-MOST_SCORES = 4 * 2**30  # bytes of one call's scores, which a CPU's other kernel holds as a whole
+EVERYTHING = Dynamic(kept=1.0, rest="drop")  # dense attention by the kernels of sparse attention
 HOLDS = (0.0025, 0.005, 0.01)  # tolerances within which steps are held, beside none
 
 
@@ -72,7 +74,7 @@ def measure_front(
     Targets in dB and in speed are then chosen from what was seen. On n prompts with s fractions,
     each after d parts of the run, c thresholds and h tolerances it renders
     n · (s · d + 1) · (c + h + 1) clips, of which n are dense and the others faster, and one that is
-    dense by another kernel of torch: nothing can be closer to dense than that is.
+    dense by another kernel: nothing can be closer to dense than that is.
 
     Args:
         pipe: the pipeline that the settings are of. A patch that it carries is back afterwards.
@@ -218,13 +220,6 @@ class _Job:
         self.checked: list[Checked] = []
         self._dense: tuple[str, _Clip] | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes."""
-        from diffpatch.internals import execution_device  # diffusers is slow to import
-
-        return execution_device(self._pipe)
-
     def begin(self, prompt: str, on_progress: OnAdvance | None) -> None:
         """A prompt, whose dense clip the others are compared with; rendered when it is needed."""
         self._tell(f"dense: {prompt}", on_progress)
@@ -247,21 +242,15 @@ class _Job:
         self._count += 1
         self.measured.append(Measured(**known))
 
-    def floor(self, prompt: str, on_progress: OnAdvance | None) -> float | None:
-        """PSNR of dense to dense by another kernel; None if that would not fit into memory."""
+    def floor(self, prompt: str, on_progress: OnAdvance | None) -> float:
+        """PSNR of dense attention to the same by the kernels of sparse attention."""
         self._tell(f"dense by another kernel: {prompt}", on_progress)
-        frames, height, width, text = self._settings.measured_on.grid
-        *_, heads = next(iter(self._settings.measured_on.transformers.values()))
-        scores = 4.0 * heads * (frames * height * width + text) ** 2
-        self._count += 1
-        if self.device.type == "cpu" and scores > MOST_SCORES:
-            return None
         unit = json.dumps([prompt, "floor"])
         if (known := self._done.get(unit)) is None:
             dense = self._dense_of(prompt)
-            with other_kernel(self.device):
-                known = psnr(self._sample(prompt, None).frames, dense.frames)
+            known = psnr(self._sample(prompt, None, EVERYTHING).frames, dense.frames)
             self._done.put(unit, known)
+        self._count += 1
         return float(known)
 
     def check(
@@ -303,23 +292,25 @@ class _Job:
             self._dense = prompt, _Clip(frames.float(), facts["calls"], 1.0, facts["seconds"])
         return self._dense[1]
 
-    def _sample(self, prompt: str, chosen: Chosen | None) -> _Clip:
-        """One clip."""
+    def _sample(self, prompt: str, chosen: Chosen | None, own: Method | None = None) -> _Clip:
+        """One clip, dense where nothing is chosen, unless by a method of its own."""
+        from diffpatch.internals import execution_device  # diffusers is slow to import
+
         began = time.monotonic()
-        method = Dense() if chosen is None else chosen.method(self._name)
+        method = (own or Dense()) if chosen is None else chosen.method(self._name)
         cache, hold = (None, None) if chosen is None else (chosen.cache, chosen.hold)
         first = 0 if chosen is None else chosen.dense_steps
         call = {"prompt": prompt, **self._call}
-        on_cpu = self.device.type == "cpu"
+        on_cpu = execution_device(self._pipe).type == "cpu"
         with torch.no_grad():
             if not on_cpu and str(chosen) not in self._warm:  # compilers
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
                     warm_up(self._pipe, call, self._seed)
                 self._warm.add(str(chosen))
-            own = patched(
+            patch = patched(
                 self._pipe, method, dense_steps=first, dense_layers=0, cache=cache, hold=hold
             )
-            with named("dense" if chosen is None else str(chosen)), own:
+            with named("dense" if chosen is None else str(chosen)), patch:
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)
         self._spent.append(time.monotonic() - began)

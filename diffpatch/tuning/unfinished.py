@@ -76,7 +76,7 @@ class Unfinished:
                     return None
                 value: torch.Tensor = file.get_tensor("value")
                 return value
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, RuntimeError, SafetensorError):  # another process ended it
             return None
 
     def forget(self) -> None:

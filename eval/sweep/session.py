@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
 from diffpatch.eval.card import thumbnail
@@ -292,7 +293,7 @@ class Session:
         """The pipeline as the run wants it, for the length of a with block; yields the method."""
         way = run.way
         if way.kind == "kernel":
-            with sampling.other_kernel(self.device):
+            with sdpa_kernel(other_kernels(self.device)):
                 yield None
             return
         if way.method is None:
@@ -330,6 +331,12 @@ def clocks(sample: sampling.Sample, device: torch.device) -> dict[str, Any]:
         "peak_gib": None if sample.peak_bytes is None else sample.peak_bytes / 2**30,
         "load": load_of(sample, device),
     }
+
+
+def other_kernels(device: torch.device) -> list[SDPBackend]:
+    """Dense attention by other code than torch chooses by itself."""
+    fused = [SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
+    return [*fused, SDPBackend.MATH]
 
 
 def _options(run: Rendering) -> dict[str, Any]:

@@ -22,17 +22,32 @@ COLOURS = {
     "attention and steps": "#00795a",
 }  # fmt: skip
 
-Place = tuple[float, float]
+LETTER, TALL, APART = 6.4, 12, 8  # pixels: of a label's letters, its height, and from its mark
+ENTRY = 6.5  # pixels of a letter in the legend
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of the front, and where its label begins or, with anchor "end", ends."""
+
+    x: float
+    y: float
+    label: str
+    about: str
+    at: tuple[float, float]
+    anchor: str
 
 
 @dataclass(frozen=True)
 class Series:
-    """Marks of one kind (place, what it is, what it came to), and the line through the best."""
+    """Marks of one kind, the line through the best, and where its name stands in the legend."""
 
     name: str
     colour: str
     line: str
-    marks: list[tuple[float, float, str, str]]
+    marks: list[Mark]
+    entry: float
 
 
 @dataclass
@@ -48,6 +63,7 @@ class Picture:
     across: list[tuple[float, str]] = field(default_factory=list)
     up: list[tuple[float, str]] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
+    legend: float = LEFT + 88  # where its next entry stands
     front: str = ""
     target: tuple[float, str] | None = None
     chosen: tuple[float, float, float, str] | None = None  # the third: what four of five reach
@@ -82,19 +98,27 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     made = Picture()
     made.across = [(x.at(v), f"{v:g}×") for v in ticks(x.low, x.high, 8)]
     made.up = [(y.at(v), f"{v:g}") for v in ticks(y.low, y.high, 8)]
-    for name, colour in COLOURS.items():
-        own = [point for point in points if kind(point) == name]
-        if own:
-            marks = [(x.at(1 / p.time), y.at(p.psnr), _short(p), _about(p)) for p in own]
-            line = _line(pareto(with_between(own)), x, y)
-            made.series.append(Series(name, colour, line, marks))
-    made.front = _line(pareto(with_between(points)), x, y)
     if wanted is not None and wanted.goal == "psnr":
         made.target = y.at(wanted.value), f"target {found.target}" if found else ""
+    lines: list[Box] = []
+    for line in (points, *([q for q in points if kind(q) == name] for name in COLOURS)):
+        lines += [_around(x.at(1 / p.time), y.at(p.psnr), 2) for p in pareto(with_between(line))]
+    taken = [_around(x.at(speed), y.at(psnr), 6) for speed, psnr in places]
     if found is not None and found.point is not None:
         p = found.point
         least = max(p.low, y.low)
         made.chosen = x.at(1 / p.time), y.at(p.psnr), y.at(least), "chosen: " + _about(p)
+        taken.append((made.chosen[0] - 9, made.chosen[1] - 9, made.chosen[0] + 9, made.chosen[2]))
+    if made.target is not None:
+        taken.append((WIDTH - RIGHT - 90, made.target[0] - 16, WIDTH - RIGHT, made.target[0]))
+    for name, colour in COLOURS.items():
+        own = [point for point in points if kind(point) == name]
+        if own:
+            marks = [_mark(x.at(1 / p.time), y.at(p.psnr), p, taken, lines) for p in own]
+            line = _line(pareto(with_between(own)), x, y)
+            made.series.append(Series(name, colour, line, marks, made.legend))
+            made.legend += ENTRY * len(name) + 24
+    made.front = _line(pareto(with_between(points)), x, y)
     made.checked = [
         (x.at(speed), y.at(quality), f"“{one.prompt}”: {one.psnr:.1f} dB")
         for one, (speed, quality) in zip(checked, reached, strict=True)
@@ -121,6 +145,37 @@ class _Ruler:
     def at(self, value: float) -> float:
         part = (value - self.low) / (self.high - self.low)
         return round(self.first + part * (self.last - self.first), 1)
+
+
+def _mark(x: float, y: float, point: FrontPoint, taken: list[Box], lines: list[Box]) -> Mark:
+    """A mark whose label covers as little as can be of what is `taken`, which it joins, and then
+    of the lines."""
+    label = _short(point)
+    wide = LETTER * len(label)
+    found: list[tuple[float, Box, tuple[float, float], str]] = []
+    for down in (-5, 17, 5, -17, 29):
+        for anchor in ("start", "end"):
+            at = x + APART if anchor == "start" else x - APART
+            left = at if anchor == "start" else at - wide
+            box = (left, y + down - TALL + 2, left + wide, y + down + 2)
+            outside = max(0.0, LEFT - left) + max(0.0, left + wide - (WIDTH - RIGHT))
+            covered = 100 * (outside + sum(_shared(box, other) for other in taken))
+            covered += sum(_shared(box, other) for other in lines)
+            found.append((covered, box, (round(at, 1), round(y + down, 1)), anchor))
+    _, box, at, anchor = min(found, key=lambda one: one[0])  # of equal ones the first
+    taken.append(box)
+    return Mark(x, y, label, _about(point), at, anchor)
+
+
+def _around(x: float, y: float, size: float) -> Box:
+    return x - size, y - size, x + size, y + size
+
+
+def _shared(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    tall = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, wide) * max(0.0, tall)
 
 
 def _line(points: list[FrontPoint], x: _Ruler, y: _Ruler) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffpatch.errors import DiffpatchError
 from diffpatch.pipelines.running.loading import Pipeline, call_arguments, denoisers
@@ -32,12 +31,6 @@ def named(what: str) -> Iterator[None]:
         yield
     except NonFiniteOutput as error:
         raise NonFiniteOutput(f"{what}: {error}") from error
-
-
-def other_kernel(device: torch.device) -> AbstractContextManager[None]:
-    """Dense attention by other code than torch chooses by itself, for the length of a block."""
-    fused = [SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
-    return sdpa_kernel([*fused, SDPBackend.MATH])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from diffpatch import BadParameter, Settings
 from diffpatch.eval.tuned.page import error_at, heat_maps, page
-from diffpatch.eval.tuned.plot import front_svg, picture
+from diffpatch.eval.tuned.plot import Mark, front_svg, picture
 from diffpatch.eval.tuned.table import STEP, answer, describe, gains, summary_of
 from diffpatch.targets.curves import Point
 from diffpatch.targets.settings import Checked
@@ -78,6 +79,13 @@ def test_checks_are_counted() -> None:
     assert summary_of([fresh("a", 30.0, predicted=None)]).startswith("target reached")
 
 
+def box_of(mark: Mark) -> tuple[float, float, float]:
+    """Where a label begins and ends, and its line."""
+    wide = 6.2 * len(mark.label)
+    left = mark.at[0] - (wide if mark.anchor == "end" else 0.0)
+    return left, left + wide, mark.at[1]
+
+
 def test_the_picture_is_well_formed_and_shows_everything() -> None:
     settings = made(checked=[fresh("a", 31.4)])
     found = answer(settings, "28 dB")
@@ -89,13 +97,17 @@ def test_the_picture_is_well_formed_and_shows_everything() -> None:
     ]
     assert drawn.chosen is not None and drawn.target is not None and len(drawn.checked) == 1
     for series in drawn.series:
-        for x, y, *_ in series.marks:
-            assert drawn.left <= x <= drawn.right and drawn.top <= y <= drawn.bottom
+        for mark in series.marks:
+            assert drawn.left <= mark.x <= drawn.right and drawn.top <= mark.y <= drawn.bottom
     x, mean, low, about = drawn.chosen
     assert mean < low <= drawn.bottom and drawn.left <= x <= drawn.right and "chosen" in about
-    both = [short for _, _, short, _ in drawn.series[2].marks]
+    both = [mark.label for mark in drawn.series[2].marks]
     assert both == ["25% after 20% + 0.1", "50% after 20% + 0.1"]
     ET.fromstring(front_svg(settings, found))
+    labels = [mark for series in drawn.series for mark in series.marks]
+    for one, other in itertools.combinations(map(box_of, labels), 2):
+        aside = one[1] <= other[0] or other[1] <= one[0]
+        assert aside or abs(one[2] - other[2]) >= 11, "labels cover each other"
     slow = [run.model_copy(update={"seconds": 25.0}) for run in runs()]
     ET.fromstring(front_svg(made(front=slow)))  # where nothing gains
 

@@ -94,16 +94,6 @@ def test_a_front_is_rendered_stopped_and_gone_on_with(
         choose_for(found.model_copy(update={"floor": 45.0}), Target.parse("46 dB"))
 
 
-def test_a_kernel_whose_scores_do_not_fit_into_memory_gives_no_floor(
-    tiny: Tiny, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fronts, "MOST_SCORES", 1)
-    found = measure_front(
-        tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(), caches=(), holds=(ALWAYS,)
-    )
-    assert found.floor is None and len(found.front) == 1
-
-
 def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: Settings) -> None:
     found = measure_front(
         tiny.pipe,

@@ -20,6 +20,7 @@ from diffpatch.methods.learned import files as learned
 from diffpatch.targets.settings import Settings
 from diffpatch.tuning import front as fronts
 from diffpatch.tuning import tune as tuning
+from diffpatch.tuning import unfinished
 from diffpatch.tuning.unfinished import Unfinished
 from tests.proof.faults.injected import At, full, killed_at, note, noted, read_only
 from tests.targets.test_settings import made
@@ -51,14 +52,13 @@ def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
 def front(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
     """Render a front into a file, dense and sparse, in no time."""
 
-    def sample(self: Any, prompt: str, chosen: Any) -> Any:
+    def sample(self: Any, prompt: str, chosen: Any, own: Any = None) -> Any:
         note(tmp_path, f"{prompt} {chosen and chosen.label}")
         frames = torch.full((2, 3, 4, 4), 0.25 + (chosen is not None) / (8 + len(prompt)))
         return fronts._Clip(frames, 10, 0.5, 2.0)
 
     monkeypatch.setattr(fronts, "transformers", lambda *_: [])
     monkeypatch.setattr(fronts._Job, "_sample", sample)
-    monkeypatch.setattr(fronts._Job, "device", torch.device("cpu"))
     monkeypatch.setattr(Settings, "check_model", lambda *_: None)
     monkeypatch.setattr(fronts, "chosen_for", lambda _, applied: applied)
     settings = Settings.model_validate(made())
@@ -223,3 +223,20 @@ def test_what_a_tuning_left_damaged_is_measured_again(
     part.write_text(content.replace('"TIES"', ties))
     (tmp_path / "noted").unlink()
     assert tune(path).curves == expected and noted(tmp_path) == ["a", "bb", "ccc"]
+
+
+def test_a_clip_that_another_process_has_done_with_is_rendered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Unfinished(tmp_path / "x.json", ".clips", "ties")
+    kept = job.keep_tensor("a", torch.ones(3))
+    found = job.tensor("a")
+    assert found is not None and torch.equal(found, kept)
+    opened = unfinished.safe_open
+
+    def ended(path: Path, kind: str) -> Any:
+        job.forget()
+        return opened(path, kind)
+
+    monkeypatch.setattr(unfinished, "safe_open", ended)
+    assert job.tensor("a") is None
