@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,9 +101,6 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     made.up = [(y.at(v), f"{v:g}") for v in ticks(y.low, y.high, 8)]
     if wanted is not None and wanted.goal == "psnr":
         made.target = y.at(wanted.value), f"target {found.target}" if found else ""
-    lines: list[Box] = []
-    for line in (points, *([q for q in points if kind(q) == name] for name in COLOURS)):
-        lines += [_around(x.at(1 / p.time), y.at(p.psnr), 2) for p in pareto(with_between(line))]
     taken = [_around(x.at(speed), y.at(psnr), 6) for speed, psnr in places]
     if found is not None and found.point is not None:
         p = found.point
@@ -111,19 +109,31 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
         taken.append((made.chosen[0] - 9, made.chosen[1] - 9, made.chosen[0] + 9, made.chosen[2]))
     if made.target is not None:
         taken.append((WIDTH - RIGHT - 90, made.target[0] - 16, WIDTH - RIGHT, made.target[0]))
-    for name, colour in COLOURS.items():
-        own = [point for point in points if kind(point) == name]
-        if own:
-            marks = [_mark(x.at(1 / p.time), y.at(p.psnr), p, taken, lines) for p in own]
-            line = _line(pareto(with_between(own)), x, y)
-            made.series.append(Series(name, colour, line, marks, made.legend))
-            made.legend += ENTRY * len(name) + 24
+    made.series = list(_series(points, x, y, taken, made.legend))
+    made.legend += sum(ENTRY * len(one.name) + 24 for one in made.series)
     made.front = _line(pareto(with_between(points)), x, y)
     made.checked = [
-        (x.at(speed), y.at(quality), f"“{one.prompt}”: {one.psnr:.1f} dB")
-        for one, (speed, quality) in zip(checked, reached, strict=True)
+        (x.at(speed), y.at(quality), f"“{run.prompt}”: {run.psnr:.1f} dB")
+        for run, (speed, quality) in zip(checked, reached, strict=True)
     ]
     return made
+
+
+def _series(
+    points: list[FrontPoint], x: _Ruler, y: _Ruler, taken: list[Box], entry: float
+) -> Iterator[Series]:
+    """Every kind of point that there is; labels join what is `taken`."""
+    groups = {name: [point for point in points if kind(point) == name] for name in COLOURS}
+    lines = [
+        _around(x.at(1 / p.time), y.at(p.psnr), 2)
+        for group in (points, *groups.values())
+        for p in pareto(with_between(group))
+    ]
+    for name, own in groups.items():
+        if own:
+            marks = [_mark(x.at(1 / p.time), y.at(p.psnr), p, taken, lines) for p in own]
+            yield Series(name, COLOURS[name], _line(pareto(with_between(own)), x, y), marks, entry)
+            entry += ENTRY * len(name) + 24
 
 
 def kind(point: FrontPoint) -> str:
@@ -155,13 +165,13 @@ def _mark(x: float, y: float, point: FrontPoint, taken: list[Box], lines: list[B
     found: list[tuple[float, Box, tuple[float, float], str]] = []
     for down in (-5, 17, 5, -17, 29):
         for anchor in ("start", "end"):
-            at = x + APART if anchor == "start" else x - APART
-            left = at if anchor == "start" else at - wide
+            begin = x + APART if anchor == "start" else x - APART
+            left = begin if anchor == "start" else begin - wide
             box = (left, y + down - TALL + 2, left + wide, y + down + 2)
             outside = max(0.0, LEFT - left) + max(0.0, left + wide - (WIDTH - RIGHT))
             covered = 100 * (outside + sum(_shared(box, other) for other in taken))
             covered += sum(_shared(box, other) for other in lines)
-            found.append((covered, box, (round(at, 1), round(y + down, 1)), anchor))
+            found.append((covered, box, (round(begin, 1), round(y + down, 1)), anchor))
     _, box, at, anchor = min(found, key=lambda one: one[0])  # of equal ones the first
     taken.append(box)
     return Mark(x, y, label, _about(point), at, anchor)

@@ -232,7 +232,7 @@ def test_a_clip_that_another_process_has_done_with_is_rendered_again(
     kept = job.keep_tensor("a", torch.ones(3))
     found = job.tensor("a")
     assert found is not None and torch.equal(found, kept)
-    opened = unfinished.safe_open
+    opened = vars(unfinished)["safe_open"]
 
     def ended(path: Path, kind: str) -> Any:
         job.forget()
