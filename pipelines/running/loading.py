@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter, DiffpatchError, choices
+from diffpatch.pipelines.running.hub import out_of_reach
 
 Pipeline = Any  # a diffusers pipeline, whose annotations hide its own methods from type checkers
 
@@ -193,7 +194,10 @@ def _load(source: Source, dtype: torch.dtype) -> Pipeline:
 
             return load_demo(source.name, dtype=dtype)
         name = str(Path(source.name).expanduser()) if source.kind == "folder" else source.name
-        return source.pipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+        alone = source.kind == "hub" and out_of_reach() is not None
+        return source.pipeline.from_pretrained(
+            name, torch_dtype=dtype, use_safetensors=True, local_files_only=alone
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         advice = _HUB_ADVICE if source.kind == "hub" else ""
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}{advice}") from error
@@ -247,15 +251,15 @@ def _check_weights(folder: Path) -> None:
 def _hub_index(model: str) -> str:
     """The pipeline class of a repository on the hub; the first use of the network."""
     from diffusers import DiffusionPipeline
-    from huggingface_hub import constants
 
+    alone = out_of_reach()
     try:
-        return str(DiffusionPipeline.load_config(model)["_class_name"])
+        config = DiffusionPipeline.load_config(model, local_files_only=alone is not None)
+        return str(config["_class_name"])
     except (OSError, KeyError) as error:
-        if constants.HF_HUB_OFFLINE:
+        if alone is not None:
             raise ModelError(
-                f"no pipeline {model} in the cache of the hub, and HF_HUB_OFFLINE is set: unset it,"
-                " or give a folder"
+                f"no pipeline {model} in the cache of the hub, and {alone}, or give a folder"
             ) from error
         raise ModelError(f"no pipeline {model} on the hub or in its cache{_HUB_ADVICE}") from error
 

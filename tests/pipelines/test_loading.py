@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +103,34 @@ def test_hub_failures_name_the_id_and_the_remedy(monkeypatch: pytest.MonkeyPatch
         raise OSError("no network\nin tests")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
+    monkeypatch.setattr(loading, "out_of_reach", lambda: None)
     with pytest.raises(ModelError, match=r"owner/name.*check the id and the network"):
         find("owner/name")
+
+
+def test_a_hub_that_is_out_of_reach_is_not_asked_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def unknown(host: str, port: int) -> None:
+        asked.append((host, port))
+        raise OSError("name or service not known")
+
+    def cached(model: str, *, local_files_only: bool) -> dict[str, str]:
+        asked.append(local_files_only)
+        return {"_class_name": "FluxPipeline"}
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(ModelError, match="not found: check the network, or give a folder"):
+        find("no/such-model")
+    assert asked == [("huggingface.co", 443)]
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", cached)
+    assert find("in/cache").pipeline.__name__ == "FluxPipeline" and asked[-1] is True
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "proxy"})
+    assert find("in/cache").pipeline.__name__ == "FluxPipeline" and asked[-1] is False
 
 
 def test_settings_that_cannot_work(saved: Path) -> None:
