@@ -100,7 +100,7 @@ def card_text(path: Path) -> CardText:
 
 
 def faster(shown: float) -> str:
-    """What a speedup means in words, as it is shown: 1.0 and less is no gain."""
+    """What stands behind a speedup as it is shown: only above 1 is it faster."""
     return "faster" if shown > 1 else "as fast as dense"
 
 

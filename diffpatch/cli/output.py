@@ -52,7 +52,7 @@ def check_free(paths: list[Path], overwrite: bool, option: str = "-o") -> None:
 def check_file(path: str | Path | None, option: str = "--json") -> None:
     """Refuse a file for a result that could not be written, before any work is done.
 
-    None and "-", which is stdout, are no files; an earlier result is replaced in the end.
+    None and "-", which is stdout, always pass; an earlier result is replaced in the end.
 
     Raises:
         UsageError: it is a folder, or its folder cannot be written to.

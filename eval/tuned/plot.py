@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
-class Mark:
+class Labelled:
     """A point of the front, and where its label begins or, with anchor "end", ends."""
 
     x: float
@@ -47,7 +47,7 @@ class Series:
     name: str
     colour: str
     line: str
-    marks: list[Mark]
+    marks: list[Labelled]
     entry: float
 
 
@@ -157,7 +157,7 @@ class _Ruler:
         return round(self.first + part * (self.last - self.first), 1)
 
 
-def _mark(x: float, y: float, point: FrontPoint, taken: list[Box], lines: list[Box]) -> Mark:
+def _mark(x: float, y: float, point: FrontPoint, taken: list[Box], lines: list[Box]) -> Labelled:
     """A mark whose label covers as little as can be of what is `taken`, which it joins, and then
     of the lines."""
     label = _short(point)
@@ -174,7 +174,7 @@ def _mark(x: float, y: float, point: FrontPoint, taken: list[Box], lines: list[B
             found.append((covered, box, (round(begin, 1), round(y + down, 1)), anchor))
     _, box, at, anchor = min(found, key=lambda one: one[0])  # of equal ones the first
     taken.append(box)
-    return Mark(x, y, label, _about(point), at, anchor)
+    return Labelled(x, y, label, _about(point), at, anchor)
 
 
 def _around(x: float, y: float, size: float) -> Box:

@@ -36,7 +36,7 @@ def test_rows_are_by_size_and_dense_first(tmp_path: Path) -> None:
     assert [example.title(run) for run, _ in found] == [
         "dense, 5 frames of 8x8",
         "dense, 5 frames of 16x16",
-        "larger, 5 frames of 16x16: 50% of the caption read from it",
+        "larger, 5 frames of 16x16: the judge reads 50% of the caption",
     ]
     out = tmp_path / "strips.png"
     example.main([str(tmp_path), "-o", str(out), "--frames", "3", "--side", "20"])

@@ -11,7 +11,7 @@ import pytest
 
 from diffpatch import BadParameter, Settings
 from diffpatch.eval.tuned.page import error_at, heat_maps, page
-from diffpatch.eval.tuned.plot import Mark, front_svg, picture
+from diffpatch.eval.tuned.plot import Labelled, front_svg, picture
 from diffpatch.eval.tuned.table import STEP, answer, describe, gains, summary_of
 from diffpatch.targets.curves import Point
 from diffpatch.targets.settings import Checked
@@ -79,7 +79,7 @@ def test_checks_are_counted() -> None:
     assert summary_of([fresh("a", 30.0, predicted=None)]).startswith("target reached")
 
 
-def box_of(mark: Mark) -> tuple[float, float, float]:
+def box_of(mark: Labelled) -> tuple[float, float, float]:
     """Where a label begins and ends, and its line."""
     wide = 6.2 * len(mark.label)
     left = mark.at[0] - (wide if mark.anchor == "end" else 0.0)

@@ -273,13 +273,15 @@ def test_a_folder_brings_what_was_learned_along(taught: dict[str, Any], tmp_path
     pipe = diffusers.WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     again = Tiny(pipe, tiny.call)
-    assert torch.equal(again.run(**CALL), taught["plain"])
+    # Not to the bit: weights from a file lie otherwise in memory, and a CPU then sums otherwise.
+    assert torch.allclose(again.run(**CALL), taught["plain"], atol=1e-5)
+    assert not torch.allclose(taught["plain"], expected, atol=1e-3)
     with pytest.MonkeyPatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         for given in ({}, {"weights": str(folder)}, {"weights": "somebody/wan-linear"}):
             with diffpatch.patched(pipe, "linear", dense_steps=0, **given):
-                assert torch.equal(again.run(**CALL), expected)
+                assert torch.allclose(again.run(**CALL), expected, atol=1e-5)
                 assert vars(pipe.transformer._diffpatch.patch.method)["far"] == "hedgehog"
         with pytest.raises(BadParameter, match="cannot be fetched from the hub"):
             diffpatch.patch(pipe, "linear", weights="somebody/else")

@@ -64,7 +64,9 @@ def _cumulants(q: Any, k: Any, v: Any, blocks: Any, scale: float, mask: Any) -> 
     return linear._cumulants(q, k, v, blocks, scale, mask)
 
 
-def _virtual(q: Any, tokens: Any, blocks: Any, scale: float, near: Any, shown: Any) -> Any:
+def _virtual(
+    q: Any, tokens: Any, blocks: Any, scale: float, near: Any, shown: Any, missed: Any
+) -> Any:
     return virtual_torch.attend(q, tokens, blocks, scale, shown)
 
 
