@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import diffpatch
 from diffpatch import Linear, Longer, Method, Radial, TokenGrid
@@ -119,28 +119,34 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"time grows with the tokens to the power of: {powers}"])
 
 
-def picture(rows: Sequence[dict[str, Any]], width: int = 480, height: int = 320) -> Image.Image:
-    """Time against length, both logarithmic."""
+def picture(rows: Sequence[dict[str, Any]], width: int = 680, height: int = 400) -> Image.Image:
+    """Time against length, both logarithmic; times at the ends of each line."""
     image = Image.new("RGB", (width, height), "white")
-    draw, edge = ImageDraw.Draw(image), 40
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    left, right, top, bottom = 76, width - 110, 34, height - 44
     x, y = ([math.log2(row[key]) for row in rows] for key in ("tokens", "seconds"))
 
     def place(row: dict[str, Any]) -> tuple[float, float]:
         across = (math.log2(row["tokens"]) - min(x)) / max(max(x) - min(x), 1)
         up = (math.log2(row["seconds"]) - min(y)) / max(max(y) - min(y), 1)
-        return edge + across * (width - 2 * edge), height - edge - up * (height - 2 * edge)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
-    draw.rectangle((edge, edge, width - edge, height - edge), outline="lightgray")
-    for i, name in enumerate(METHODS):
-        points = [place(row) for row in rows if row["method"] == name]
-        draw.line(points, fill=COLORS[name], width=2)
-        draw.text((edge + 8, edge + 6 + 14 * i), name, fill=COLORS[name])
-    first, last = rows[0], rows[-1]
-    draw.text((edge, height - edge + 8), f"{first['tokens']:,} tokens", fill="black")
-    draw.text((width - edge - 80, height - edge + 8), f"{last['tokens']:,} tokens", fill="black")
-    low, high = (f"{2 ** bound(y):.2g} s" for bound in (min, max))
-    draw.text((4, height - edge - 6), low, fill="black")
-    draw.text((4, edge - 6), high, fill="black")
+    draw.rectangle((left, top, right, bottom), outline="lightgray")
+    for row in (row for row in rows if row["method"] == "dense"):
+        at, words = place(row)[0], f"{row['tokens']:,}"
+        draw.line((at, top, at, bottom), fill="lightgray")
+        draw.text((at, bottom + 6), words, fill="black", font=font, anchor="ma")
+    middle = ((left + right) / 2, height - 6)
+    draw.text(middle, "tokens (both axes logarithmic)", fill="black", font=font, anchor="mb")
+    draw.text((8, 8), "seconds of one layer on one thread", fill="black", font=font)
+    lines = {name: [place(r) for r in rows if r["method"] == name] for name in METHODS}
+    lowest = 0.0  # of the labels so far, from the top
+    for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
+        draw.line(points, fill=COLORS[name], width=3)
+        (at, up), last = points[-1], [r for r in rows if r["method"] == name][-1]
+        lowest = max(up, lowest + 16)
+        label = f"{name} {last['seconds']:.2g} s"
+        draw.text((at + 6, lowest), label, fill=COLORS[name], font=font, anchor="lm")
     return image
 
 
