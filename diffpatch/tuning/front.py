@@ -30,6 +30,7 @@ from diffpatch.tuning.unfinished import Unfinished
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
+DENSE = Dense()
 EVERYTHING = Dynamic(kept=1.0, rest="drop")  # dense attention by the kernels of sparse attention
 HOLDS = (0.0025, 0.005, 0.01)  # tolerances within which steps are held, beside none
 
@@ -292,12 +293,12 @@ class _Job:
             self._dense = prompt, _Clip(frames.float(), facts["calls"], 1.0, facts["seconds"])
         return self._dense[1]
 
-    def _sample(self, prompt: str, chosen: Chosen | None, own: Method | None = None) -> _Clip:
-        """One clip, dense where nothing is chosen, unless by a method of its own."""
+    def _sample(self, prompt: str, chosen: Chosen | None, dense: Method = DENSE) -> _Clip:
+        """One clip, by `dense` where nothing is chosen."""
         from diffpatch.internals import execution_device  # diffusers is slow to import
 
         began = time.monotonic()
-        method = (own or Dense()) if chosen is None else chosen.method(self._name)
+        method = dense if chosen is None else chosen.method(self._name)
         cache, hold = (None, None) if chosen is None else (chosen.cache, chosen.hold)
         first = 0 if chosen is None else chosen.dense_steps
         call = {"prompt": prompt, **self._call}

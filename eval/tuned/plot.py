@@ -50,6 +50,11 @@ class Series:
     marks: list[Labelled]
     entry: float
 
+    @property
+    def next_entry(self) -> float:
+        """Where the next name stands."""
+        return self.entry + ENTRY * len(self.name) + 24
+
 
 @dataclass
 class Picture:
@@ -110,7 +115,7 @@ def picture(settings: Settings, found: Answer | None = None) -> Picture:
     if made.target is not None:
         taken.append((WIDTH - RIGHT - 90, made.target[0] - 16, WIDTH - RIGHT, made.target[0]))
     made.series = list(_series(points, x, y, taken, made.legend))
-    made.legend += sum(ENTRY * len(one.name) + 24 for one in made.series)
+    made.legend = made.series[-1].next_entry
     made.front = _line(pareto(with_between(points)), x, y)
     made.checked = [
         (x.at(speed), y.at(quality), f"“{run.prompt}”: {run.psnr:.1f} dB")
@@ -132,8 +137,9 @@ def _series(
     for name, own in groups.items():
         if own:
             marks = [_mark(x.at(1 / p.time), y.at(p.psnr), p, taken, lines) for p in own]
-            yield Series(name, COLOURS[name], _line(pareto(with_between(own)), x, y), marks, entry)
-            entry += ENTRY * len(name) + 24
+            line = _line(pareto(with_between(own)), x, y)
+            yield (one := Series(name, COLOURS[name], line, marks, entry))
+            entry = one.next_entry
 
 
 def kind(point: FrontPoint) -> str:

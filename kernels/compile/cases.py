@@ -50,10 +50,9 @@ class CompileCase:
             "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
             which also finds out what the next step may leave out); "pool" and "virtual" of virtual
             tokens, "corrected" with what they miss, "missed" which finds that out, "moments" of the
-            tiles that are chosen from,
-            "score" and "drop" (scores of these where the rest stays as virtual tokens, and where it
-            is dropped), "choose" (the best of a row of `tile` strips), "state" and "apply" of
-            linear attention.
+            tiles that are chosen from, "score" and "drop" (scores of these where the rest stays as
+            virtual tokens, and where it is dropped), "choose" (the best of a row of `tile` strips),
+            "state" and "apply" of linear attention.
         dtype: of the tensors.
         size: the head size.
         tile: the largest tile, in tokens.

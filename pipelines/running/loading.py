@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffpatch.errors import BadParameter, DiffpatchError, choices
-from diffpatch.pipelines.running.hub import out_of_reach
+from diffpatch.hub import out_of_reach
 
 Pipeline = Any  # a diffusers pipeline, whose annotations hide its own methods from type checkers
 

@@ -198,12 +198,12 @@ def ernie_image() -> Bare:
     return Bare(model, inputs | {"text_bth": TEXT, "text_lens": torch.tensor([5])})
 
 
-def motif_video() -> Bare:
+def motif_video(in_channels: int = 4) -> Bare:
     """HunyuanVideo whose last layer decodes: 8 text tokens behind, there the encoder's 72."""
     model = make(
         "MotifVideoTransformer3DModel",
         **SMALL,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_layers=1,
         num_single_layers=2,

@@ -177,20 +177,9 @@ def ernie_image() -> Tiny:
 
 def motif_video() -> Tiny:
     """Latents, an empty first frame and its mask as channels; a guider."""
-    model = make(
-        "MotifVideoTransformer3DModel",
-        **more.SMALL,
-        in_channels=9,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=2,
-        num_decoder_layers=1,
-        text_embed_dim=32,
-        rope_axes_dim=(4, 6, 6),
-        enable_text_cross_attention_dual=True,
-    )
     guider: Any = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
-    parts = NO_TEXT | {"transformer": model, "vae": Decoder(), "guider": guider}
+    parts = NO_TEXT | {"vae": Decoder(), "guider": guider}
+    parts["transformer"] = more.motif_video(in_channels=9).pipe
     return pipeline("MotifVideoPipeline", parts, **SIZE, **prompts(), **MASKS, **CLIP)
 
 

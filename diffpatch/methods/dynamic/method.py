@@ -51,9 +51,8 @@ class Dynamic(Method):
     By default the strips are chosen whose loss would change the output most. From 8,192 tokens on
     the others are dropped. On shorter sequences virtual tokens stand for them in the same softmax,
     each the mean of `pool` keys, corrected by what the tile's mean query sees in the keys
-    themselves. Text, each tile's view
-    of itself and the first `keep_frames` frames are always exact. The same tensors always give the
-    same choice; among equal scores the first strips win.
+    themselves. Text, each tile's view of itself and the first `keep_frames` frames are always
+    exact. The same tensors always give the same choice; among equal scores the first strips win.
 
     `kept` counts pairs of visual queries and visual keys. A virtual token counts as one key, and
     the correction as one query per tile.

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from diffpatch.errors import BadParameter
+from diffpatch.hub import out_of_reach
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -26,7 +27,8 @@ def fetched(weights: str, files: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(weights, allow_patterns=[files]))
+        alone = out_of_reach() is not None
+        return Path(snapshot_download(weights, allow_patterns=[files], local_files_only=alone))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadParameter(

@@ -18,6 +18,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter, jit
 
+from diffpatch.kernels.gpu import support
+from tests.exactness import poisoned
+
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
 
@@ -42,6 +45,17 @@ def interpreted() -> Iterator[None]:
         ),
         mock.patch.object(jit.JITFunction, "run", run),
         mock.patch.multiple(Builder, **_repaired()),
+    ):
+        yield
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The backend "triton" runs here, interpreted, and its outputs are NaN unless written."""
+    with (
+        interpreted(),
+        poisoned(),
+        mock.patch.object(support, "unsupported_reason", lambda *_: None),
     ):
         yield
 

@@ -20,8 +20,7 @@ from diffpatch.kernels.linear import reference as linear_attention_reference
 from diffpatch.kernels.virtual_tokens import api as virtual_tokens
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 from diffpatch.methods.linear.method import Linear
-from tests.exactness import poisoned
-from tests.kernels.gpu.triton_interpreter import interpreted
+from tests.kernels.gpu.triton_interpreter import as_on_a_gpu
 from tests.kernels.random_blocks import random_blocks, random_qkv, with_outliers
 
 SIZES = [64, 30, 17, 3]  # of tiles; tokens are in random order
@@ -49,11 +48,7 @@ def a_key_mask(blocks: BlockIndex) -> torch.Tensor:
 
 def on_kernels(function: Any, *args: Any, **options: Any) -> Any:
     """A call on the Triton kernels, interpreted, with outputs that are NaN unless written."""
-    with (
-        interpreted(),
-        poisoned(),
-        mock.patch.object(support, "unsupported_reason", lambda *_: None),
-    ):
+    with as_on_a_gpu():
         return function(*args, backend="triton", **options)
 
 

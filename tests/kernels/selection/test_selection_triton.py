@@ -22,7 +22,7 @@ from diffpatch.kernels.selection.rules import RULES
 from diffpatch.kernels.selection.tiles import Options, Tiles
 from tests.exactness import poisoned
 from tests.kernels.gpu.pretend_gpu import pretend_gpu
-from tests.kernels.gpu.triton_interpreter import interpreted
+from tests.kernels.gpu.triton_interpreter import as_on_a_gpu, interpreted
 from tests.kernels.random_blocks import random_blocks, random_qkv
 
 SCALE = 0.4
@@ -136,11 +136,7 @@ def on_kernels(tiles: Tiles, rule: str, fixed: torch.Tensor, counts: list[Counts
         tiles.q, tiles.k, tiles.v, tiles.blocks, tiles.strip, tiles.scale, tiles.key_mask,
         "triton", tiles.options,
     )  # fmt: skip
-    with (
-        interpreted(),
-        poisoned(),
-        mock.patch.object(support, "unsupported_reason", lambda *_: None),
-    ):
+    with as_on_a_gpu():
         return select(own, rule, fixed, counts)
 
 

@@ -130,20 +130,13 @@ def test_exact_and_virtual_share_one_softmax(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_shows_what_it_is_told(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from unittest import mock
-
-    from diffpatch.kernels.gpu import support
-    from tests.kernels.gpu.triton_interpreter import interpreted
+    from tests.kernels.gpu.triton_interpreter import as_on_a_gpu
 
     blocks = index()
     tensors, key_mask = inputs(dtype)
     active, shown = chosen(blocks, 4)
     expected = by_formula(tensors, blocks, active, shown, 0.4, key_mask)
-    with (
-        interpreted(),
-        poisoned(),
-        mock.patch.object(support, "unsupported_reason", lambda *_: None),
-    ):
+    with as_on_a_gpu():
         out, lse = both(tensors, blocks, active, shown, 0.4, key_mask, "triton")
     error = (out.double() - expected[0]).norm() / expected[0].norm()
     assert error < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -209,21 +202,14 @@ def test_what_virtual_tokens_miss_is_what_the_mean_query_sees(backend: str) -> N
 @pytest.mark.parametrize("hidden", [False, True])
 def test_the_kernel_sees_what_virtual_tokens_miss(dtype: torch.dtype, hidden: bool) -> None:
     pytest.importorskip("triton")
-    from unittest import mock
-
-    from diffpatch.kernels.gpu import support
-    from tests.kernels.gpu.triton_interpreter import interpreted
+    from tests.kernels.gpu.triton_interpreter import as_on_a_gpu
 
     blocks = index()
     tensors, key_mask = inputs(dtype)
     key_mask = key_mask if hidden else torch.ones_like(key_mask)
     _, shown = chosen(blocks, 4)
     expected = missed_by_formula(tensors, blocks, shown, 0.4, key_mask)
-    with (
-        interpreted(),
-        poisoned(),
-        mock.patch.object(support, "unsupported_reason", lambda *_: None),
-    ):
+    with as_on_a_gpu():
         mask = key_mask if hidden else None
         tokens = virtual_tokens.pool(
             *tensors[1:], blocks, POOL, key_mask=mask, strip=STRIP, backend="triton"
@@ -264,10 +250,7 @@ def test_a_tile_of_equal_queries_misses_nothing_once_corrected() -> None:
 def test_the_kernel_adds_what_is_missed(dtype: torch.dtype, beside: bool) -> None:
     """To the virtual part alone, also in heads and rows that see nothing near, or nothing far."""
     pytest.importorskip("triton")
-    from unittest import mock
-
-    from diffpatch.kernels.gpu import support
-    from tests.kernels.gpu.triton_interpreter import interpreted
+    from tests.kernels.gpu.triton_interpreter import as_on_a_gpu
 
     blocks = index()
     tensors, key_mask = inputs(dtype)
@@ -281,11 +264,7 @@ def test_the_kernel_adds_what_is_missed(dtype: torch.dtype, beside: bool) -> Non
     far[0][far[1].isinf()] = 0.0  # nothing is added to nothing
     expected = far if near is None else merge(*near, *far)
     begun = None if near is None else (near[0].to(dtype), near[1].float())
-    with (
-        interpreted(),
-        poisoned(),
-        mock.patch.object(support, "unsupported_reason", lambda *_: None),
-    ):
+    with as_on_a_gpu():
         tokens = virtual_tokens.pool(
             k, v, blocks, POOL, key_mask=key_mask, strip=STRIP, backend="triton"
         )
@@ -337,22 +316,15 @@ def test_pieces_never_cross_the_border_of_a_strip() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_of_moments_is_their_definition(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from unittest import mock
-
-    from diffpatch.kernels.gpu import support
     from diffpatch.kernels.selection.moments import moments
-    from tests.kernels.gpu.triton_interpreter import interpreted
+    from tests.kernels.gpu.triton_interpreter import as_on_a_gpu
 
     blocks = index()
     (_, k, _), key_mask = inputs(dtype)
     strips = tile_table(blocks, STRIP).strips
     for hidden in (None, key_mask):
         exact = moments(k.double(), blocks, strips, hidden, "torch")
-        with (
-            interpreted(),
-            poisoned(),
-            mock.patch.object(support, "unsupported_reason", lambda *_: None),
-        ):
+        with as_on_a_gpu():
             found = moments(k, blocks, strips, hidden, "triton")
         assert torch.equal(found.count.double(), exact.count)
         assert found.mean.dtype == torch.float32
