@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from tests.mutation.known import Known
 from tests.mutation.mutants import (
@@ -115,6 +118,7 @@ def test_functions_that_are_loaded_get_the_code_of_an_edit(tmp_path: Path) -> No
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     box = module.Box()
+    gone = weakref.proxy(module.Box())  # others leave such things behind; asked anything, it raises
     assert (module.double(4), box.side) == (8, 1)
     for edited, expected in (
         (CODE.replace("y * 2", "y * 3"), (12, 1)), (CODE.replace("return 1", "return 5"), (8, 5)),
@@ -124,6 +128,8 @@ def test_functions_that_are_loaded_get_the_code_of_an_edit(tmp_path: Path) -> No
         assert (module.double(4), box.side) == expected
         exchange(path, edited, CODE)
     assert not exchangeable(CODE, CODE.replace("y * 2", "(lambda: y)()"))
+    with pytest.raises(ReferenceError):
+        gone.side  # noqa: B018
 
 
 def test_likely_tests_come_first(tmp_path: Path) -> None:

@@ -240,8 +240,8 @@ def exchange(path: Path, source: str, edited: str) -> None:
     after: dict[tuple[str, int], CodeType] = {}
     for one, other in zip(old, new, strict=True):
         after[one.co_qualname, one.co_firstlineno] = other
-    for function in gc.get_objects():
-        if isinstance(function, FunctionType) and function.__code__.co_filename == str(path):
+    for function in gc.get_objects():  # isinstance asks a weak proxy for what may be gone
+        if type(function) is FunctionType and function.__code__.co_filename == str(path):
             code = function.__code__
             function.__code__ = after[code.co_qualname, code.co_firstlineno]
 

@@ -40,7 +40,8 @@ def calls(kind: str) -> list[dict[str, Any]]:
 def tensors() -> int:
     """How many there are."""
     gc.collect()
-    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    # isinstance would ask weak proxies of others for what may be gone
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
 @pytest.mark.parametrize("kind", ["wan", "flux"])
