@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**21  # of a grid: patterns are tables of pairs of tiles, and tiles have 128 tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
     """One attention call, as a method sees it.
 
@@ -76,7 +76,7 @@ class AttentionCall:
         return out, lse, used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attended:
     """The result of a call.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Key = TypeVar("_Key")
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """Counts of one run, filled call by call; plain numbers, so that recording costs nothing.
 

@@ -32,7 +32,7 @@ SAMPLED = 8  # queries of a call, beside the one that was asked for, that the ma
 _HOW = ": run the pipeline in the with block, and choose a step and a layer that are not dense"
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class AttentionMaps:
     """What one query of a layer attends to, and the mass that each head of each layer keeps.
 

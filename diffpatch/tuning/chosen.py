@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffpatch.patching.patch import SparseCall
 
 
-@dataclass
+@dataclass(eq=False)
 class ChosenTiles:
     """What the middle layer chose.
 

@@ -32,7 +32,7 @@ EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0}  # what is ta
 Progress = Callable[[str, int, float], None]  # gets the stage, the step, and its loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecordedForward:
     """One call of a transformer: its arguments and the prediction it returned."""
 

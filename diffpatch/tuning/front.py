@@ -325,7 +325,7 @@ class _Job:
             on_progress(Advance(what, self._count, self._units, left))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Clip:
     """One rendered clip: frames (F, 3, H, W), attention calls, kept fraction, seconds."""
 

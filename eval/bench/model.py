@@ -345,7 +345,7 @@ def _dense(name: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Seen:
     """One attention call of a method."""
 

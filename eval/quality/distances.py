@@ -20,7 +20,7 @@ from torch import Tensor
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureSet:
     """Features by item: what several processes, or several sessions, measure and put together.
 

@@ -151,7 +151,7 @@ def vocabulary() -> list[str]:
     return sorted(set(" ".join([*phrases, *BACKGROUNDS]).split()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scenes:
     """The geometry and colours of a batch of B clips.
 

@@ -33,7 +33,7 @@ def named(what: str) -> Iterator[None]:
         raise NonFiniteOutput(f"{what}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """What one call made, and how long it took.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.mutation.known import Known
 from tests.mutation.mutants import Edit, changed, edit_of, function_at
-from tests.mutation.parts import Target
+from tests.mutation.parts import CLASSES, Target
 from tests.mutation.warm import MORE, Question, Seen, Warm, exchangeable
 
 BUDGET = 30.0  # seconds of a processor for the tests of an edit, the first time
@@ -114,10 +114,15 @@ class Session:
         function = function_at(source, edited)
         inside = function is not None and exchangeable(source, edited)
         where = f"{target.file}:{function if inside else ''}"
-        likely = self._known.entering(where, target.tests)
-        tests = tuple(test for test, _ in likely if self._alone.get(test, True))
+        likely = [
+            (test, cost) for test, cost in self._known.entering(where, target.tests)
+            if self._alone.get(test, True)
+        ]  # fmt: skip
+        tests = tuple(test for test, _ in likely)
         if not inside:  # collecting costs time too
-            tests = tuple(within(likely, budget))
+            tests = (CLASSES, *within(likely, budget))
+        if not tests:  # none enters it
+            return End("unnoticed", "", 0.0)
         with self._edited(path, source, edited):
             if inside:
                 assert self._warm is not None
@@ -127,8 +132,10 @@ class Session:
         took = sum(one.seconds for one in seen)
         if code < 0:
             return End("hung", "", took)
-        if code == MORE or (code == 0 and len(tests) < len(likely)):
+        if code == MORE or (code == 0 and not {test for test, _ in likely} <= {*tests}):
             return End("unclear", "", took)
+        if inside and code and not seen:
+            raise RuntimeError(f"no test could begin with {changed(source, edited)}")
         if code == 0:
             return End("unnoticed", "", took)
         failed = next((one.test for one in seen if one.outcome == "failed"), "loading")

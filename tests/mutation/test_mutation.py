@@ -19,10 +19,10 @@ from tests.mutation.mutants import (
     function_at,
     mutants,
 )
-from tests.mutation.parts import targets
+from tests.mutation.parts import CLASSES, targets
 from tests.mutation.session import within
 from tests.mutation.summary import judged, shares
-from tests.mutation.warm import Seen, exchange, exchangeable
+from tests.mutation.warm import Seen, exchange, exchangeable, functions
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A module."""
@@ -74,6 +74,8 @@ def test_every_row_of_the_table_names_files_and_tests_that_exist() -> None:
     assert len(found) > 60 and len({one.file for one in found}) == len(found)
     for one in found:
         assert all((ROOT / "tests" / name).exists() for name in one.tests), one
+    file, _, test = CLASSES.partition("::")
+    assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
     for file, _, _ in judged():
         assert (ROOT / "diffpatch" / file).is_file(), file
 
@@ -124,9 +126,9 @@ def test_functions_that_are_loaded_get_the_code_of_an_edit(tmp_path: Path) -> No
         (CODE.replace("y * 2", "y * 3"), (12, 1)), (CODE.replace("return 1", "return 5"), (8, 5)),
     ):  # fmt: skip
         assert exchangeable(CODE, edited)
-        exchange(path, CODE, edited)
+        exchange(path, CODE, edited, functions(str(path))[str(path)])
         assert (module.double(4), box.side) == expected
-        exchange(path, edited, CODE)
+        exchange(path, edited, CODE, functions(str(path))[str(path)])
     assert not exchangeable(CODE, CODE.replace("y * 2", "(lambda: y)()"))
     with pytest.raises(ReferenceError):
         gone.side  # noqa: B018

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -140,6 +141,7 @@ class Driver:
         self._codes: dict[int, CodeType] = {}  # what threads of a test have entered
         self._profile = cProfile.Profile()
         self._prepared: tuple[str, ...] = ()
+        self._functions: dict[str, list[FunctionType]] = {}
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Serve until the other side has closed."""
@@ -147,6 +149,9 @@ class Driver:
             self._connection.send(None)
             return True
         items = {item.nodeid: item for item in session.items}
+        # Once: to look at every object in a fork copies the memory of all.
+        self._functions = functions(self._package)
+        gc.freeze()
         self._connection.send(list(items))
         while True:
             try:
@@ -181,7 +186,8 @@ class Driver:
         limit = int(spent() + question.budget) + HUNG
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         if question.path is not None:
-            exchange(question.path, question.source, question.edited)
+            loaded = self._functions.get(str(question.path), [])
+            exchange(question.path, question.source, question.edited, loaded)
         if question.listen:
             threading.settrace(self._enter)
         first = spent()
@@ -228,22 +234,31 @@ class Driver:
         return tuple(sorted(names))
 
 
-def exchange(path: Path, source: str, edited: str) -> None:
+def functions(folder: str) -> dict[str, list[FunctionType]]:
+    """The functions that are loaded, by the file below a folder that they stand in."""
+    found: defaultdict[str, list[FunctionType]] = defaultdict(list)
+    for one in gc.get_objects():  # isinstance asks a weak proxy for what may be gone
+        if type(one) is FunctionType and one.__code__.co_filename.startswith(folder):
+            found[one.__code__.co_filename].append(one)
+    return found
+
+
+def exchange(path: Path, source: str, edited: str, loaded: Sequence[FunctionType]) -> None:
     """Give every function of a loaded file the code that it has in the edited one.
 
     Args:
         path: of the file.
         source: its text as it was loaded.
         edited: the same with an edit inside of functions.
+        loaded: the functions.
     """
     old, new = (list(_codes(compile(text, str(path), "exec"))) for text in (source, edited))
     after: dict[tuple[str, int], CodeType] = {}
     for one, other in zip(old, new, strict=True):
         after[one.co_qualname, one.co_firstlineno] = other
-    for function in gc.get_objects():  # isinstance asks a weak proxy for what may be gone
-        if type(function) is FunctionType and function.__code__.co_filename == str(path):
-            code = function.__code__
-            function.__code__ = after[code.co_qualname, code.co_firstlineno]
+    for function in loaded:
+        code = function.__code__
+        function.__code__ = after[code.co_qualname, code.co_firstlineno]
 
 
 def exchangeable(source: str, edited: str) -> bool:

@@ -53,7 +53,7 @@ class Question(NamedTuple):
     deal: parallel.Deal | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decision:
     """What is done with the calls that a question is about.
 

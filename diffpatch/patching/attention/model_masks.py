@@ -10,7 +10,7 @@ import torch.nn.functional as F
 _FEATURES = 8  # kernels like head sizes that are multiples of this
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelMask:
     """What a mask says, where it can be said token by token.
 

@@ -39,7 +39,7 @@ class Given:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Path:
     """How far one run of one transformer is, and what its last forwards gave.
 

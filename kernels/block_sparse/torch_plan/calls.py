@@ -152,7 +152,7 @@ def _make_plans(blocks: BlockIndex, merging: bool) -> tuple[SdpaPlan, ...]:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
     """Parts that attend together, to the keys of the classes that any of them sees."""
 
