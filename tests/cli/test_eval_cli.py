@@ -235,7 +235,7 @@ def test_the_demo_draws_its_own_captions(
         (["OUT", "--reference", "OTHER"], "no names fit: 'clip0' against 'else'"),
         (["OUT", "--reference", "TALL"], "has frames"),
         (["BROKEN", "--reference", "OUT"], "cannot be read"),
-        (["TWICE", "--reference", "OUT"], "in two formats"),
+        (["TWICE", "--reference", "OUT"], "holds 'clip0' in two formats"),
         (["OUT", "--reference", "OUT", "--method", "radial"], "--method renders"),
         (["OUT", "--reference", "OUT", "--captions", "CAPTIONS"], "a name, a tab and a prompt"),
         (["OUT", "--reference", "OUT", "--features", "judgee"], "did you mean 'judge'"),
@@ -262,7 +262,9 @@ def test_bad_requests_are_one_line(
     media.save(media.to_images(frames(0)), tmp_path / "OTHER" / "else.apng", 8)
     media.save(media.to_images(frames(0, height=48)), tmp_path / "TALL" / "clip0.apng", 8)
     media.save(media.to_images(frames(0)), tmp_path / "TWICE" / "clip0.apng", 8)
-    np.save(tmp_path / "TWICE" / "clip0.npy", frames(0).numpy())
+    media.save(media.to_images(frames(0)), tmp_path / "TWICE" / "clip1.apng", 8)
+    for name in ("clip0.npy", "clip1.npy"):
+        np.save(tmp_path / "TWICE" / name, frames(0).numpy())
     (tmp_path / "BROKEN" / "clip0.png").write_text("no picture")
     (tmp_path / "CAPTIONS").write_text("clip0 a red circle\n")
     places = [str(tmp_path / w) if w.partition("/")[0].isupper() else w for w in words]

@@ -57,7 +57,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("kernels/block_sparse/int8/[lr]*.py", "kernels/block_sparse/test_int8.py"),
         ("kernels/block_sparse/torch_plan/*.py", "kernels/block_sparse/test_block_sparse.py"
          " kernels/block_sparse/test_views.py kernels/block_sparse/test_chooser.py"),
-        ("kernels/blocks.py", "kernels/block_sparse/test_block_sparse.py patterns"),
+        ("kernels/blocks.py", "kernels/test_blocks.py kernels/block_sparse/test_block_sparse.py"),
         ("kernels/dense.py", "kernels/block_sparse/test_block_sparse.py"
          " patching/attention/test_masks.py"),
         ("kernels/linear/[agfr][a-z]*.py", "methods/linear/test_linear.py"
@@ -77,7 +77,8 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     ],
     "sweep": [
         ("eval/sweep/store.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
-        ("eval/sweep/[dpq]*.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
+        ("eval/sweep/[dpq]*.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"
+         " eval/sweep/test_pictures.py"),
         ("eval/sweep/s[cep]*.py", "eval/sweep/test_sweep.py eval/sweep/test_spec.py"),
         ("eval/sweep/report/[rstv]*.py", "eval/sweep/report eval/sweep/test_sweep.py"),
     ],
@@ -92,12 +93,15 @@ PARTS: dict[str, list[tuple[str, str]]] = {
 }  # fmt: skip
 # What looks at everything: property tests, and those that were written for edits none noticed.
 EVERYWHERE = "proof"
-# What looks at classes, whose edits are outside of functions: run for every one of those.
-CLASSES = "tests/test_house.py::test_dataclasses_stay_as_they_are"
+# What looks at classes and defaults, which are outside of functions: run for every edit there.
+OUTSIDE = (
+    "tests/test_house.py::test_dataclasses_stay_as_they_are",
+    "tests/proof/test_defaults.py::test_defaults_are_those_that_were_meant",
+)
 # What is collected: a test of any of these that enters an edited function is run.
 COLLECTED = sorted(
     {f"tests/{name}" for rows in PARTS.values() for _, tests in rows for name in tests.split()}
-    | {f"tests/{EVERYWHERE}", CLASSES.split("::")[0]}
+    | {f"tests/{EVERYWHERE}", "tests/test_house.py"}
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.mutation.known import Known
 from tests.mutation.mutants import Edit, changed, edit_of, function_at
-from tests.mutation.parts import CLASSES, Target
+from tests.mutation.parts import OUTSIDE, Target
 from tests.mutation.warm import MORE, Question, Seen, Warm, exchangeable
 
 BUDGET = 30.0  # seconds of a processor for the tests of an edit, the first time
@@ -120,7 +120,7 @@ class Session:
         ]  # fmt: skip
         tests = tuple(test for test, _ in likely)
         if not inside:  # collecting costs time too
-            tests = (CLASSES, *within(likely, budget))
+            tests = (*OUTSIDE, *within(likely, budget))
         if not tests:  # none enters it
             return End("unnoticed", "", 0.0)
         with self._edited(path, source, edited):

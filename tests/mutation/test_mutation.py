@@ -19,7 +19,7 @@ from tests.mutation.mutants import (
     function_at,
     mutants,
 )
-from tests.mutation.parts import CLASSES, targets
+from tests.mutation.parts import OUTSIDE, targets
 from tests.mutation.session import within
 from tests.mutation.summary import judged, shares
 from tests.mutation.warm import Seen, exchange, exchangeable, functions
@@ -74,8 +74,8 @@ def test_every_row_of_the_table_names_files_and_tests_that_exist() -> None:
     assert len(found) > 60 and len({one.file for one in found}) == len(found)
     for one in found:
         assert all((ROOT / "tests" / name).exists() for name in one.tests), one
-    file, _, test = CLASSES.partition("::")
-    assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
+    for file, test in (one.split("::") for one in OUTSIDE):
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
     for file, _, _ in judged():
         assert (ROOT / "diffpatch" / file).is_file(), file
 

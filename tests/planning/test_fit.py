@@ -53,7 +53,16 @@ def test_a_budget_out_of_reach_gives_the_nearest() -> None:
     assert kept_of(method, grid) == kept_of(Radial(decay=1e-6, rule="published"), grid) > 0.25
 
 
+def test_all_of_the_pairs_is_a_budget() -> None:
+    grid = TokenGrid(3, 6, 8, text_after=2)
+    for name in METHODS:
+        assert kept_of(fit_kept(name, grid, 1.0), grid) == pytest.approx(1, abs=0.05), name
+
+
 def test_impossible_budgets_say_what_to_do() -> None:
+    for kept in (0, -0.1):
+        with pytest.raises(BadParameter, match=rf"kept={kept} must be a fraction"):
+            fit_kept("window", TokenGrid(3, 5, 7), kept)
     with pytest.raises(BadParameter, match=r"kept=1\.5 must be a fraction"):
         fit_kept("window", TokenGrid(3, 5, 7), 1.5)
     with pytest.raises(BadParameter, match=r"kept=0\.2 must be None with rule='published'"):

@@ -32,7 +32,10 @@ def test_a_row_is_made_of_all_its_runs() -> None:
     for result, peak in zip(runs, (3.0, 5.0, 4.0), strict=True):
         result["seconds"] = result["seconds"] | {"peak_gib": peak}
         result["report"]["kept_per_layer"] = {"t.0": 1.0, "t.1": 0.5, "t.2": 1.0}
+    for result, dense in zip(runs, (3, 1, 2), strict=True):  # a dense step later on is no first one
+        result["report"]["kept_per_step"] = [*[1.0] * dense, 0.5, 1.0]
     found = row(runs, {})
+    assert found.dense_steps == 1
     assert found.shared and found.peak_gib == 5.0 and found.dense_layers == 2
     assert found.by_prompt == {PROMPTS[0]: 25.0, PROMPTS[1]: 34.0}
     assert found.least["psnr"] == 20.0 and found.counts["psnr"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -72,6 +73,12 @@ def test_the_result_is_a_method_and_nothing_stays_behind() -> None:
     assert str(found).count("dense") == 2 and "last third" in str(found)
 
 
+def test_thresholds_that_are_tried_rise_from_near_nothing_in_small_steps() -> None:
+    steps = [after - before for before, after in itertools.pairwise(THRESHOLDS)]
+    assert all(0 < step <= 2 for step in steps)
+    assert THRESHOLDS[0] == -12 and THRESHOLDS[-1] == 0
+
+
 def test_what_cannot_be_calibrated_says_why() -> None:
     tiny = wan()
     with pytest.raises(BadParameter, match="has no thresholds"):
@@ -80,7 +87,8 @@ def test_what_cannot_be_calibrated_says_why() -> None:
         diffpatch.calibrate(tiny.pipe, "radial+temporal", prompt="a cat", mode="mask")
     with pytest.raises(BadParameter, match=r"above spread=0\.1"):
         diffpatch.calibrate(tiny.pipe, prompt="a cat", max_error=0.1, spread=0.1)
-    with pytest.raises(BadParameter, match=r"Window.* are off by .*allow more with max_error"):
+    message = r"Window.* and a threshold of -12\.0 are off by .*allow more with max_error"
+    with pytest.raises(BadParameter, match=message):
         diffpatch.calibrate(
             tiny.pipe, "window+temporal", prompt="a cat", call=CALL | {"num_inference_steps": 2},
             window=(-1, 1, 1), max_error=1e-4, spread=0.0, dense_steps=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,5 @@ def test_fingerprints_are_those_of_results_that_are_stored() -> None:
     radial = Way("method", MethodSpec("radial", {"decay": 0.5}), {"dense_steps": 1}, 0.25, True)
     assert Rendering(scene, Way("dense")).key == "0415b90afa65"
     assert Rendering(scene, radial, errors=True).key == "e8bfcc213c83"
+    foreign = replace(scene, prompt=Prompt("une fée, 猫"))
+    assert Rendering(foreign, Way("dense")).name == "dense-une-f-e-s7-cb63f6ff2cc9"

@@ -78,7 +78,7 @@ def test_plans_say_it() -> None:
     size: dict[str, Any] = {"height": 1088, "width": 1920}
     made = diffpatch.plan("wan-1.3b", "radial", **size, num_frames=81)
     assert made.trained == (21, 30, 52)
-    assert "at up to 21 frames of 30×52 tokens" in str(made)
+    assert "trained    at up to 21 frames of 30×52 tokens" in str(made)
     assert made.warning is not None and made.warning in str(made)
     assert "'larger'" in made.warning and "'longer'" not in made.warning
     larger = diffpatch.plan("wan-1.3b", "larger", **size, num_frames=81)
