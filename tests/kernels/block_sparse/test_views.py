@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +17,7 @@ from diffpatch.kernels.block_sparse.torch_plan import attend as block_sparse_tor
 from diffpatch.kernels.block_sparse.torch_plan import grouping as block_sparse_grouping
 from diffpatch.kernels.block_sparse.torch_plan import views as block_sparse_views
 from diffpatch.kernels.block_sparse.torch_plan.calls import SdpaPlan, plans
-from diffpatch.kernels.block_sparse.torch_plan.views import Views
+from diffpatch.kernels.block_sparse.torch_plan.views import Kinds, Views
 from diffpatch.kernels.blocks import BlockIndex
 from tests.kernels.random_blocks import random_blocks, random_qkv
 
@@ -85,6 +89,19 @@ def test_discs_over_all_frames_equal_the_reference(
     (plan,) = plans(blocks, merging=True)
     masks = [call.mask for call in plan.calls if call.mask is not None]
     assert masks and all((mask.row_kinds is not None) == exact for mask in masks)
+
+
+def test_rows_that_share_most_keys_follow_each_other() -> None:
+    """By keys, not by classes of them: one class of ten outweighs two of one."""
+    sees = np.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=bool)
+    seen: Any = SimpleNamespace(sees=sees, classes=Kinds(np.repeat([0, 1, 2, 3], [10, 1, 1, 1])))
+    units = [np.array([part]) for part in range(3)]
+    found = block_sparse_grouping._chain(seen, units)
+    assert [int(unit[0]) for unit in found] == [0, 2, 1]
+    # As a share of what the larger of the two sees: all of it for the last.
+    sees = np.array([[1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=bool)
+    seen.sees, seen.classes = sees, Kinds(np.array([0, 1, 2, 3]))
+    assert [int(unit[0]) for unit in block_sparse_grouping._chain(seen, units)] == [0, 2, 1]
 
 
 @pytest.mark.parametrize("radius", [0.3, 0.6, 0.8, 1.2])
