@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import diffpatch
+from diffpatch import public
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
 from diffpatch.methods.registry import list_methods
 from diffpatch.planning.profiles import DEVICES
@@ -31,7 +32,7 @@ def defaults(name: str, function: object) -> dict[str, str]:
 def current() -> dict[str, str]:
     """Of all that is public, of every method's parameters, and the devices that are shipped."""
     found: dict[str, str] = {}
-    for name in sorted(diffpatch.__all__):
+    for name in sorted(public.__all__):
         value = getattr(diffpatch, name)
         if inspect.isfunction(value):
             found |= defaults(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,13 @@ from tests.tiny import wan
 
 def test_a_pattern_is_drawn_where_it_says_which_pairs_are_kept(tmp_path: Path) -> None:
     tiny = wan()
-    size = {"height": 64, "width": 96, "num_frames": 9, "dense_steps": 0, "dense_layers": 0}
+    size: dict[str, Any] = {
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "dense_steps": 0,
+        "dense_layers": 0,
+    }
     plan = diffpatch.plan(tiny.pipe, "window", window=(1, 0.5, 0.5), **size)
     picture = planned_pattern(plan)
     assert not plan.at_most and picture is not None
