@@ -50,11 +50,14 @@ class Known:
         cases: Counter[str] = Counter()
         found: list[tuple[float, str, float]] = []
         for seen in sorted(self._tests.values(), key=lambda seen: seen.seconds):
-            if seen.outcome != "passed" or not self._enters(seen, where):
+            is_near = seen.test.startswith(places)
+            # One that enters nothing looks at what stands outside of functions.
+            looks = is_near and where.endswith(":") and not seen.touched
+            if seen.outcome != "passed" or not (looks or self._enters(seen, where)):
                 continue
             function = seen.test.split("[")[0]
             cases[function] += 1
-            far = 1.0 if seen.test.startswith(places) else FAR
+            far = 1.0 if is_near else FAR
             found.append((seen.seconds * cases[function] * far, seen.test, seen.seconds))
         return [(test, seconds) for _, test, seconds in sorted(found)]
 
@@ -76,9 +79,11 @@ class Known:
 
     def _enters(self, seen: Seen, where: str) -> bool:
         shared = self._shared[seen.test.split("::")[0]] if seen.shared else ()
+        touched = (*seen.touched, *shared)
         if where.endswith(":"):
-            return any(name.startswith(where) for name in (*seen.touched, *shared))
-        return where in seen.touched or where in shared
+            return any(name.startswith(where) for name in touched)
+        within = f"{where}.<locals>."  # what it has made may run without it
+        return where in touched or any(name.startswith(within) for name in touched)
 
     def _digest(self, test: str) -> str:
         path = self._tree / test.split("::")[0]

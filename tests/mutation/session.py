@@ -113,16 +113,12 @@ class Session:
     def _end(self, path: Path, source: str, edited: str, target: Target, budget: float) -> End:
         function = function_at(source, edited)
         inside = function is not None and exchangeable(source, edited)
-        where = f"{target.file}:{function if inside else ''}"
-        likely = [
-            (test, cost) for test, cost in self._known.entering(where, target.tests)
-            if self._alone.get(test, True)
-        ]  # fmt: skip
+        likely = self._likely(f"{target.file}:{function}", target) if inside else []
+        if not likely:  # perhaps what loading runs
+            inside, likely = False, self._likely(f"{target.file}:", target)
         tests = tuple(test for test, _ in likely)
         if not inside:  # collecting costs time too
             tests = (*OUTSIDE, *within(likely, budget))
-        if not tests:  # none enters it
-            return End("unnoticed", "", 0.0)
         with self._edited(path, source, edited):
             if inside:
                 assert self._warm is not None
@@ -142,6 +138,10 @@ class Session:
         if failed != "loading" and not self._passes(failed):
             return self._end(path, source, edited, target, budget)
         return End("noticed", failed, took)
+
+    def _likely(self, where: str, target: Target) -> list[tuple[str, float]]:
+        found = self._known.entering(where, target.tests)
+        return [(test, cost) for test, cost in found if self._alone.get(test, True)]
 
     def _cold(self, tests: tuple[str, ...], budget: float) -> tuple[int, list[Seen]]:
         """Ask a process that loads the edited file."""

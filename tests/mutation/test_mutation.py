@@ -166,3 +166,16 @@ def test_what_a_fixture_of_a_file_enters_all_its_tests_enter(tmp_path: Path) -> 
     known.add(Seen("t.py::without", "passed", 1.0, ()))
     found = {t for t, _ in known.entering("m.py:made", [])}
     assert found == {"t.py::first", "t.py::second"}
+
+
+def test_what_a_function_has_made_enters_it_and_constants_are_looked_at(tmp_path: Path) -> None:
+    known = Known(tmp_path / "lines", tmp_path)
+    known.add(Seen("tests/t.py::made", "passed", 1.0, ("m.py:f.<locals>.check",)))
+    known.add(Seen("tests/t.py::looks", "passed", 1.0, ()))
+    known.add(Seen("tests/u.py::far", "passed", 1.0, ()))
+
+    def tests(where: str) -> list[str]:
+        return [test for test, _ in known.entering(where, ["t.py"])]
+
+    assert tests("m.py:f") == ["tests/t.py::made"] and tests("m.py:g") == []
+    assert tests("m.py:") == ["tests/t.py::looks", "tests/t.py::made"]

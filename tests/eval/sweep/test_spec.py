@@ -20,6 +20,7 @@ from diffpatch.eval.sweep.schema import (
     BadSweep,
 )
 from diffpatch.eval.sweep.spec import MethodSpec, Prompt, check_spec
+from diffpatch.eval.sweep.store import FIRST_SLOT, SLOTS
 from tests.eval.sweep.tiny_sweep import write
 
 
@@ -168,3 +169,8 @@ def test_fingerprints_are_those_of_results_that_are_stored() -> None:
     assert Rendering(scene, radial, errors=True).key == "e8bfcc213c83"
     foreign = replace(scene, prompt=Prompt("une fée, 猫"))
     assert Rendering(foreign, Way("dense")).name == "dense-une-f-e-s7-cb63f6ff2cc9"
+
+
+def test_locks_of_processes_are_beyond_those_of_runs() -> None:
+    """The byte that claims a run is its fingerprint, of twelve hexadecimal digits."""
+    assert int("f" * 12, 16) < FIRST_SLOT < 2**62 and SLOTS >= 64

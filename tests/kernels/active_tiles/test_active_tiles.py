@@ -263,3 +263,13 @@ def test_the_kernel_on_an_odd_grid_with_text() -> None:
     grid = TokenGrid(5, 7, 9, text_before=11, text_after=3)
     blocks = Neighborhood(window=(3, 5, 5)).pattern(grid).blocks
     check_kernel(random_qkv(2, grid.num_tokens, 2, 32), blocks, reverse=True)
+
+
+def test_the_table_of_everything_reads_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million tokens have a hundred million pairs of tiles."""
+    whole = random_blocks([4, 3, 4], kept=2.0, partial=0.0)
+    monkeypatch.setattr(BlockIndex, "rows", property(lambda _: pytest.fail("reads its lists")))
+    table = tile_table(whole, 2)
+    assert table.complete and table.length == 3 * 6
+    with pytest.raises(pytest.fail.Exception, match="reads its lists"):
+        tile_table(random_blocks([4, 3, 4], kept=0.5, partial=0.0), 2)

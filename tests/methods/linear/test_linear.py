@@ -105,6 +105,19 @@ def test_queries_that_see_everything_have_nothing_far() -> None:
     assert not lse[:, grid.text_before :].isinf().any()
 
 
+def test_queries_that_no_key_answers_get_the_mean_and_finite_gradients() -> None:
+    """Nothing is divided by their weights, which are 0, not even where it is thrown away."""
+    grid = GRIDS[0]
+    q, k, v = (x.requires_grad_() for x in inputs(grid))
+    blocks, half = STATE.pattern(grid).blocks, torch.arange(grid.num_tokens) % 2 == 0
+    for backend in ("torch", "reference"):
+        asked = torch.where(half[:, None, None], -q.abs(), q)
+        out = linear_attention.attend_features(asked, k, v, blocks, "relu", backend=backend)
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert all(torch.isfinite(x).all() for x in (out, *gradients)), backend
+        assert gradients[2].abs().sum() > 0 and not gradients[0][:, half].any()
+
+
 def test_a_group_is_the_tiles_that_visit_the_same() -> None:
     plan = groups(STATE.pattern(GRIDS[1]).blocks)
     rows = torch.cat([b.rows[b.rows_ok] for b in plan.batches])

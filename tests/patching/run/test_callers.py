@@ -17,6 +17,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError
+from diffpatch.patching.run import callers
 from tests.patching.run.test_runs import (
     LATENT,
     LOCAL,
@@ -304,3 +305,21 @@ def test_looking_at_callers_keeps_nothing_alive() -> None:
     del tiny
     gc.collect()
     assert gone() is None
+
+
+def test_calls_are_counted_by_module_however_deep() -> None:
+    class Asks(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module | None) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self) -> tuple[int, int, int]:
+            if self.inner is not None:
+                found: tuple[int, int, int] = self.inner()
+                return found
+            return callers.calls_of([self]), callers.calls_of([outer]), callers.calls_of([])
+
+    inner = Asks(None)
+    outer = Asks(Asks(inner))
+    assert outer() == (1, 1, 0) and inner() == (1, 0, 0)
+    assert callers.calls_of([outer, inner]) == 0

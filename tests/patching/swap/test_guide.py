@@ -69,6 +69,10 @@ def test_it_is_two_rows_of_which_one_gives_its_cross_attention(every: int) -> No
     # Three of the four columns are seen, and a guide's pairs come on top.
     assert report.kept == pytest.approx(0.75 + guides / STEPS / 2)
     assert report.calls == STEPS * 2 * 2
+    guided = [1.25 if step % every == 0 else 0.75 for step in range(STEPS)]
+    assert report.kept_per_step == pytest.approx(guided)
+    assert list(report.kept_per_layer.values()) == pytest.approx([report.kept] * 2)
+    assert report.kept_map == [pytest.approx([kept] * 2) for kept in guided]
     tokens, channels = 3 * 2 * 4, 24
     assert report.state_bytes == 2 * tokens * channels * 4  # two layers, fp32
 

@@ -7,6 +7,7 @@ import math
 import pickle
 from pathlib import Path as File
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import diffpatch
 from diffpatch import BadParameter
 from diffpatch.patching.run.path import Given, Path
+from diffpatch.patching.run.tracker import Tracker
 from tests.tiny import Tiny, wan
 
 STEPS, LAYERS = 8, 2
@@ -70,6 +72,35 @@ def test_the_rule_by_hand() -> None:
     path.made(4, 0, given, (torch.tensor([float("nan"), 0.0]),), first=True)
     path.begin_step(5, ALWAYS)
     assert not path.holding, "NaN is within no tolerance"
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "times"),
+    [
+        ([1000.0, 750.0, 250.0, 0.0], [0.0, 0.25, 0.75, 1.0, 1.0]),
+        ([800.0], [0.0, 1.0]),
+        ([1000.0, 1000.0, 0.0], None),  # twice the same
+        ([1000.0, 250.0, 500.0], None),  # back
+        ([1000.0, 500.0, 600.0, 0.0], None),
+        ([1000.0, -1.0], None),  # beyond the end
+        ([0.0, 0.0], None),
+        ([-5.0, -7.0], None),
+    ],
+)
+def test_times_are_known_where_timesteps_fall_to_the_end(
+    timesteps: list[float], times: list[float] | None
+) -> None:
+    scheduler, tracker = mock.Mock(timesteps=torch.tensor(timesteps)), Tracker()
+    tracker.add(scheduler)
+    assert tracker.times() is None, "of how many steps is not known"
+    tracker.total = len(timesteps)
+    assert tracker.times() == (None if times is None else pytest.approx(times))
+    scheduler.timesteps = torch.tensor([9999.0, *timesteps])  # those of a run that begins late
+    assert tracker.times() == (None if times is None else pytest.approx(times))
+    tracker.total += 2
+    assert tracker.times() is None
+    tracker.total, tracker.evaluations = len(timesteps), 2
+    assert tracker.times() is None
 
 
 def test_a_held_step_gives_the_last_result_of_its_branch(tiny: Tiny) -> None:
