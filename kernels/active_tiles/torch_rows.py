@@ -57,11 +57,13 @@ def attend(
         key, value = (
             _gather(x, at, buffer) for x, buffer in zip((keys, values), buffers, strict=True)
         )
-        allowed = None if seen is None else seen[entry[:, None], strip]  # (G, m, L)
-        if not bool(real.all()):
-            allowed = real[..., None].expand(*real.shape, keys.shape[1]) if allowed is None else (
-                allowed & real[..., None]
-            )  # fmt: skip
+        allowed = real[..., None]  # (G, m, L or 1)
+        if seen is not None:
+            allowed = seen[entry[:, None], strip] & allowed
+        if bool(allowed.all()):
+            allowed = None
+        else:
+            allowed = allowed.expand(-1, -1, keys.shape[1])
         bias = None if allowed is None else allowed[:, None]  # (G, 1 or T, m, L)
         if masks is not None:
             own = masks[table.mask_ids[table.pattern.expand(heads)[rows.head[who]][:, None], pair]]
@@ -83,10 +85,9 @@ def _gather(x: torch.Tensor, at: torch.Tensor, buffer: torch.Tensor) -> torch.Te
 
 def _by_piece(x: torch.Tensor, blocks: BlockIndex, pieces: Pieces) -> torch.Tensor:
     """(B, S, H, D) -> (B, H, V, L, D) contiguous."""
-    if pieces.even:
-        out = x.index_select(1, blocks.order).transpose(1, 2).contiguous()
-        return out.unflatten(2, (len(pieces), -1))
-    return x[:, pieces.index].permute(0, 3, 1, 2, 4).contiguous()
+    order = blocks.order if pieces.even else pieces.index.flatten()
+    out = x.index_select(1, order).transpose(1, 2).contiguous()
+    return out.unflatten(2, (len(pieces), -1))
 
 
 def _in_sequence(x: torch.Tensor, blocks: BlockIndex, pieces: Pieces) -> torch.Tensor:
@@ -182,8 +183,11 @@ def _sdpa(
     if allowed is not None:
         allowed = allowed.flatten(2)[:, None]
         blind = ~allowed.any(-1)  # (G, 1, 1 or T)
-        bias = q.new_zeros(allowed.shape)
-        bias.masked_fill_(~(allowed | blind[..., None]), -torch.inf)
+        if bool(blind.any()):
+            allowed = allowed | blind[..., None]
+        else:
+            blind = None
+        bias = q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q[:, None], k, v, attn_mask=bias, scale=scale)
     if blind is not None:

@@ -10,6 +10,7 @@ from diffpatch.kernels.block_sparse.backends import run
 from diffpatch.kernels.block_sparse.operators import VIRTUAL_TOKENS
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.pieces import Pieces
+from diffpatch.kernels.virtual_tokens import torch_impl
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +60,12 @@ def moments(
 
     def compute(name: str) -> Moments:
         if name != "triton":
-            return _moments_torch(x, blocks, pieces, key_mask)
+            mean, variance, count = torch_impl.moments(x, pieces, key_mask, True)
+            assert variance is not None  # they were asked for
+            return Moments(mean.transpose(1, 2), variance.transpose(1, 2), count.to(mean.dtype))
         from diffpatch.kernels.virtual_tokens import triton_impl as kernels
 
         mean, variance, log_count = kernels.moments(x, blocks, pieces.first, key_mask)
         return Moments(mean.transpose(1, 2), variance.transpose(1, 2), log_count.exp().round())
 
     return run(VIRTUAL_TOKENS, backend, blocks, (x,), compute)[0]
-
-
-def _moments_torch(
-    x: torch.Tensor, blocks: BlockIndex, pieces: Pieces, key_mask: torch.Tensor | None
-) -> Moments:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if pieces.even and key_mask is None:
-        x = x.index_select(1, blocks.order).to(wide).unflatten(1, (len(pieces), -1))
-        mean = x.mean(2)
-        variance = (x - mean[:, :, None]).square_().mean(2)
-        count = mean.new_full(mean.shape[:2], pieces.longest)
-        return Moments(mean.transpose(1, 2), variance.transpose(1, 2), count)
-    weight = pieces.valid.expand(len(x), -1, -1)
-    weight = weight if key_mask is None else weight & key_mask[:, pieces.index]
-    count = weight.sum(2).to(wide)  # (B, V)
-    share = (weight / count.clamp(min=1)[..., None])[..., None, None]  # (B, V, L, 1, 1)
-    x = x[:, pieces.index].to(wide).masked_fill(~weight[..., None, None], 0.0)
-    mean = (x * share).sum(2)
-    variance = ((x - mean[:, :, None]).square_() * share).sum(2)
-    return Moments(mean.transpose(1, 2), variance.transpose(1, 2), count)

@@ -13,6 +13,7 @@ from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
 SCORE_BYTES = {"cpu": 2**20}
 SCORE_BYTES_ELSEWHERE = 2**26
+WIDENED_BYTES = 2**19
 FUSED_BYTES = 2**21  # of one head, where SDPA holds the rest
 LOWEST = -1e30  # finite, so that -inf less the maximum of nothing is -inf
 TINY = 1e-30
@@ -26,29 +27,53 @@ def pool(
     key_mask: torch.Tensor | None,
 ) -> VirtualTokens:
     """As `virtual_tokens.pool`."""
-    weight = pieces.valid.expand(k.shape[0], *pieces.valid.shape)
+    keys, variance, count = moments(k, pieces, key_mask, second_order)
+    values = moments(v, pieces, key_mask, False)[0]
+    if variance is not None:
+        variance = variance.clamp(max=torch.finfo(k.dtype).max).to(k.dtype)
+    return VirtualTokens(keys.to(k.dtype), values.to(v.dtype), variance, count.log(), pieces)
+
+
+def moments(
+    x: torch.Tensor, pieces: Pieces, key_mask: torch.Tensor | None, second_order: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Means and, if asked for, variances of (B, S, K, D) over pieces, (B, V, K, D), in fp32 or wider.
+
+    Args:
+        x: queries, keys or values.
+        pieces: V of them.
+        key_mask: bool (B, S), True where a token counts; None counts all. Where none does in a
+            piece, its moments are 0.
+        second_order: whether to return variances.
+
+    Returns:
+        The third is how many tokens count in each piece, fp32 (B, V).
+    """
+    weight = pieces.valid.expand(x.shape[0], *pieces.valid.shape)
     if key_mask is not None:
         weight = weight & key_mask[:, pieces.index]
-    count = weight.sum(-1).float()  # (B, V)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    share = (weight / count.clamp(min=1)[..., None]).to(wide)[..., None, :]  # (B, V, 1, L)
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (share @ x.flatten(3)).unflatten(3, x.shape[3:])  # (B, V, 1, K, D)
-
-    def counted(x: torch.Tensor) -> torch.Tensor:
-        x = gathered(x, pieces).to(wide)
-        return x if key_mask is None else x.masked_fill(~weight[..., None, None], 0.0)
-
-    keys = counted(k)
-    centre = mean(keys)
-    variance = None
-    if second_order:
-        largest = torch.finfo(k.dtype).max
-        variance = mean((keys - centre).square())[:, :, 0].clamp(max=largest).to(k.dtype)
-    values = mean(counted(v))[:, :, 0].to(v.dtype)
-    keys = centre[:, :, 0].to(k.dtype)
-    return VirtualTokens(keys, values, variance, count.log(), pieces)
+    count = weight.sum(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    share = weight[:, :, None] / count.clamp(min=1)[..., None, None].to(wide)  # (B, V, 1, L)
+    hidden = None if pieces.even and key_mask is None else ~weight[..., None]
+    rows = gathered(x, pieces).flatten(3)  # (B, V, L, K * D)
+    step, lean = len(pieces), False
+    if x.device.type == "cpu":  # some at a time, so that what is widened stays in its cache
+        step = max(1, WIDENED_BYTES // max(1, rows[:, :1].numel() * wide.itemsize))
+        lean = not (torch.is_grad_enabled() and x.requires_grad)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for first in range(0, len(pieces), step):
+        some = slice(first, first + step)
+        part = rows[:, some].to(wide)
+        if hidden is not None and (step == len(pieces) or bool(hidden[:, some].any())):
+            part = part.masked_fill(hidden[:, some], 0.0)
+        mean = share[:, some] @ part
+        away = torch.sub(part, mean, out=part if lean else None) if second_order else part
+        found.append((mean, share[:, some] @ away.square()) if second_order else (mean,))
+    means, *others = (
+        torch.cat(parts, 1)[:, :, 0].unflatten(2, x.shape[2:]) for parts in zip(*found, strict=True)
+    )
+    return means, others[0] if others else None, count.float()
 
 
 def attend(
