@@ -57,14 +57,12 @@ def attend(
         key, value = (
             _gather(x, at, buffer) for x, buffer in zip((keys, values), buffers, strict=True)
         )
-        allowed = real[..., None]  # (G, m, L or 1)
+        shown = real[..., None]  # (G, m, L or 1)
         if seen is not None:
-            allowed = seen[entry[:, None], strip] & allowed
-        if bool(allowed.all()):
-            allowed = None
-        else:
-            allowed = allowed.expand(-1, -1, keys.shape[1])
-        bias = None if allowed is None else allowed[:, None]  # (G, 1 or T, m, L)
+            shown = seen[entry[:, None], strip] & shown
+        bias = None  # (G, 1 or T, m, L)
+        if not bool(shown.all()):
+            bias = shown.expand(-1, -1, keys.shape[1])[:, None]
         if masks is not None:
             own = masks[table.mask_ids[table.pattern.expand(heads)[rows.head[who]][:, None], pair]]
             own = own.transpose(1, 2)
