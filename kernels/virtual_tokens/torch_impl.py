@@ -37,17 +37,18 @@ def pool(
 def moments(
     x: torch.Tensor, pieces: Pieces, key_mask: torch.Tensor | None, second_order: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Means and, if asked for, variances of (B, S, K, D) over pieces, (B, V, K, D), in fp32 or wider.
+    """Moments of tokens over the pieces that they are cut into.
 
     Args:
-        x: queries, keys or values.
+        x: queries, keys or values (B, S, K, D).
         pieces: V of them.
         key_mask: bool (B, S), True where a token counts; None counts all. Where none does in a
             piece, its moments are 0.
         second_order: whether to return variances.
 
     Returns:
-        The third is how many tokens count in each piece, fp32 (B, V).
+        Means (B, V, K, D), fp32 or wider; variances alike, or None; and how many tokens count in
+        each piece, fp32 (B, V).
     """
     weight = pieces.valid.expand(x.shape[0], *pieces.valid.shape)
     if key_mask is not None:
