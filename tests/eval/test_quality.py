@@ -185,6 +185,9 @@ def test_lpips_compares_normalised_activations(folder: Path) -> None:
     assert scores == sorted(scores) and scores[0] > 0
     assert quality.paired(frames, frames, tools)["lpips"] == 0.0
     assert "lpips" in tools.names() and "lpips" not in quality.absent(tools, frames=frames)
+    least = torch.rand(2, 3, 31, 40)
+    assert "lpips" in quality.paired(least, least, tools)
+    assert not {"lpips", "flicker"} & set(quality.absent(tools, frames=least))
     small = torch.rand(1, 3, 30, 64)
     assert "lpips" not in quality.paired(small, small, tools)
     assert "needs 31" in quality.absent(tools, frames=small)["lpips"]

@@ -194,6 +194,7 @@ def test_a_plan_does_not_depend_on_the_default_device() -> None:
 def test_runs_of_equal_shares_are_counted() -> None:
     assert runs([1.0, 1.0, 0.25]) == "2 × 100.0%, 1 × 25.0%"
     assert runs([1.0, 1.0, *[0.2, 0.3] * 4]) == "2 × 100.0%, 8 × 20.0% to 30.0%"
+    assert runs([0.1, *[0.2, 0.3] * 4]) == "9 × 10.0% to 30.0%"
 
 
 def test_the_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

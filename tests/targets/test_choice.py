@@ -92,6 +92,11 @@ def test_a_target_is_met_by_four_of_five_prompts() -> None:
     assert "four of five prompts 30" in str(chosen)
 
 
+def test_quality_up_to_the_noise_floor_may_be_asked_for() -> None:
+    chosen = choose_for(settings(floor=30.0), Target.parse("30 dB"))
+    assert chosen == choose_for(settings(), Target.parse("30 dB"))
+
+
 def test_a_speedup_comes_from_the_pairs() -> None:
     chosen = choose_for(settings(), Target.parse("2x"))
     assert chosen.kept <= 1 / 3 + 1e-9  # 0.25 + 0.75 k = 1/2

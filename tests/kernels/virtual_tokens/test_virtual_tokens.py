@@ -46,8 +46,12 @@ def by_formula(
     shown: torch.Tensor,
     scale: float,
     key_mask: torch.Tensor,
+    only: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over the keys of active strips and the pieces of strips shown, query by query."""
+    """One softmax over the keys of active strips and the pieces of strips shown, query by query.
+
+    Of one token, where only that is wanted: all of them take seconds.
+    """
     q, k, v = (x.double() for x in tensors)
     table = tile_table(blocks, STRIP)
     borders = table.strips.first.tolist()
@@ -55,7 +59,7 @@ def by_formula(
     tiles = [blocks.order[a:b].tolist() for a, b in itertools.pairwise(blocks.starts.tolist())]
     for b, h, i in itertools.product(range(len(q)), range(q.shape[2]), range(len(tiles))):
         g = h * k.shape[2] // q.shape[2]
-        for token in tiles[i]:
+        for token in tiles[i] if only is None else {only} & {*tiles[i]}:
             x = q[b, token, h] * scale
             scores, values = [], []
             for j, (a, z) in enumerate(itertools.pairwise(borders)):
@@ -174,7 +178,8 @@ def missed_by_formula(
         every[:, tile] = means[:, i, None]  # so that any query of the tile is its mean
         found = []
         for exact, far in ((shown, shown & False), (shown & False, shown)):
-            found.append(by_formula((every, k, v), blocks, exact, far, scale, key_mask))
+            first = int(tile[0])
+            found.append(by_formula((every, k, v), blocks, exact, far, scale, key_mask, first))
         known = (found[0][1][:, tile[0]] > -math.inf) & (found[1][1][:, tile[0]] > -math.inf)
         (exact_out, exact_lse), (rough_out, rough_lse) = found
         out[:, i] = (exact_out - rough_out)[:, tile[0]].masked_fill(~known[..., None], 0.0)
