@@ -75,11 +75,6 @@ class BlockIndex:
         return row.repeat_interleave(self.row_ptr.long().diff(), output_size=self.cols.shape[0])
 
     @property
-    def query_tile(self) -> torch.Tensor:
-        """int64 (nnz,), the query tile of every entry of `cols`."""
-        return self.rows % self.num_tiles
-
-    @property
     def tile_of_place(self) -> torch.Tensor:
         """int64 (S,), the tile that each place of tile order lies in."""
         tile = torch.arange(self.num_tiles, device=self.device)

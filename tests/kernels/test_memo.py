@@ -73,7 +73,6 @@ def test_what_an_index_says_of_its_entries() -> None:
         for e in range(int(blocks.row_ptr[row]), int(blocks.row_ptr[row + 1]))
     ]
     assert blocks.rows.tolist() == [row for row, _, _ in entries]
-    assert blocks.query_tile.tolist() == [row % 3 for row, _, _ in entries]
     assert blocks.sizes.tolist() == [5, 3, 4]
     assert blocks.tile_of_place.tolist() == [0] * 5 + [1] * 3 + [2] * 4
     assert blocks.order[blocks.place].tolist() == list(range(12))

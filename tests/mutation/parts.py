@@ -89,7 +89,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("tuning/[pt]*.py", "tuning/test_tune.py tuning/test_temporal_calibration.py"
          " tuning/test_unfinished.py tuning/test_front.py cli/test_tune.py"),
     ],
-    "planning": [("planning/*.py", "planning")],
+    "planning": [("planning/*.py", "planning patching/options")],
 }  # fmt: skip
 # What looks at everything: property tests, and those that were written for edits none noticed.
 EVERYWHERE = "proof"

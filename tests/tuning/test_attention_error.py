@@ -60,6 +60,14 @@ def test_errors_of_branches_and_what_guidance_multiplies(monkeypatch: pytest.Mon
         few.add(Where("transformer", 0, 1, branch), dense + wrong, dense)
     assert few.difference == pytest.approx(0.4)
     assert few.to_dict()["per_branch"] == pytest.approx({"0": 0.3, "1": 0.05})
+    # Of the tokens 0, 3, 6, … of many; what the others get wrong is in no difference.
+    monkeypatch.setattr("diffpatch.tuning.attention_error.MOST_TOKENS", 4)
+    many, dense = AttentionErrors(), torch.ones(1, 11, 2, 3)
+    wrong = torch.zeros(1, 11, 1, 1).index_fill(1, torch.tensor([0, 3, 6, 9]), 0.5)
+    wrong[:, 1] = 100.0
+    for branch, sign in enumerate((1, -1)):
+        many.add(Where("transformer", 0, 0, branch), dense + sign * wrong, dense)
+    assert many.difference == pytest.approx(1.0)
 
 
 def test_smoothing_is_told_from_noise() -> None:
@@ -71,6 +79,10 @@ def test_smoothing_is_told_from_noise() -> None:
     noisy.add(Where("transformer", 0, 0, 0), dense + 0.5 * noise, dense)
     assert smooth.slope == pytest.approx(0.8) and noisy.slope == pytest.approx(1.0, abs=0.02)
     assert AttentionErrors().slope == 1.0 and smooth.to_dict()["slope"] == smooth.slope
+    before = smooth.slope
+    flat = torch.ones(1, 4, 2, 8)  # nothing differs from token to token: it says nothing
+    smooth.add(Where("transformer", 1, 0, 0), flat, flat)
+    assert smooth.slope == before
 
 
 def test_measuring_changes_nothing_and_ends_with_the_block() -> None:

@@ -62,11 +62,6 @@ class Summary:
     missing: int
     bar: Mapping[str, float]
 
-    @property
-    def settings(self) -> list[str]:
-        """In the order of the sweep."""
-        return list(dict.fromkeys(row.setting for row in self.rows))
-
     def to_dict(self) -> dict[str, Any]:
         """Rows and verdicts, ready for JSON."""
         return {

@@ -197,6 +197,25 @@ def test_dense_is_timed_again_where_its_clock_is_old(sweep: dict[str, Any], tmp_
     assert clocks[0] == clocks[1] == found[0]["seconds"] != clocks[2]
 
 
+def test_a_clock_that_is_never_renewed_is_the_stored_one(
+    sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """After an interruption, say: the method is gone, dense is there."""
+    short = {
+        **sweep, "prompts": ["a cat"], "noise_floor": [], "methods": ["window"],
+        "attention_error": 0, "dense_every": 0,
+    }  # fmt: skip
+    out = tmp_path / "runs"
+    words = ["sweep", write(short, tmp_path), "-o", str(out), "--quiet"]
+    assert main(words) == 0
+    dense, method = json.loads((out / "sweep.json").read_text())["runs"]
+    assert results(out)[method]["dense"]["runs_since"] == 0
+    shutil.rmtree(out / "runs" / method)
+    assert main(words) == 0
+    found = results(out)[method]["dense"]
+    assert found == {"name": dense, "seconds": results(out)[dense]["seconds"], "runs_since": None}
+
+
 def command(sweep: dict[str, Any], folder: Path) -> list[str]:
     return ["diffpatch", "sweep", write(sweep, folder), "-o", str(folder / "runs")]
 
