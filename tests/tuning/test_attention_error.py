@@ -63,10 +63,10 @@ def test_errors_of_branches_and_what_guidance_multiplies(monkeypatch: pytest.Mon
     # Of the tokens 0, 3, 6, … of many; what the others get wrong is in no difference.
     monkeypatch.setattr("diffpatch.tuning.attention_error.MOST_TOKENS", 4)
     many, dense = AttentionErrors(), torch.ones(1, 11, 2, 3)
-    wrong = torch.zeros(1, 11, 1, 1).index_fill(1, torch.tensor([0, 3, 6, 9]), 0.5)
-    wrong[:, 1] = 100.0
+    off = torch.zeros(1, 11, 1, 1).index_fill(1, torch.tensor([0, 3, 6, 9]), 0.5)
+    off[:, 1] = 100.0
     for branch, sign in enumerate((1, -1)):
-        many.add(Where("transformer", 0, 0, branch), dense + sign * wrong, dense)
+        many.add(Where("transformer", 0, 0, branch), dense + sign * off, dense)
     assert many.difference == pytest.approx(1.0)
 
 

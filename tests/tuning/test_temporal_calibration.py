@@ -70,7 +70,12 @@ def test_the_result_is_a_method_and_nothing_stays_behind() -> None:
     diffpatch.patch(tiny.pipe, found.method, dense_steps=4)
     tiny.run(**CALL)
     assert diffpatch.report(tiny.pipe).kept_per_step[4:] == pytest.approx([found.kept[2]] * 2, 0.5)
-    assert str(found).count("dense") == 2 and "last third" in str(found)
+    shown = [["dense", "100.0%"]] * 2 + [[f"{found.errors[2]:.2%}", f"{found.kept[2]:.1%}"]]
+    for line, threshold, bound, (error, kept) in zip(
+        str(found).splitlines()[1:], found.threshold, ("89.00%", "90.00%", "91.00%"), shown,
+        strict=True,
+    ):  # fmt: skip
+        assert line.split()[1:] == ["third", f"{threshold:.1f}", error, bound, kept]
 
 
 def test_thresholds_that_are_tried_rise_from_near_nothing_in_small_steps() -> None:
