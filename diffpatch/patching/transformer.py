@@ -271,7 +271,7 @@ class PatchedTransformer:
     ) -> Iterator[parallel.Deal | None]:
         """The order in which heads are shared out to processes. See `operator.Owner`."""
         forward, (_, ranks) = self.forwards.current, parallel.share(self._model())
-        grouped = q.shape[2] != k.shape[2] or (mask is not None and mask.ndim > 3 < mask.shape[1])
+        grouped = q.shape[2] != k.shape[2] or (mask is not None and mask.shape[1:-2].numel() > 1)
         told = forward is not None and forward.hooked and forward.grid != NO_GRID
         if forward is None or not told or grouped or len(forward.grid) != len(NO_GRID):
             yield None

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffpatch.eval.quality.distances import (
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
     FeatureSet,
     compare,
     frechet,
@@ -135,3 +137,13 @@ def test_halves_share_nothing_and_lose_nothing() -> None:
     assert {tuple(row) for row in torch.cat([first, second]).tolist()} == {
         tuple(row) for row in features.stacked().tolist()
     }
+
+
+def test_subsets_are_those_that_are_published() -> None:
+    """A hundred of a thousand, as torch-fidelity and torchmetrics have them (arXiv 1801.01401)."""
+    assert (KID_SUBSETS, KID_SUBSET_SIZE) == (100, 1000)
+
+
+def test_without_a_seed_it_is_zero() -> None:
+    a, b = rows(40), rows(40, 1)
+    assert compare(a, b) == compare(a, b, seed=0)

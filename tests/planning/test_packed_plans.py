@@ -12,6 +12,7 @@ import pytest
 import diffpatch
 from diffpatch import BadParameter, PackedGrid
 from diffpatch.cli import main
+from diffpatch.kernels.block_sparse.api import work_of
 from diffpatch.pipelines.families.spans import joined
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.pipelines.shapes.table import shape_of
@@ -76,6 +77,15 @@ def test_text_without_queries_is_planned_as_it_is_reported(
     plan = diffpatch.plan(shape, LOCAL, num_inference_steps=report.steps, **size, **EVERYWHERE)
     assert not report.reasons
     assert plan.kept == pytest.approx(report.kept, abs=1e-9)
+    # As fractions of the pairs of tokens that ask, too.
+    (pattern,) = plan.patterns
+    pairs = plan.tokens * (plan.tokens - size["text_tokens"])
+    work, places = work_of(pattern.blocks, plan.backend), pattern.tile_map()[0]
+    assert plan.computed == pytest.approx(work.computed / pairs)
+    sizes = pattern.blocks.sizes.double()
+    visited = sizes @ (places > 0).double() @ sizes
+    assert plan.visited == pytest.approx(float(visited) / pairs)
+    assert 0 < plan.kept_sparse <= (plan.visited or 0) <= (plan.computed or 0)
 
 
 def test_the_shape_of_minimax_h3_is_that_of_diffusers() -> None:

@@ -15,7 +15,8 @@ from diffpatch.eval.media import CLIP_SIDES, resized, save_animation
 from diffpatch.eval.medians import paired_interval
 from diffpatch.eval.quality.distances import FeatureSet, compare, kernel, squared_mmd
 from diffpatch.eval.sweep.plan import plan_sweep
-from diffpatch.eval.sweep.report.rows import behind, row
+from diffpatch.eval.sweep.report.rows import METRICS, behind, row
+from diffpatch.eval.sweep.report.table import cells, columns
 from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.eval.sweep.store import Store
 from tests.eval.sweep.report.tiny_report import PROMPTS, made, write
@@ -40,6 +41,35 @@ def test_a_row_is_made_of_all_its_runs() -> None:
     assert found.by_prompt == {PROMPTS[0]: 25.0, PROMPTS[1]: 34.0}
     assert found.least["psnr"] == 20.0 and found.counts["psnr"] == 3
     assert not row(runs[:1], {}).shared
+
+
+def test_cells_are_what_their_headings_say() -> None:
+    runs = [run(prompt=0, psnr=20.0, seconds=8.0), run(prompt=1, psnr=34.0, seconds=5.0)]
+    del runs[1]["quality"]["lpips"]
+    runs[1] |= {"wanted": 0.3}
+    runs[0] |= {"wanted": 0.3, "attention_error": {
+        "mean": 0.1, "per_branch": {"0": 0.25, "1": 0.5}, "difference": 0.75, "slope": 0.875,
+        "per_layer": {},
+    }}  # fmt: skip
+    runs[1]["seconds"] = runs[1]["seconds"] | {"peak_gib": 2.5}
+    one = dataclasses.replace(
+        row(runs, {"kd": 0.0025}), behind={"mean": -1.0, "low": -2.5, "high": 0.5}
+    )
+    headings = columns([one])
+    assert dict(zip(headings, cells(one, headings), strict=True)) == {
+        "method": "m", "wanted": "30%", "kept": "25.0%", "time": "6.50 s", "speedup": "3.25×",
+        "denoising": "3.25×", "dense beside": "20.00 s", "GiB": "2.50", "attention error": "10.0%",
+        "by branch": "25.0% / 50.0%", "between branches": "75.0%", "slope": "0.88",
+        "PSNR": "27.0", "dB to the best": "-1.0 (-2.5 to +0.5)", "worst PSNR": "20.0",
+        "SSIM": "0.675", "LPIPS": "0.100 (1 of 2)", METRICS["caption_accuracy"].heading: "100%",
+        "KD ×1000": "2.50", "runs": "2",
+    }  # fmt: skip
+    plain = row([made("dense", "dense", PROMPTS[0])], {})
+    headings = columns([plain])
+    assert dict(zip(headings, cells(plain, headings), strict=True)) == {
+        "method": "dense", "kept": "100.0%", "time": "20.00 s", "speedup": "", "denoising": "",
+        "dense beside": "", METRICS["caption_accuracy"].heading: "100%", "runs": "1",
+    }  # fmt: skip
 
 
 def test_behind_is_below_zero_for_the_worse() -> None:

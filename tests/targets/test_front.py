@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from diffpatch import BadParameter
 from diffpatch.targets.choice import chosen_for
 from diffpatch.targets.front import (
+    BETWEEN,
     FINEST,
     FOUR_OF_FIVE,
     USUAL_SPREAD,
@@ -93,6 +95,38 @@ def test_what_nobody_sees_does_not_count() -> None:
     points = {point.applied.label: point for point in measured_points(fine)}
     assert points["cache 0.1"].psnr == FINEST
     assert points["cache 0.2"].spread < measured_points(runs())[0].spread
+
+
+def point(time: float, psnr: float, **applied: Any) -> FrontPoint:
+    nothing = {"sparse": 1.0, "dense_steps": 0.0}
+    return FrontPoint(Applied(**(nothing | applied)), psnr, 1.5, time, time + 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "beside"),
+    [
+        ("sparse", 0.1, 0.4, {"dense_steps": 0.2, "cache": 0.1}),
+        ("dense_steps", 0.1, 0.5, {"sparse": 0.25, "hold": 0.01}),
+        ("cache", 0.05, 0.2, {}),
+        ("hold", 0.0025, 0.01, {"sparse": 0.25}),
+    ],
+)
+def test_what_lies_between_two_points_is_in_proportion(
+    name: str, low: float, high: float, beside: dict[str, float]
+) -> None:
+    ends = [point(0.3, 26.0, **beside, **{name: low}), point(0.8, 38.0, **beside, **{name: high})]
+    between = [one for one in with_between(ends) if not one.measured]
+    assert len(between) == BETWEEN - 1
+    for number, one in enumerate(sorted(between, key=lambda one: getattr(one.applied, name)), 1):
+        part = number / BETWEEN
+        value = low * (high / low) ** part if name != "dense_steps" else low + part * (high - low)
+        assert getattr(one.applied, name) == pytest.approx(value, rel=5e-3)
+        assert replace(one.applied, **{name: low}) == ends[0].applied
+        # Time goes with what is kept, all else with the number of the point.
+        linear = (value - low) / (high - low) if name == "sparse" else part
+        assert one.psnr == pytest.approx(26 + 12 * part) and one.spread == 1.5
+        assert one.time == pytest.approx(0.3 + 0.5 * linear)
+        assert one.calls == pytest.approx(one.time + 3)
 
 
 def test_between_two_kept_fractions_there_are_more_and_none_up_to_dense() -> None:

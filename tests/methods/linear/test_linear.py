@@ -118,6 +118,27 @@ def test_queries_that_no_key_answers_get_the_mean_and_finite_gradients() -> None
         assert gradients[2].abs().sum() > 0 and not gradients[0][:, half].any()
 
 
+def test_as_many_groups_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, batch, key_heads = STATE.pattern(GRIDS[1]).blocks, 5, 2
+    shape = (batch, blocks.num_tokens, key_heads)
+    left, right = (torch.randn(*shape, size, dtype=torch.float64) for size in (3, 4))
+    # Keys, values and queries of a group, and its sums twice, in fp64.
+    held = {
+        one.rows.shape[1]: 8 * batch * key_heads
+        * ((one.near.shape[1] + one.rows.shape[1]) * (3 + 4) + 2 * 3 * 4)
+        for one in groups(blocks).batches
+    }  # fmt: skip
+    whole = list(linear_attention._far_sums(left, right, blocks))
+    limit = 2 * max(held.values())
+    monkeypatch.setattr(linear_attention, "HELD_BYTES", {"cpu": limit})
+    pieces = list(linear_attention._far_sums(left, right, blocks))
+    for rows, *_ in pieces:
+        assert len(rows) * held[rows.shape[1]] <= limit
+    assert len(pieces) == len(whole) + 1 and any(len(rows) == 2 for rows, *_ in pieces)
+    total, again = (sum(float(one[2].square().sum()) for one in made) for made in (whole, pieces))
+    assert again == pytest.approx(total)
+
+
 def test_a_group_is_the_tiles_that_visit_the_same() -> None:
     plan = groups(STATE.pattern(GRIDS[1]).blocks)
     rows = torch.cat([b.rows[b.rows_ok] for b in plan.batches])

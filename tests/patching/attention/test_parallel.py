@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import diffpatch
 from diffpatch import Neighborhood, TokenGrid
 from diffpatch.cli import main
 from diffpatch.eval.processes import Process
 from diffpatch.patching.attention import parallel
+from tests.tiny import wan
 
 ROOT = Path(__file__).parents[3]
 TEXTLESS = ("wan", "temporal", "uneven heads", "uneven heads, temporal")
@@ -226,6 +228,37 @@ def test_heads_that_do_not_differ_stay_where_they_are() -> None:
     alike = Neighborhood(heads=((1, 1, 3), (1, 3, 1)), stride=1).pattern(grid).for_heads(4)
     assert parallel.deal(alike, 2) is None
     assert parallel.deal(UNEVEN.pattern(grid).for_heads(12), 1) is None
+
+
+def test_heads_are_dealt_where_all_processes_can_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of grouped heads, under a mask of each head, in dense layers and steps, or outside."""
+    tiny = wan(layers=2)
+    uneven = Neighborhood(heads=((1, 1, 1), -1), stride=1)
+    diffpatch.patch(tiny.pipe, uneven, dense_steps=1, dense_layers=[0])
+    owner = tiny.pipe.transformer._diffpatch
+    q, single = torch.zeros(1, 24, 2, 12), torch.zeros(1, 24, 1, 12)
+    for_all, for_each = torch.zeros(1, 1, 24, 24), torch.zeros(1, 2, 24, 24)
+    asked: dict[str, tuple[Any, ...]] = {
+        "alike": (q, q, None, 1), "masked": (q, q, for_all, 1), "grouped": (q, single, None, 1),
+        "each head masked": (q, q, for_each, 1), "a dense layer": (q, q, None, 0),
+    }  # fmt: skip
+    seen: list[dict[str, Any]] = []
+
+    def look(*_: Any) -> None:
+        seen.append({})
+        with monkeypatch.context() as patched:
+            patched.setattr(parallel, "share", lambda _: (0, 2))
+            for name, arguments in asked.items():
+                with owner.dealing(*arguments) as dealt:
+                    seen[-1][name] = dealt
+
+    tiny.pipe.transformer.blocks[0].attn1.register_forward_pre_hook(look)
+    tiny.run(num_inference_steps=2)
+    (first, *_, last), nothing = seen, dict.fromkeys(asked)
+    assert first == nothing, "the first step is dense"
+    assert last == nothing | {"alike": (1, 0), "masked": (1, 0)}
+    with owner.dealing(q, q, None, 1) as dealt:
+        assert dealt is None, "no forward is under way"
 
 
 def test_tensor_parallel_processes_know_their_heads() -> None:
