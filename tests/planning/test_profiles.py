@@ -88,6 +88,9 @@ def test_a_published_device_is_a_roofline_and_says_so() -> None:
     assert 1 < made.step_speedup < made.attention_speedup <= plan.attention_speedup
     assert made.step_seconds == pytest.approx(made.dense_step_seconds / made.step_speedup)
     assert "UNCALIBRATED" in str(plan) and not made.calibrated
+    dense = diffpatch.plan("wan-1.3b", "dense", profile="h100", dense_steps=1.0, **size).predicted
+    assert dense is not None and dense.step_seconds == made.dense_step_seconds
+    assert (dense.call_speedup, dense.attention_speedup, dense.step_speedup) == (1, 1, 1)
     measured = diffpatch.plan("wan-1.3b", "window", profile="cpu", **size).predicted
     assert measured is not None and measured.calibrated and measured.dtype == "fp32"
     assert "UNCALIBRATED" not in str(measured)

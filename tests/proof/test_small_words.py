@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,29 @@ from diffpatch.pipelines.families.grids import REST
 from diffpatch.pipelines.shapes.find import find_shape
 from diffpatch.planning.prediction import duration
 from diffpatch.planning.run import PlannedRun
+
+
+def test_progress_says_what_came_of_a_run_and_how_long_the_others_take() -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(title="radial | “a cat” seed 0")
+    progress = drive.Progress(total=12, done=1, say=said.append, workers=2)
+    progress.failed(run, ValueError("no memory\nleft"))
+    progress.done = 2
+    clocks, gains = {"denoising": 1.5, "total": 3.0}, {"denoising": 2.0, "total": 1.0}
+    progress.finished(run, {"quality": {"psnr": 30.25}, "seconds": clocks, "speedup": gains}, 60.0)
+    progress.done = 12
+    whole: dict[str, Any] = {"denoising": None, "total": 3.0}
+    progress.finished(run, {"quality": {}, "seconds": whole, "speedup": whole}, 120.0)
+    assert said == [
+        "[ 1/12] radial | “a cat” seed 0: FAILED, ValueError: no memory",
+        "[ 2/12] radial | “a cat” seed 0: 1.5 s, 2.00×, 30.2 dB | 5 min left",
+        "[12/12] radial | “a cat” seed 0: 3.0 s, 3.00×",
+    ]
+    assert not progress.is_over
+    progress.limit = time.monotonic() + 1000.0
+    assert not progress.is_over
+    progress.limit = time.monotonic() + 100.0  # the longest took 120 s
+    assert progress.is_over
 
 
 def test_times_change_their_unit_where_the_next_one_reads_better() -> None:
