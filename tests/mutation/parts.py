@@ -52,7 +52,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     ],
     "kernels": [
         ("kernels/active_tiles/[art]*.py", "kernels/active_tiles/test_active_tiles.py"
-         " methods/temporal/test_temporal_tiles.py"),
+         " methods/temporal/test_temporal_tiles.py kernels/test_asked.py"),
         ("kernels/block_sparse/[arw][pe]*.py", "kernels/block_sparse/test_block_sparse.py"),
         ("kernels/block_sparse/int8/[lr]*.py", "kernels/block_sparse/test_int8.py"),
         ("kernels/block_sparse/torch_plan/*.py", "kernels/block_sparse/test_block_sparse.py"
@@ -61,12 +61,13 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("kernels/dense.py", "kernels/block_sparse/test_block_sparse.py"
          " patching/attention/test_masks.py"),
         ("kernels/linear/[agfr][a-z]*.py", "methods/linear/test_linear.py"
-         " kernels/linear/test_linear_triton.py"),
+         " kernels/linear/test_linear_triton.py kernels/test_asked.py"),
         ("kernels/merge.py", "kernels/test_merge.py"),
         ("kernels/pieces.py", "kernels/virtual_tokens/test_virtual_tokens.py"
          " methods/linear/test_piecewise.py"),
         ("kernels/selection/*.py", "kernels/selection"),
-        ("kernels/virtual_tokens/[ar]*.py", "kernels/virtual_tokens/test_virtual_tokens.py"
+        ("kernels/virtual_tokens/[ar]*.py", "kernels/test_asked.py"
+         " kernels/virtual_tokens/test_virtual_tokens.py"
          " methods/linear/test_piecewise.py"),
     ],
     "quality": [
