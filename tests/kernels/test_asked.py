@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from diffpatch.kernels.active_tiles import api as active_tiles
 from diffpatch.kernels.active_tiles import reference as active_reference
