@@ -14,7 +14,7 @@ from diffpatch import internals
 from diffpatch.errors import DiffpatchError
 from diffpatch.patching.attention.layout import NO_GRID, Numbers
 from diffpatch.patching.attention.parallel import Deal
-from diffpatch.patching.options.schedule import BoundSchedule
+from diffpatch.patching.options.schedule import ALL_SPARSE, BoundSchedule
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run.idle import Idle
 from diffpatch.patching.run.run import Run
@@ -146,7 +146,10 @@ class Forwards:
             self._begun(place.run)
         if not hooked and patch.hold is not None:
             patch.holds_none(place.run, _COMPILED)
-        bound = place.run.bound(patch.schedule, self._layers, place.total, place.evaluations)
+        if hooked and grid == NO_GRID and place.total is None:
+            bound = ALL_SPARSE  # it is dense for want of a grid; no step has to be known for that
+        else:
+            bound = place.run.bound(patch.schedule, self._layers, place.total, place.evaluations)
         forward = Forward(place, bound, self.context, hooked, grid, why)
         self._here.forward = forward
         if self._went_back:

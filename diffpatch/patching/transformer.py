@@ -171,7 +171,7 @@ class PatchedTransformer:
         remarks.of_caches(self.name, model, self.patch, forward, own_cache)
         self._forget_moved_frames(named, forward)
         if self._guide is not None:
-            self._guide.lead(model, args, kwargs, forward)
+            self._guide.lead(model, args, kwargs, named, forward)
 
     def after_forward(self, failed: bool) -> None:
         """The forward is through, or has failed. Traced under torch.compile."""
@@ -188,8 +188,8 @@ class PatchedTransformer:
 
     def _forget_moved_frames(self, arguments: Mapping[str, Any], forward: Forward) -> None:
         run = forward.place.run
-        follows = self.patch.method.needs_steps and forward.place.first
-        if follows and run.clocks[self.name].moved(arguments):
+        remembers = self.patch.method.needs_steps or self.patch.hold is not None
+        if remembers and forward.place.first and run.clocks[self.name].moved(arguments):
             run.forget(self.name)
 
     def _check_company(self, model: Any) -> None:

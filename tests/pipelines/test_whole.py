@@ -81,3 +81,13 @@ def test_a_pipeline_runs_sparsely_counts_its_steps_and_is_undone(name: str) -> N
     assert report.reasons == {"dense first steps": calls}
     assert torch.equal(first, second) and not torch.equal(first, plain)
     assert torch.equal(model.run(), plain)
+
+
+def test_a_forward_before_the_loop_needs_no_steps_where_it_is_dense_anyway() -> None:
+    model = whole.glm_image_edit()
+    plain = model.run()
+    diffpatch.patch(model.pipe, LOCAL, dense_steps=1, dense_layers=0)
+    for _ in range(2):  # the scheduler has never run, or has taken all its steps
+        assert torch.equal(model.run(), plain)
+        reasons = diffpatch.report(model.pipe).reasons
+        assert set(reasons) == {"dense first steps", "reference images are cached keys"}

@@ -168,6 +168,18 @@ def glm_image() -> Tiny:
     return _made("GlmImagePipeline", more.glm_image().pipe, parts, prior_token_ids=prior)
 
 
+def glm_image_edit() -> Tiny:
+    """With an image to edit, whose keys the transformer caches before the loop begins."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "block_out_channels": (4,) * 4}
+    blocks["up_block_types"] = ("UpDecoderBlock2D",) * 4
+    vae = make("AutoencoderKL", **blocks, latent_channels=4, norm_num_groups=1)
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    model, prior = glm_image(), torch.arange(24) % 16
+    model.pipe.register_modules(vae=vae)
+    more = {"prior_token_image_ids": [prior], "source_image_grid_thw": [torch.tensor([[1, 4, 6]])]}
+    return Tiny(model.pipe, model.call | {"image": [PICTURE]} | more)
+
+
 def ernie_image() -> Tiny:
     """Prompts as lists."""
     text = noise(8, 32)

@@ -40,8 +40,8 @@ and cache. They belong to a run, so that runs at once do not mix. A held step ru
 transformer: what methods carry ages by steps, as under a cache. Where nothing tells the steps,
 where the scheduler runs the model twice a step, and in a transformer that is compiled as a whole,
 none is held, and the report says why. A transformer that is cut over several processes is refused.
-A text that is exchanged in the middle of a run makes the next forward run; what else changes, such
-as the scale of a LoRA, shows with the next forward that is made.
+Whatever the forward is given that was the same in its first two steps (texts, scales, images) makes
+it run when it changes, and so does a ControlNet that begins or ends; weights that change do not.
 
 Every cache keeps its results on the model, so that two runs over it at once are mixed up, patched
 or not: a warning and a note in the report say so.

@@ -127,6 +127,9 @@ class BoundSchedule:
         return "dense layers" if layer in self.layers else None
 
 
+ALL_SPARSE = BoundSchedule(0, None, frozenset())
+
+
 def _check(name: str, amount: Amount) -> None:
     if amount < 0 or (isinstance(amount, float) and amount > 1):
         raise BadParameter(f"{name}={amount} must be a count ≥ 0 or a fraction between 0.0 and 1.0")

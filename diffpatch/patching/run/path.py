@@ -16,7 +16,7 @@ scheduler's timesteps, along which flow matching moves exactly, and others about
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +24,45 @@ import torch
 from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True)
 class Given:
-    """What a held result must have been given: latents of this shape, and these texts."""
+    """What a forward was given, and which of that does not move along the path.
 
-    shape: tuple[int, ...]
-    texts: Any
+    Latents and timesteps are others in every step. What two forwards in a row have in common (texts
+    whatever their names, scales, the condition of a ControlNet) makes a result of no use when it
+    changes.
+
+    Args:
+        arguments: of the forward, by name.
+        before: what the forward before it in its branch was given, None for the first.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], before: Given | None = None) -> None:
+        leaves, self._spec = pytree.tree_flatten(dict(arguments))
+        self._leaves = [(leaf, _version(leaf)) for leaf in leaves]
+        self._steady: list[bool] | None = None  # known from the second forward on
+        if before is not None and self.is_like(before):
+            pairs = zip(before._leaves, self._leaves, strict=True)
+            self._steady = before._steady or [_same(*pair) for pair in pairs]
+
+    def is_like(self, other: Given) -> bool:
+        """Whether there are as many things, of the same kinds and shapes."""
+        return self._spec == other._spec and all(
+            _kind(mine[0]) == _kind(theirs[0])
+            for mine, theirs in zip(self._leaves, other._leaves, strict=True)
+        )
 
     def fits(self, other: Given) -> bool:
-        """Whether a result for the one serves the other."""
-        mine, theirs = pytree.tree_leaves(self.texts), pytree.tree_leaves(other.texts)
-        return (
-            self.shape == other.shape and len(mine) == len(theirs) and all(map(_same, mine, theirs))
+        """Whether a result for the one serves the other; never before it is known what moves."""
+        return self._steady is not None and not self.differs(other)
+
+    def differs(self, other: Given) -> bool:
+        """Whether something is known to have changed that does not move along the path."""
+        if self._steady is None or not self.is_like(other):
+            return not self.is_like(other)
+        leaves = zip(self._leaves, other._leaves, self._steady, strict=True)
+        return not all(
+            _same(mine, theirs) if steady else _is_silent(mine[0]) == _is_silent(theirs[0])
+            for mine, theirs, steady in leaves
         )
 
 
@@ -70,6 +97,11 @@ class Path:
         held = range(last + 1, min(step, len(t) - 2) + 1)
         return math.fsum((t[j + 1] - t[j]) * (t[j] - t[last]) for j in held)
 
+    def given(self, branch: int, arguments: Mapping[str, Any]) -> Given:
+        """What the next forward of a guidance branch is given."""
+        before = self.results.get(branch)
+        return Given(arguments, None if before is None else before[0])
+
     def made(self, step: int, branch: int, given: Given, result: Any, *, first: bool) -> None:
         """A forward was made.
 
@@ -83,8 +115,9 @@ class Path:
         if first:
             before, passed = self.results.get(branch), self.times[step] - self.times[self.last]
             self.rate = None
-            if before is not None and before[0].shape == given.shape and passed > 0:
-                self.rate = _change(before[1], result) / passed
+            if before is not None and before[0].is_like(given) and passed > 0:
+                change = _change(before[1], result)
+                self.rate = None if change is None else change / passed
             self.last = step
         self.results[branch] = given, copied(result)
 
@@ -99,18 +132,48 @@ def copied(result: Any) -> Any:
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one is other or (one.shape == other.shape and torch.equal(one, other))
-    return type(one) is type(other)
+def _version(leaf: Any) -> int | None:
+    """How often a tensor was written to; None where nothing counts that."""
+    counts = isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    return leaf._version if counts else None
 
 
-def _change(before: Any, now: Any) -> torch.Tensor:
-    """How much a result differs from the one before, relative to it (L2)."""
-    old, new = (_first(x).float() for x in (before, now))
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    return (type(leaf), *((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else ()))
+
+
+def _is_silent(leaf: Any) -> bool:
+    """Whether it adds nothing, as a ControlNet does that has come to its end."""
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 2 and not leaf.any()
+
+
+def _same(one: tuple[Any, int | None], other: tuple[Any, int | None]) -> bool:
+    """Whether two leaves, with the number of writes to each, hold the same."""
+    (mine, written), (theirs, written_since) = one, other
+    if mine is theirs:
+        return written == written_since
+    if isinstance(mine, torch.Tensor):
+        return torch.equal(mine, theirs)
+    return not isinstance(mine, bool | int | float | str) or mine == theirs
+
+
+def _change(before: Any, now: Any) -> torch.Tensor | None:
+    """How much a result differs from the one before, relative to it (L2), where it does most.
+
+    None if the two have other shapes, as where a first forward also goes through what the next ones
+    find in a cache.
+    """
+    pairs = list(zip(_tensors(before), _tensors(now), strict=False))
+    if not pairs or any(old.shape != new.shape for old, new in pairs):
+        return None
+    return torch.stack([_turn(old.float(), new.float()) for old, new in pairs]).max()
+
+
+def _turn(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return (new - old).norm() / new.norm()
 
 
-def _first(result: Any) -> torch.Tensor:
-    """The tensor of a result, or the first of several."""
-    return next(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+def _tensors(result: Any) -> list[torch.Tensor]:
+    """What is denoised: a tensor, or one for every sample, or for picture and sound."""
+    leaves = pytree.tree_leaves(result)
+    return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]

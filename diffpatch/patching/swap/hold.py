@@ -17,14 +17,13 @@ from diffpatch.errors import DiffpatchError
 from diffpatch.patching.attention import parallel
 from diffpatch.patching.forwards import Forward, Forwards
 from diffpatch.patching.patch import Patch
-from diffpatch.patching.run.path import Given, Path, copied
+from diffpatch.patching.run.path import Path, copied
 from diffpatch.patching.swap.guide import RECORD
 
 _NO_TIMES = "its scheduler runs the model twice a step, or its timesteps do not fall towards 0"
+_GRADIENTS = "gradients are recorded: call the transformer under torch.no_grad()"
 FORWARD = "forward"
 MEANING = "0.005: how far a held result may lead astray before the transformer is run again"
-# What a caller may exchange in the middle of a run.
-TEXTS = ("encoder_hidden_states", "pooled_projections")
 
 
 class Hold:
@@ -41,10 +40,9 @@ class Hold:
     def __init__(
         self, patch: Patch, forwards: Forwards, arguments: Sequence[str], name: str, model: Any
     ) -> None:
-        self._patch, self._forwards, self._arguments = patch, forwards, arguments
-        self._name, self._model = name, weakref.ref(model)
+        self._on: tuple[Patch, Forwards] | None = patch, forwards
+        self._arguments, self._name, self._model = arguments, name, weakref.ref(model)
         self._before = vars(model).get(FORWARD)  # such as accelerate's, that moves weights first
-        self._on = True
         setattr(model, FORWARD, self)
 
     @property
@@ -57,16 +55,17 @@ class Hold:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = self.__wrapped__
-        if torch.compiler.is_compiling() or not self._on:
+        if torch.compiler.is_compiling() or self._on is None:
             return original(*args, **kwargs)
-        forward = self._forwards.current
-        path = None if forward is None or torch.is_grad_enabled() else self._path(forward)
+        patch, forwards = self._on
+        forward = forwards.current
+        path = None if forward is None else self._path(forward, patch)
         if forward is None or path is None:
             return original(*args, **kwargs)
-        place, given = forward.place, self._given(args, kwargs)
+        place, named = forward.place, dict(zip(self._arguments, args, strict=False))
         if place.first:
-            path.begin_step(place.step, self._patch.hold or 0.0)
-        held = path.results.get(place.branch)
+            path.begin_step(place.step, patch.hold or 0.0)
+        held, given = path.results.get(place.branch), path.given(place.branch, named | kwargs)
         if path.holding and held is not None and held[0].fits(given):
             place.run.record.hold(place.run.place(place.step))
             return copied(held[1])
@@ -74,7 +73,7 @@ class Hold:
         path.made(place.step, place.branch, given, result, first=place.first)
         return result
 
-    def _path(self, forward: Forward) -> Path | None:
+    def _path(self, forward: Forward, patch: Patch) -> Path | None:
         """How far the forward's run is; None where nothing tells."""
         place = forward.place
         if (
@@ -84,26 +83,22 @@ class Hold:
             or place.total is None
         ):
             return None
+        if torch.is_grad_enabled():
+            patch.holds_none(place.run, _GRADIENTS)
+            return None
         paths = place.run.paths
         if self._name not in paths:
             times = place.tracker.times()
             if times is None:
-                self._patch.holds_none(place.run, _NO_TIMES)
+                patch.holds_none(place.run, _NO_TIMES)
                 return None
             _check_processes(self._model())
             paths[self._name] = Path(times)
         return paths[self._name]
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        latents = next((x for x in named.values() if isinstance(x, torch.Tensor)), None)
-        return Given(
-            () if latents is None else tuple(latents.shape), [named.get(name) for name in TEXTS]
-        )
-
     def remove(self) -> None:
         """Give the model its own forward back; under what somebody has put on top, do nothing."""
-        self._on = False
+        self._on = None  # whoever wraps it goes on calling it
         model = self._model()
         if model is None or vars(model).get(FORWARD) is not self:
             return

@@ -161,6 +161,37 @@ def test_two_sizes_at_once() -> None:
     assert all(torch.equal(together[i], alone[i]) for i in range(len(sizes)))
 
 
+def guides(tiny: Tiny, change: Callable[[Any, Any], Any], *inputs: str) -> int:
+    """How many guides there are in a run with a change after step 1."""
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        return change(pipe, tensors) if step == 1 else {}
+
+    diffpatch.patch(tiny.pipe, "larger", trained=SMALL, guide=STEPS, dense_steps=0)
+    tiny.run(
+        num_inference_steps=STEPS, callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=list(inputs),
+    )  # fmt: skip
+    note = next(n for n in diffpatch.report(tiny.pipe).notes if "guide forwards" in n)
+    return int(note.split()[0])
+
+
+def test_a_text_that_is_exchanged_has_a_guide_of_its_own() -> None:
+    tiny = wan()
+    assert guides(tiny, lambda *_: {}) == 1
+    assert guides(tiny, lambda _, t: {"prompt_embeds": -t["prompt_embeds"]}, "prompt_embeds") == 2
+
+
+def test_guidance_may_end_between_two_guides() -> None:
+    tiny = videos.ltx()
+
+    def end(pipe: Any, tensors: Any) -> Any:
+        pipe._guidance_scale = 1.0
+        return {name: value.chunk(2)[1] for name, value in tensors.items()}
+
+    assert guides(tiny, end, "prompt_embeds") == 2
+
+
 def test_what_goes_around_a_guide_is_refused() -> None:
     tiny = wan()
     diffpatch.patch(tiny.pipe, "larger", trained=SMALL)

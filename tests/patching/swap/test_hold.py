@@ -14,7 +14,7 @@ import torch
 
 import diffpatch
 from diffpatch import BadParameter
-from diffpatch.patching.run.path import Given, Path
+from diffpatch.patching.run.path import Path
 from diffpatch.patching.run.tracker import Tracker
 from tests.tiny import Tiny, wan
 
@@ -55,13 +55,12 @@ def astray(times: list[float], node: int, step: int) -> float:
 def test_the_rule_by_hand() -> None:
     times = [0.0, 0.1, 0.2, 0.35, 0.5, 0.8, 1.0]
     path = Path(times)
-    given = Given((2, 3), None)
     path.begin_step(0, 1.0)
     assert not path.holding, "nothing is known yet"
-    path.made(0, 0, given, (torch.tensor([3.0, 4.0]),), first=True)
+    path.made(0, 0, path.given(0, {}), (torch.tensor([3.0, 4.0]),), first=True)
     path.begin_step(1, 1.0)
     assert not path.holding, "one result does not tell how fast it changes"
-    path.made(1, 0, given, (torch.tensor([3.0, 5.0]),), first=True)
+    path.made(1, 0, path.given(0, {}), (torch.tensor([3.0, 5.0]),), first=True)
     rate = 1 / math.sqrt(34) / 0.1
     for step in (2, 3, 4, 5):
         limit = rate * astray(times, 1, step)
@@ -69,7 +68,7 @@ def test_the_rule_by_hand() -> None:
         assert path.holding
         path.begin_step(step, limit * 0.9999)
         assert not path.holding
-    path.made(4, 0, given, (torch.tensor([float("nan"), 0.0]),), first=True)
+    path.made(4, 0, path.given(0, {}), (torch.tensor([float("nan"), 0.0]),), first=True)
     path.begin_step(5, ALWAYS)
     assert not path.holding, "NaN is within no tolerance"
 
@@ -327,14 +326,3 @@ def test_models_that_are_cut_over_processes_are_refused(tiny: Tiny, tmp_path: Fi
             tiny.run(num_inference_steps=STEPS)
     finally:
         distributed.destroy_process_group()
-
-
-def test_a_result_serves_what_was_given_the_same() -> None:
-    text, pooled = torch.ones(1, 2, 3), torch.ones(1, 4)
-    given = Given((1, 2), [text, [pooled, None]])
-    assert given.fits(Given((1, 2), [text.clone(), [pooled, None]]))
-    assert not given.fits(Given((2, 1), [text, [pooled, None]]))
-    assert not given.fits(Given((1, 2), [text, [pooled + 1, None]]))
-    assert not given.fits(Given((1, 2), [text[:, :1], [pooled, None]]))
-    assert not given.fits(Given((1, 2), [text, [None, pooled]]))
-    assert not given.fits(Given((1, 2), [text]))
