@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from diffpatch.checking import Natural, checked
-from diffpatch.errors import BadParameter
+from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.kernels.gpu.device import on_device_of
 from diffpatch.kernels.memo import Recent
 from diffpatch.methods.base import AttentionCall, Method
 from diffpatch.methods.packed import pattern_on
 from diffpatch.methods.registry import MethodLike, make_method
 from diffpatch.patching.attention.autocast import as_autocast, without_autocast
+from diffpatch.patching.attention.model_masks import is_transformed
 from diffpatch.patching.options import composition
 from diffpatch.patterns.grid import Grid, as_grid
 from diffpatch.patterns.pattern import BlockPattern
@@ -86,6 +87,11 @@ def attention(
         raise BadParameter(
             f"q is {tuple(q.shape)}, in (batch, tokens, heads, channels), and the grid {grid} has"
             f" {grid.num_tokens} tokens: q has {q.shape[1]}"
+        )
+    if is_transformed(q):
+        raise DiffpatchError(
+            "attention: q is inside a transform of torch.func (vmap, grad, jvp), which its kernels"
+            " do not know: pass the batch as it is, (B, S, H, D), and call backward for gradients"
         )
     pattern = _pattern(method, grid, method.variant(layer, step), state).for_heads(q.shape[2])
     q, k, v, _ = as_autocast(q, k, v, None)

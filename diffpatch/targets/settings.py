@@ -264,7 +264,8 @@ class Settings(_Part):
         if self.measured_on.model != found:
             raise BadParameter(
                 f"settings are of other weights (fingerprint {self.measured_on.model}, this model"
-                f" {found}): tune this model, or load the weights that they were made for"
+                f" {found}): tune this model as it is, or load the weights that they were made for,"
+                " in bfloat16 or float32 and without a LoRA, fused or quantised layers"
             )
 
     def check_grid(self, grid: tuple[int, int, int, int]) -> str | None:
@@ -302,8 +303,9 @@ def fingerprint(transformers: Mapping[str, torch.nn.Module]) -> str:
     """16 hex digits that name a model's weights, without reading all of them.
 
     It depends on the names, the shapes and a few values of all parameters, so a merged LoRA or
-    another checkpoint of the same shape counts as another model. It does not depend on dtype,
-    device or offload.
+    another checkpoint of the same shape counts as another model. So does a model with a LoRA, with
+    fused or quantised layers, or in float16, which rounds the smallest weights. It does not depend
+    on device or offload, nor on whether weights are bfloat16 or float32.
     """
     digest = hashlib.sha256()
     for name in sorted(transformers):

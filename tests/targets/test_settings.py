@@ -158,6 +158,12 @@ def test_a_fingerprint_names_weights_and_not_where_they_are() -> None:
     name = fingerprint({"transformer": layer})
     assert name == fingerprint({"transformer": layer.to(torch.bfloat16)})
     assert name != fingerprint({"transformer_2": layer})
+    assert name == fingerprint({"transformer": layer.float()})
+    with torch.no_grad():
+        layer.weight.mul_(1e-6)  # bfloat16 and float32 hold what float16 rounds away
+    small = fingerprint({"transformer": layer})
+    assert small == fingerprint({"transformer": layer.to(torch.bfloat16).float()})
+    assert small != fingerprint({"transformer": layer.half()})
     with torch.no_grad():
         layer.weight.add_(1.0)
     assert name != fingerprint({"transformer": layer})

@@ -1,4 +1,4 @@
-"""Masks that the models themselves bring, in the forms that block-sparse attention can honour."""
+"""What keeps a call from being sparse: masks that models bring, and transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+# torch.func wraps tensors in ones of its own, which have no storage for kernels to read.
+TRANSFORMED = "torch.func (vmap, grad, jvp) goes through the call, which only dense attention knows"
 _FEATURES = 8  # kernels like head sizes that are multiples of this
 
 
@@ -39,6 +41,8 @@ def read_mask(k: torch.Tensor, mask: torch.Tensor | None, square: bool) -> Model
         square: whether square masks of this model are products m_i·m_j of one number a token. Then
             the diagonal is m², and queries of hidden tokens may give anything: nobody sees them.
     """
+    if is_transformed(k):
+        return ModelMask(reason=TRANSFORMED)
     if mask is None:
         return ModelMask()
     batch, tokens = k.shape[:2]
@@ -55,6 +59,14 @@ def read_mask(k: torch.Tensor, mask: torch.Tensor | None, square: bool) -> Model
             return ModelMask(keys=diagonal)
         return ModelMask(bias=diagonal.clamp(min=0).sqrt())
     return ModelMask(reason=f"the model's own mask {tuple(mask.shape)} of {mask.dtype}")
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func is going on about a tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
 
 
 def fold_bias(

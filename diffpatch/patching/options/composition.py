@@ -58,6 +58,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from diffpatch.errors import BadParameter, DiffpatchError
 from diffpatch.methods.base import Method
 from diffpatch.methods.wrapper import Wrapper
@@ -112,6 +114,11 @@ def check_model(model: Any, method: Method, modules: Iterable[Any]) -> None:
     from diffpatch import internals  # imports diffusers, which takes seconds
     from diffpatch.patching.attention import parallel
 
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise DiffpatchError(
+            f"torch.jit.trace records {type(model).__name__}, and would keep the pattern of one"
+            " grid: use torch.compile or torch.export, or unpatch first"
+        )
     if method.why_one_process is not None and parallel.context(model) is not None:
         raise DiffpatchError(f"{method.name}: {method.why_one_process}")
     cache = cache_of(model)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import diffpatch
-from diffpatch import TokenGrid
+from diffpatch import DiffpatchError, TokenGrid
 from tests.patching.test_custom_model import GRID, Model, OlderProcessor, Processor, inputs
-from tests.tiny import Tiny, images, videos
+from tests.tiny import Tiny, images, videos, wan_transformer
+from tests.tiny.parts import noise
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("radial", {}),
@@ -164,3 +165,37 @@ def test_accelerate_trains_in_mixed_precision() -> None:
     accelerator.backward(loss)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert diffpatch.report(model).kept < 1
+
+
+def test_transforms_of_torch_func_run_dense_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = wan_transformer().eval()
+    x, time, text = noise(2, 16, 3, 4, 8), torch.tensor([500.0, 300.0]), noise(2, 7, 32)
+
+    def one(x: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model(x[None], time[None], text[None])[0][0]
+        return out
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return one(x, time[0], text[0]).square().mean()
+
+    found: list[list[torch.Tensor]] = []
+    for patched in (False, True):
+        if patched:
+            diffpatch.patch(model, "window", window=(-1, 1, 2))
+        with torch.no_grad():
+            each = torch.func.vmap(one)(x, time, text)
+        found.append([each, torch.func.grad(loss)(x[0]), torch.func.vmap(torch.func.grad(loss))(x)])
+    for dense, out in zip(*found, strict=True):
+        torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-6)
+    assert "nothing ran sparsely" in caplog.text and "torch.func" in caplog.text
+    q, k, v = some(2, COMMON.num_tokens, 2, 16)
+    with pytest.raises(DiffpatchError, match="inside a transform of torch"):
+        torch.func.vmap(lambda q: diffpatch.attention(q[None], k[:1], v[:1], COMMON))(q)
+
+
+def test_tracing_is_refused() -> None:
+    model = wan_transformer().eval()
+    diffpatch.patch(model, "window", window=(-1, 1, 2))
+    arguments = noise(1, 16, 3, 4, 8), torch.tensor([500.0]), noise(1, 7, 32)
+    with pytest.raises(DiffpatchError, match=r"torch\.jit\.trace records Wan"):
+        torch.jit.trace(lambda *given: model(*given)[0], arguments)
