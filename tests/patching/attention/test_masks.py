@@ -15,7 +15,7 @@ VALID = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
 def test_no_mask_says_nothing() -> None:
     for square in (True, False):
         seen = read_mask(Q, None, square)
-        assert seen.keys is seen.bias is seen.reason is None
+        assert (seen.keys, seen.bias, seen.reason) == (None, None, None)
 
 
 def test_key_masks() -> None:
