@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffpatch
-from diffpatch import Dynamic, Larger, Neighborhood, TokenGrid
+from diffpatch import Dynamic, Larger, Neighborhood, Temporal, TokenGrid, Window
 from diffpatch.eval.quality import evaluate
 from diffpatch.eval.sweep import drive
 from diffpatch.eval.sweep.plan import Scene, plan_sweep
@@ -146,6 +146,19 @@ def test_the_guide_branch_is_counted_in_the_memory_of_a_run() -> None:
     )
     wanted = 2 * grid.num_tokens * shape.heads * shape.head_dim * shape.layers
     assert one.state_size(shape) == wanted == 2 * half.state_size(shape)
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_levels_of_quality_are_about_steps_that_refresh_nothing(every: int) -> None:
+    """And about pairs of visual tokens; the run as a whole has its refreshes."""
+    grid, near = TokenGrid(2, 6, 8, text_after=7), Window(window=(-1, 0.5, 0.5), shift="none")
+    bound = Schedule(dense_steps=0, dense_layers=0).bind(10, 2)
+    run = PlannedRun(Temporal(over=near, refresh=every), grid, bound, 10, 2, "torch")
+    visual = near.pattern(grid, 0).dense()[..., : 6 * 16, : 6 * 16].double().mean().item()
+    assert run.kept_visual() == pytest.approx(visual)
+    kept = near.pattern(grid, 0).kept
+    refreshes = len(range(0, 10, every)) / 10
+    assert run.kept_sparse() == pytest.approx(refreshes + (1 - refreshes) * kept)
 
 
 def test_models_that_guide_by_calls_pay_for_a_guide_in_one_of_them() -> None:
