@@ -93,6 +93,9 @@ def test_only_what_is_faster_than_dense_is_best_or_picked(tmp_path: Path) -> Non
     assert summary.verdicts[0].pick == "quick"
     summary = write(tmp_path / "b", found[:2], {"psnr": 25.0})
     assert summary.verdicts[0].pick is None and summary.verdicts[0].text.startswith("Stay dense")
+    level = run("level", psnr=50.0, seconds=20.0)  # as fast as dense
+    summary = write(tmp_path / "d", [dense, level, found[2]], {"psnr": 25.0})
+    assert {one.label for one in summary.rows if one.best} == {"quick"}
     # Of two that are as fast, the closer; where none is good enough, the closest is named.
     found = [dense, run("near", psnr=20.0), run("far", psnr=18.0), run("bold", psnr=9.0, seconds=2)]
     summary = write(tmp_path / "c", found, {"psnr": 25.0})
