@@ -26,7 +26,8 @@ def write_summary(found: Mapping[Any, dict[str, Any]], seed: int, root: Path) ->
     survivors = []
     for row in found.values():
         key = (row["mutant"][0], row["before"], row["after"])
-        end = "equal" if row["end"] == "unnoticed" and key in why else row["end"]
+        survived = row["end"] in ("unnoticed", "unclear")
+        end = "equal" if survived and key in why else row["end"]
         counts[row["part"]][end] += 1
         if end == "unnoticed":
             survivors.append(dict(zip(("file", "before", "after"), key, strict=True)))

@@ -18,6 +18,7 @@ import torch
 import diffpatch
 from diffpatch import BadParameter, DiffpatchError
 from diffpatch.patching.run import callers
+from diffpatch.patching.run.callers import TRACKER
 from tests.patching.run.test_runs import (
     LATENT,
     LOCAL,
@@ -323,3 +324,43 @@ def test_calls_are_counted_by_module_however_deep() -> None:
     outer = Asks(Asks(inner))
     assert outer() == (1, 1, 0) and inner() == (1, 0, 0)
     assert callers.calls_of([outer, inner]) == 0
+
+
+def test_a_pipeline_in_hand_has_to_agree_with_whoever_is_outside() -> None:
+    one, other = wan().pipe, wan().pipe
+
+    def running(scheduler: Any) -> bool:
+        return scheduler is one.scheduler or scheduler is other.scheduler
+
+    def inner(pipe: Any) -> callers.Caller | None:
+        return callers.find(running)
+
+    def outer(scheduler: Any) -> callers.Caller | None:
+        return inner(one)
+
+    def around(scheduler: Any) -> callers.Caller | None:
+        def within(pipe: Any) -> callers.Caller | None:
+            return callers.find(running)
+
+        return within(one)
+
+    agreed = outer(one.scheduler)
+    assert agreed is not None and agreed.pipeline is one and not agreed.is_call
+    assert agreed.schedulers == [one.scheduler]
+    torn = outer(other.scheduler)
+    assert torn is not None and torn.pipeline is None and not torn.is_call
+    assert torn.schedulers == [one.scheduler, other.scheduler] and torn.values == {}
+    own = around(other.scheduler)  # the loop is that of the function around
+    assert own is not None and own.pipeline is None and own.schedulers == [other.scheduler]
+
+
+def test_a_copy_of_a_scheduler_that_is_made_beside_a_run_is_nobodys() -> None:
+    tiny = wan()
+    plain = type(tiny.pipe.scheduler)
+    diffpatch.patch(tiny.pipe, LOCAL, dense_steps=0)
+    tracker = vars(tiny.pipe.scheduler)[TRACKER]
+    for _ in range(2):  # before a run, and after one
+        duplicate = copy.deepcopy(tiny.pipe.scheduler)
+        assert type(duplicate) is plain and TRACKER not in vars(duplicate)
+        assert [*tracker.schedulers.values()] == [tiny.pipe.scheduler] and not tracker._copied
+        tiny.run()
