@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,14 @@ def test_a_published_device_is_a_roofline_and_says_so() -> None:
     measured = diffpatch.plan("wan-1.3b", "window", profile="cpu", **size).predicted
     assert measured is not None and measured.calibrated and measured.dtype == "fp32"
     assert "UNCALIBRATED" not in str(measured)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp4"])
+def test_a_dtype_has_to_be_known_to_the_device_and_to_diffpatch(dtype: str) -> None:
+    size: dict[str, Any] = {"height": 96, "width": 160, "num_frames": 9, "dtype": dtype}
+    device = replace(load_profile("h100"), peak={"fp32": 1e12, "fp4": 8e12})
+    with pytest.raises(BadParameter, match=rf"dtype='{dtype}' on h100: .*fp32"):
+        diffpatch.plan("wan-1.3b", "window", profile=device, **size)
 
 
 def test_costs_of_another_head_size_follow_the_nearest() -> None:

@@ -17,7 +17,10 @@ from diffpatch.methods.neighborhood import _whole_tiles, entropy_scale
 from diffpatch.methods.radial.rules import half_window, published
 from diffpatch.patching.attention.decision import Decider, Question
 from diffpatch.patching.attention.layout import (
+    NO_GRID,
+    UNKNOWN,
     call_shape,
+    is_own_call,
     layout,
     numbers,
     silent_tokens,
@@ -105,6 +108,10 @@ def test_silent_tokens_stand_at_one_end() -> None:
     assert (silent_tokens(grid, "before"), silent_tokens(grid, "after")) == (range(5), range(9, 16))
     assert call_shape(numbers(grid), "before") == (11, 16)
     assert call_shape(numbers(grid), "after") == (9, 16)
+    assert call_shape(NO_GRID, "before") == call_shape(NO_GRID, "after") == UNKNOWN
+    assert is_own_call(UNKNOWN, 3, 5) and not is_own_call(UNKNOWN, 5, 5)
+    assert is_own_call((11, 16), 11, 16) and not is_own_call((11, 16), 11, 17)
+    assert is_own_call(None, 5, 5) and not is_own_call(None, 3, 5)
     plain = TokenGrid(1, 2, 2, 5, 7)
     assert (silent_tokens(plain, "before"), silent_tokens(plain, "after")) == (
         range(5), range(9, 16)

@@ -273,3 +273,17 @@ def test_the_table_of_everything_reads_no_lists(monkeypatch: pytest.MonkeyPatch)
     assert table.complete and table.length == 3 * 6
     with pytest.raises(pytest.fail.Exception, match="reads its lists"):
         tile_table(random_blocks([4, 3, 4], kept=0.5, partial=0.0), 2)
+
+
+def test_heads_attend_together_while_they_are_alike_and_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(active_tiles_torch, "MAX_SCORES", 100)
+    counts = [5, 1, 5, 0, 4, 5, 9, 30]
+    found = list(active_tiles_torch._alike(counts, held=5))
+    assert sorted(head for heads, _ in found for head in heads) == [0, 1, 2, 4, 5, 6, 7]
+    for heads, most in found:
+        assert most == max(counts[head] for head in heads)
+        assert len(heads) == 1 or len(heads) * most * 5 <= 100
+        assert all(counts[head] >= active_tiles_torch.ALIKE * most for head in heads)
+    assert [len(heads) for heads, _ in found] == [1, 1, 4, 1]
