@@ -94,6 +94,18 @@ def test_what_is_not_measured_has_a_reason(
     assert everything - missing <= set(measured)
 
 
+@pytest.mark.parametrize(("height", "width"), [(176, 180), (180, 176), (175, 300), (300, 175)])
+def test_both_sides_of_a_frame_have_to_be_long_enough(
+    tools: quality.Tools, height: int, width: int
+) -> None:
+    frames, enough = torch.rand(1, 3, height, width), min(height, width) >= 176
+    assert ("ms_ssim" in quality.paired(frames, frames, None)) == enough
+    reasons = quality.absent(tools, frames=frames)
+    assert reasons.get("ms_ssim") == (
+        None if enough else f"needs 176 pixels a side, frames have {height}×{width}"
+    )
+
+
 def test_what_is_no_clip_is_refused(tools: quality.Tools) -> None:
     for wrong in (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(3, 64, 64)):
         with pytest.raises(ValueError, match="floats"):

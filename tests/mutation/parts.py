@@ -18,7 +18,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("patching/transformer.py", "patching/test_patch.py patching/test_combinations.py"
          " patching/test_custom_model.py patching/test_lifetime.py patching/swap/test_cache.py"
          " patching/test_wrapped.py"),
-        ("patching/options/settle.py", "patching/test_patch.py pipelines/test_presets.py"),
+        ("patching/options/settle.py", "patching/options pipelines/test_presets.py"),
     ],
     "patterns": [
         ("patterns/axes.py", "patterns methods/test_static_methods.py methods/test_methods.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import diffusers
@@ -181,3 +182,15 @@ def test_a_bare_transformer_chooses_in_every_call() -> None:
         diffpatch.patch(transformer, "dynamic")
     with diffpatch.patched(transformer, "dynamic", refresh=1):
         pass
+
+
+@pytest.mark.parametrize(("first", "last"), [(None, 2), (0, 0.5), (3, 0), (0.25, 1)])
+def test_a_bare_transformer_has_no_first_or_last_steps(
+    first: int | float | None, last: int | float
+) -> None:
+    model = wan().pipe.transformer
+    message = f"dense_steps={first or 0}, dense_last_steps={last} need to know the denoising steps"
+    with pytest.raises(BadParameter, match=re.escape(message)):
+        diffpatch.patch(model, "window", dense_steps=first, dense_last_steps=last)
+    assert not diffpatch.is_patched(model)
+    diffpatch.patch(model, "window", dense_steps=0)
