@@ -41,8 +41,9 @@ transformer: what methods carry ages by steps, as under a cache. Where nothing t
 where the scheduler runs the model twice a step, and in a transformer that is compiled as a whole,
 none is held, and the report says why. A transformer that is cut over several processes is refused.
 Whatever the forward is given that was the same in its first two steps (texts, scales, images) makes
-it run when it changes, and so does a ControlNet that begins or ends. Weights that change, and
-latents that a callback exchanges for others, show with the next forward that is made.
+it run when it changes. So do a ControlNet that begins or ends, and latents that are more than three
+times as far off as they were going, because a callback has exchanged them. Weights that change, and
+latents that change less, show with the next forward that is made.
 
 Every cache keeps its results on the model, so that two runs over it at once are mixed up, patched
 or not: a warning and a note in the report say so.

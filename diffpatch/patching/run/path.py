@@ -10,7 +10,8 @@ with y(n) up to step k then ends
     r · Σ (t(j+1) - t(j)) · (t(j) - t(n))  over the steps j from n+1 to k
 
 away, as a fraction of |y|. A step is held while that is within a tolerance. Times are those of the
-scheduler's timesteps, along which flow matching moves exactly, and others about.
+scheduler's timesteps, along which flow matching moves exactly, and others about. On a held path
+latents go on as fast as before: where they are much farther, somebody has exchanged them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils import _pytree as pytree
+
+LEAP = 3.0  # times as far as they were going, and latents are others
 
 
 class Given:
@@ -65,6 +68,18 @@ class Given:
             for mine, theirs, steady in leaves
         )
 
+    def distance(self, other: Given) -> torch.Tensor | None:
+        """How far (L2) latents are from those of another forward; None if nothing tells."""
+        steady = other._steady or self._steady
+        if steady is None or not self.is_like(other):
+            return None
+        moved = [
+            (mine[0].float() - theirs[0].float()).norm()
+            for mine, theirs, still in zip(self._leaves, other._leaves, steady, strict=True)
+            if not still and _is_wide(mine[0]) and mine[0].is_floating_point()
+        ]
+        return torch.stack(moved).norm() if moved else None
+
 
 @dataclass(eq=False)
 class Path:
@@ -76,6 +91,7 @@ class Path:
     Attributes:
         last: the step whose forward was made last; -1 before the first.
         rate: change of the result per time, by the last two forwards that were made; None before.
+        speed: of the latents per time, likewise.
         holding: whether the step at hand repeats the last result.
         results: by guidance branch: what the forward was given, and what it gave.
     """
@@ -83,13 +99,18 @@ class Path:
     times: Sequence[float]
     last: int = -1
     rate: torch.Tensor | None = None
+    speed: torch.Tensor | None = None
     holding: bool = False
     results: dict[int, tuple[Given, Any]] = field(default_factory=dict)
 
-    def begin_step(self, step: int, tolerance: float) -> None:
-        """Decide whether a step is held."""
+    def begin_step(self, step: int, branch: int, given: Given, tolerance: float) -> None:
+        """Decide whether a step is held, from what its first forward is given."""
         rate = math.nan if self.rate is None else float(self.rate)  # waits for the device
         self.holding = rate * self.astray(step) <= tolerance  # never with NaN
+        if self.holding and self.speed is not None:
+            distance = self.results[branch][0].distance(given) if branch in self.results else None
+            passed = self.times[step] - self.times[self.last]
+            self.holding = distance is None or bool(distance <= LEAP * self.speed * passed)
 
     def astray(self, step: int) -> float:
         """Where the path ends if it is held up to a step, per rate."""
@@ -114,10 +135,11 @@ class Path:
         """
         if first:
             before, passed = self.results.get(branch), self.times[step] - self.times[self.last]
-            self.rate = None
+            self.rate = self.speed = None
             if before is not None and before[0].is_like(given) and passed > 0:
-                change = _change(before[1], result)
+                change, distance = _change(before[1], result), before[0].distance(given)
                 self.rate = None if change is None else change / passed
+                self.speed = None if distance is None else distance / passed
             self.last = step
         self.results[branch] = given, copied(result)
 
@@ -144,7 +166,12 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
 
 def _is_silent(leaf: Any) -> bool:
     """Whether it adds nothing, as a ControlNet does that has come to its end."""
-    return isinstance(leaf, torch.Tensor) and leaf.ndim > 2 and not leaf.any()
+    return _is_wide(leaf) and not leaf.any()
+
+
+def _is_wide(leaf: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it has more than a few numbers a sample, as latents have and times have not."""
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 2
 
 
 def _same(one: tuple[Any, int | None], other: tuple[Any, int | None]) -> bool:

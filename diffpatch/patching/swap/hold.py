@@ -63,9 +63,9 @@ class Hold:
         if forward is None or path is None:
             return original(*args, **kwargs)
         place, named = forward.place, dict(zip(self._arguments, args, strict=False))
-        if place.first:
-            path.begin_step(place.step, patch.hold or 0.0)
         held, given = path.results.get(place.branch), path.given(place.branch, named | kwargs)
+        if place.first:
+            path.begin_step(place.step, place.branch, given, patch.hold or 0.0)
         if path.holding and held is not None and held[0].fits(given):
             place.run.record.hold(place.run.place(place.step))
             return copied(held[1])

@@ -66,6 +66,36 @@ def test_a_text_may_be_written_to_in_place() -> None:
     assert held(wan(), write, **call) == STEPS - 3
 
 
+@pytest.mark.parametrize("build", [wan, flux])
+def test_latents_may_be_exchanged(build: Callable[[], Tiny]) -> None:
+    def exchange(_: Any, tensors: Any) -> Any:
+        noise = torch.randn(tensors["latents"].shape, generator=torch.Generator().manual_seed(5))
+        return {"latents": noise.to(tensors["latents"].dtype)}
+
+    call = {"callback_on_step_end_tensor_inputs": ["latents"]}
+    assert held(build(), lambda _, tensors: {"latents": tensors["latents"]}, **call) == STEPS - 2
+    assert held(build(), exchange, **call) == STEPS - 3
+
+
+def test_latents_go_on_as_fast_as_before() -> None:
+    times = [0.0, 0.1, 0.3, 0.4, 0.6, 1.0]
+    latents = torch.zeros(1, 2, 2)
+
+    def going(time: float, factor: float = 1.0) -> dict[str, Any]:
+        return {"latents": [latents + factor * time], "time": torch.tensor([time])}
+
+    path = Path(times)
+    for step in (0, 1):
+        given = path.given(0, going(times[step]))
+        path.made(step, 0, given, (latents + 1,), first=True)
+    assert float(path.speed) == pytest.approx(2.0)  # type: ignore[arg-type]
+    for step, factor, holding in ((2, 1.0, True), (3, 1.0, True), (4, 2.0, True), (4, 4.0, False)):
+        path.begin_step(step, 0, path.given(0, going(times[step], factor)), ALWAYS)
+        assert path.holding == holding, (step, factor)
+    path.begin_step(4, 0, path.given(0, going(0.6, -2.0)), ALWAYS)
+    assert path.holding, "turned round, but no farther"
+
+
 def test_the_scale_of_an_adapter_may_change() -> None:
     def fade(pipe: Any, _: Any) -> Any:
         pipe._joint_attention_kwargs = {"scale": 0.3}

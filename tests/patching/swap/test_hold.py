@@ -55,21 +55,22 @@ def astray(times: list[float], node: int, step: int) -> float:
 def test_the_rule_by_hand() -> None:
     times = [0.0, 0.1, 0.2, 0.35, 0.5, 0.8, 1.0]
     path = Path(times)
-    path.begin_step(0, 1.0)
+    given = path.given(0, {})
+    path.begin_step(0, 0, given, 1.0)
     assert not path.holding, "nothing is known yet"
     path.made(0, 0, path.given(0, {}), (torch.tensor([3.0, 4.0]),), first=True)
-    path.begin_step(1, 1.0)
+    path.begin_step(1, 0, given, 1.0)
     assert not path.holding, "one result does not tell how fast it changes"
     path.made(1, 0, path.given(0, {}), (torch.tensor([3.0, 5.0]),), first=True)
     rate = 1 / math.sqrt(34) / 0.1
     for step in (2, 3, 4, 5):
         limit = rate * astray(times, 1, step)
-        path.begin_step(step, limit * 1.0001)
+        path.begin_step(step, 0, given, limit * 1.0001)
         assert path.holding
-        path.begin_step(step, limit * 0.9999)
+        path.begin_step(step, 0, given, limit * 0.9999)
         assert not path.holding
     path.made(4, 0, path.given(0, {}), (torch.tensor([float("nan"), 0.0]),), first=True)
-    path.begin_step(5, ALWAYS)
+    path.begin_step(5, 0, given, ALWAYS)
     assert not path.holding, "NaN is within no tolerance"
 
 
