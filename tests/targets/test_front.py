@@ -71,6 +71,12 @@ def test_one_prompt_tells_no_spread_so_the_usual_one_is_taken() -> None:
     assert many[0].spread == pytest.approx(2.0, abs=0.2), "many prompts speak for themselves"
 
 
+def test_a_cache_or_held_steps_leave_steps_out() -> None:
+    skips = {(cache, hold): Applied(0.5, 0.2, cache, hold).skips
+             for cache in (None, 0.1) for hold in (None, 0.01)}  # fmt: skip
+    assert [pair for pair, skipping in skips.items() if not skipping] == [(None, None)]
+
+
 def test_a_half_done_point_is_left_out() -> None:
     assert len(measured_points(runs()[:-1])) == len(RUNS) - 1
 

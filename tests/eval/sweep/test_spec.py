@@ -111,6 +111,11 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"methods": [{"method": "radial", "set": {"decay": -1}}]}, "decay=-1 must be positive"),
         ({"methods": [{"method": "radial", "vary": {"decay": []}}]}, "decay: the list is empty"),
         ({"methods": [{"method": "radial", "sets": {}}]}, "did you mean 'set'"),
+        (
+            {"methods": ["window", {"method": "radial", "sets": {}}]},
+            "methods: radial: unknown key 'sets'",
+        ),
+        ({"prompts": ["a", {"prompt": "b", "imag": "c"}]}, "prompts: unknown key 'imag'"),
         ({"methods": [{"method": "window", "backend": "cuda"}]}, "window: backend"),
         ({"methods": ["radial+window"]}, "does not combine"),
         ({"schedules": {"dense_steps": 1.5}}, "dense_steps=1.5 must be a count"),
