@@ -131,7 +131,7 @@ def test_a_mask_follows_its_tokens_to_another_order() -> None:
     found = mask.at(places)
     assert found.keys is not None and found.bias is not None and found.reason == "why"
     assert found.keys.tolist() == [[True, True, False]] and found.bias.tolist() == [[3.0, 1.0, 2.0]]
-    assert ModelMask().at(places) == ModelMask()
+    assert vars(ModelMask().at(places)) == vars(ModelMask())
 
 
 def decided(method: Any, shape: tuple[int, ...], **changes: Any) -> str | None:
@@ -141,8 +141,10 @@ def decided(method: Any, shape: tuple[int, ...], **changes: Any) -> str | None:
         "variant": method.variant(0, 0), "masked": False, "biased": False, "learned": False,
         "rank": 0, "parts": 1, "ranks": 1,
     }  # fmt: skip
-    decider = Decider(method, "auto", "none", True)
-    return decider.decide((*shape, 0, 0), Question(**question | changes), Memo()).dense
+    after, where = changes.pop("after", 0), changes.pop("where", "none")
+    question["shape"] = (1, tokens + after, 2, 8)
+    decider = Decider(method, "auto", where, True)
+    return decider.decide((*shape, 0, after), Question(**question | changes), Memo()).dense
 
 
 def test_a_method_for_videos_runs_on_two_frames_and_learned_weights_where_they_fit() -> None:
@@ -154,6 +156,17 @@ def test_a_method_for_videos_runs_on_two_frames_and_learned_weights_where_they_f
     assert decided(local, (2, 16, 16)) is None and decided(local, (2, 16, 16), learned=True) is None
     assert "learned weights" in str(decided(local, (2, 16, 16), learned=True, biased=True))
     assert decided(local, (2, 16, 16), biased=True) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("where", ["unknown", "none", "after"])
+def test_text_that_stands_nobody_knows_where_is_not_cut(where: str, ranks: int) -> None:
+    """Over several processes; a sequence without any is cut as it is."""
+    local, shape = Window(window=(1, 4, 4)), (2, 16, 16)
+    said = decided(local, shape, ranks=ranks, parts=ranks, where=where, after=4)
+    assert (said is not None) == (ranks > 1 and where == "unknown"), said
+    assert said is None or said.startswith("how the processes cut the tokens")
+    assert decided(local, shape, ranks=ranks, parts=ranks, where=where) is None
 
 
 def test_branches_are_counted_by_context_within_a_step() -> None:
