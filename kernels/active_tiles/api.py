@@ -35,8 +35,9 @@ def pack(flags: torch.Tensor) -> torch.Tensor:
     """bool (..., E) -> uint8 (..., ⌈E / 8⌉), the first flag in the lowest bit."""
     short = -flags.shape[-1] % 8
     flags = torch.nn.functional.pad(flags.to(torch.uint8), (0, short))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (flags.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    # Made on the device: numbers of the host would be copied there, and the call wait for it.
+    shifts = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (flags.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack(bits: torch.Tensor, length: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from diffpatch.kernels.active_tiles.table import Result, TileTable, tile_table
+from diffpatch.kernels.active_tiles.triton_lists import active_lists
 from diffpatch.kernels.bits import pack_words
 from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.blocks import BlockIndex
@@ -77,7 +78,7 @@ def attend(
     table, tile = tile_table(blocks, strip), blocks.max_tile
     config = configuration(q.dtype, size, tile, arch(q.device), table.strips.longest)
     parts, subs = -(-tile // config.block_m), -(-table.strips.longest // config.block_n)
-    lists, counts, at = _lists(table, active, heads, reverse)
+    lists, counts, at = active_lists(table, active, reverse, places=threshold is not None)
     cut = (config.block_m, config.block_n)
     places, ends, mask_ids, bits = blocks.derived(
         ("active tiles", strip, *cut), lambda _: _narrow(table, *cut)
@@ -102,33 +103,9 @@ def attend(
     )  # fmt: skip
     # The kernel notes hits in the order of its list: an address that was itself loaded would stop
     # the pipelining of its loop.
-    return Result(out, lse, None if hits is None else hits.any(-1).gather(2, at) & active)
-
-
-def _lists(
-    table: TileTable, active: torch.Tensor, heads: int, reverse: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The active pairs of every query tile in the order they are visited.
-
-    Returns:
-        int32 (B, H, E + 2): from the place where the pairs of a query tile begin in the table, the
-        numbers of its active ones, and anything elsewhere; int32 (B, H, N), how many; and int64
-        (B, H, E), where each active pair stands in the list.
-    """
-    pattern = table.pattern.expand(heads)
-    row_ptr = table.row_ptr.long()[pattern].expand(len(active), -1, -1)  # (B, H, N + 1)
-    query = table.query[pattern].expand_as(active)
-    before = torch.nn.functional.pad(active.cumsum(-1, dtype=torch.int32), (1, 0))
-    at_row = before.gather(2, row_ptr)
-    counts = at_row.diff(dim=-1)
-    rank = before[..., :-1] - at_row.gather(2, query)
-    if reverse:
-        rank = counts.gather(2, query) - 1 - rank
-    place = (row_ptr.gather(2, query) + rank).masked_fill(~active, table.length)
-    number = torch.arange(table.length, dtype=torch.int32, device=active.device)
-    shape = (*active.shape[:2], table.length + 2)  # the kernel reads up to two pairs ahead
-    lists = torch.zeros(shape, dtype=torch.int32, device=active.device)
-    return lists.scatter_(2, place, number.expand_as(active)), counts.contiguous(), place
+    if hits is None or at is None:
+        return Result(out, lse, None)
+    return Result(out, lse, hits.any(-1).gather(2, at) & active)
 
 
 def _narrow(

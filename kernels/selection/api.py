@@ -64,6 +64,7 @@ def tile_scores(
     return RULES[rule].score(tiles)
 
 
+@torch.no_grad()
 def select(
     tiles: Tiles,
     rule: str,
@@ -72,6 +73,8 @@ def select(
     threshold: float | None = None,
 ) -> list[torch.Tensor]:
     """The strips of every query tile, for each of some counts, the larger ones with the smaller.
+
+    A choice has no gradients, and nothing is kept for any: under autograd, too, kernels choose.
 
     Args:
         tiles: the call.

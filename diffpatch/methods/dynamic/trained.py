@@ -203,7 +203,8 @@ def _means(x: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.T
     """(B, N, H, D): the mean of every piece, in at least fp32; `first` is where each begins."""
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = first.long().diff()
-    piece = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
+    piece = torch.arange(len(sizes), device=x.device)
+    piece = piece.repeat_interleave(sizes, output_size=x.shape[1])  # not read from the device
     out = torch.zeros(x.shape[0], len(sizes), *x.shape[2:], dtype=wide, device=x.device)
     return out.index_add(1, piece, x[:, order].to(wide)) / sizes[:, None, None]
 
