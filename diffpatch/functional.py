@@ -69,8 +69,9 @@ def attention(
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.
         branch: guidance branch, for methods that treat them apart.
-        backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
-            "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+        backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8",
+            "torch-int8", "triton-fp8" or "torch-fp8", as
+            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         state: a dictionary of yours for each layer and guidance branch, for methods that carry
             something from step to step; start each run with empty ones.
         **params: parameters of the method.

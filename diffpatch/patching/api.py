@@ -85,8 +85,9 @@ def patch(
             what `params` leave open and never the dense steps and layers; `report` and `plan`
             print the result, and say so where `params` leave nothing to choose. None takes the
             published setting, else the method's defaults.
-        backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8" or
-            "torch-int8", as `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+        backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8",
+            "torch-int8", "triton-fp8" or "torch-fp8", as
+            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
         grid: for models without a family: a `TokenGrid` (or a `PackedGrid`, for several grids in
             one sequence), or a function of the forward's arguments
             (as keywords) that returns one. Needs `modules`.

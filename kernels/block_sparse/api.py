@@ -71,10 +71,12 @@ def block_sparse_attention(
             are padded to whole blocks of 128, see `flex.layout`), or "gluon", a kernel scheduled by
             hand for Hopper GPUs, without gradients. With "triton-int8" scores are computed from
             queries and smoothed keys in 8 bits, which costs some accuracy (see `int8.levels`) and
-            has no gradients; "torch-int8" rounds the same way on any device, to see what it does to
-            quality, and gains no time. "auto" never takes the last two. On GPUs it compares the
-            others once and takes the fastest that is right (see `chooser`); where it does not,
-            triton where that can, else torch. Where what it took fails, the next takes over.
+            has no gradients; with "triton-fp8" weights and values are 8-bit floats besides (see
+            `fp8.levels`), on compute capability 8.9 and above. "torch-int8" and "torch-fp8" round
+            the same way on any device, to see what it does to quality, and gain no time. "auto"
+            never takes these four. On GPUs it compares the others once and takes the fastest that
+            is right (see `chooser`); where it does not, triton where that can, else torch. Where
+            what it took fails, the next takes over.
 
     Returns:
         The output (B, S, H, D) in the dtype of q; with `return_lse` also the natural log-sum-exp,

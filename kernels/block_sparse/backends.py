@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from diffpatch.kernels.block_sparse import backend_reasons as reasons
 from diffpatch.kernels.block_sparse.chooser import (
     Ranking,
     chooser,
@@ -29,15 +30,18 @@ from diffpatch.kernels.block_sparse.operators import (
 )
 from diffpatch.kernels.blocks import BlockIndex
 from diffpatch.kernels.errors import BackendUnavailable, BadParameter, choices
-from diffpatch.kernels.gpu import support
 
 Result = TypeVar("Result")
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Reason = Callable[[torch.Tensor, BlockIndex], str | None]  # why not with these queries
 GradientReason = Callable[[torch.Tensor], str | None]  # why without gradients
 
-# On normal noise, heads of 64 and 128, by `torch-int8`, which rounds as the kernel does.
+# On normal noise, heads of 64 and 128, by `torch-int8` and `torch-fp8`, which round as kernels do.
 INT8_ERROR = "queries and keys are rounded to 8 bits: about 1 % relative error of an output"
+FP8_ERROR = (
+    "queries and keys are rounded to 8 bits, weights and values to 8-bit floats: about 4 % relative"
+    " error of an output"
+)
 
 _FOLDER = "diffpatch.kernels.block_sparse"
 
@@ -55,7 +59,7 @@ class Backend(NamedTuple):
         beside: what other operators are asked for where this computes the exact part of a call.
         unasked: whether "auto" may take it where nothing was measured.
         measured: whether "auto" may take it where it is right and fastest (see `chooser`).
-        int8: whether scores are computed in 8 bits, which costs some accuracy.
+        error: what it costs in accuracy, in words; nothing where only usual rounding differs.
     """
 
     name: str
@@ -66,12 +70,7 @@ class Backend(NamedTuple):
     beside: str
     unasked: bool = False
     measured: bool = False
-    int8: bool = False
-
-    @property
-    def error(self) -> str:
-        """What it costs in accuracy, in words; nothing where only rounding differs."""
-        return INT8_ERROR if self.int8 else ""
+    error: str = ""
 
     @property
     def attend(self) -> Attend:
@@ -91,69 +90,6 @@ def _loaded(path: str) -> Any:
     return getattr(import_module(f"{_FOLDER}.{module}"), name)
 
 
-def _anywhere(q: torch.Tensor, blocks: BlockIndex) -> None:
-    """It runs on every device and dtype."""
-
-
-def _differentiable(q: torch.Tensor) -> None:
-    """Autograd goes through it."""
-
-
-def _no_gradients(q: torch.Tensor) -> str:
-    return "this kernel has no gradients"
-
-
-def _no_gradients_in_8_bits(q: torch.Tensor) -> str:
-    return "scores in 8 bits have no gradients"
-
-
-def _triton(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    reason = support.unsupported_reason(q.device)
-    if reason:
-        return reason
-    from diffpatch.kernels.block_sparse.gpu import triton_forward
-
-    return triton_forward.unsupported_reason(q, blocks)
-
-
-def _triton_int8(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    reason = _triton(q, blocks)
-    if reason is None and q.dtype == torch.float32:
-        return "scores in 8 bits are for bf16 and fp16, and q is torch.float32"
-    return reason
-
-
-def _triton_gradients(q: torch.Tensor) -> str | None:
-    if support.unsupported_reason(q.device):
-        return None  # then it cannot run at all
-    from diffpatch.kernels.block_sparse.gpu import triton_backward
-
-    return triton_backward.unsupported_reason(q)
-
-
-def _gluon(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    reason = support.unsupported_reason(q.device)
-    if reason:
-        return reason
-    try:
-        from diffpatch.kernels.block_sparse.gpu import gluon_forward
-    except (ImportError, AttributeError) as error:  # Gluon is experimental and changes
-        return f"this Triton has another Gluon: {error}"
-    return gluon_forward.unsupported_reason(q, blocks)
-
-
-def _flex(q: torch.Tensor, blocks: BlockIndex) -> str | None:
-    from diffpatch.kernels.block_sparse.flex import attend
-
-    return attend.unsupported_reason(q, blocks)
-
-
-def _flex_gradients(q: torch.Tensor) -> str | None:
-    from diffpatch.kernels.block_sparse.flex import attend
-
-    return attend.gradient_reason(q)
-
-
 _EVERY = (BLOCK_SPARSE.name, ACTIVE_TILES.name, VIRTUAL_TOKENS.name, SELECTION.name, LINEAR.name)
 
 # Of those that "auto" may take, the first one that can.
@@ -164,8 +100,9 @@ ROWS = {
             "triton",
             "gpu.triton_backward:attend_with_gradients",
             "work:triton_work",
-            _triton,
-            dict.fromkeys(_EVERY, _no_gradients) | {BLOCK_SPARSE.name: _triton_gradients},
+            reasons.triton,
+            dict.fromkeys(_EVERY, reasons.no_gradients)
+            | {BLOCK_SPARSE.name: reasons.triton_gradients},
             beside="auto",
             unasked=True,
             measured=True,
@@ -174,17 +111,26 @@ ROWS = {
             "triton-int8",
             "gpu.triton_forward:attend_triton_int8",
             "work:triton_work",
-            _triton_int8,
-            {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
+            reasons.triton_int8,
+            {BLOCK_SPARSE.name: reasons.no_gradients_in_8_bits},
             beside="auto",
-            int8=True,
+            error=INT8_ERROR,
+        ),
+        Backend(
+            "triton-fp8",
+            "gpu.triton_forward:attend_triton_fp8",
+            "work:triton_work",
+            reasons.triton_fp8,
+            {BLOCK_SPARSE.name: reasons.no_gradients_in_8_bits},
+            beside="auto",
+            error=FP8_ERROR,
         ),
         Backend(
             "gluon",
             "gpu.gluon_forward:attend_gluon",
             "work:triton_work",
-            _gluon,
-            {BLOCK_SPARSE.name: _no_gradients},
+            reasons.gluon,
+            {BLOCK_SPARSE.name: reasons.no_gradients},
             beside="auto",
             measured=True,
         ),
@@ -192,8 +138,8 @@ ROWS = {
             "flex",
             "flex.attend:attend_flex",
             "flex.layout:flex_work",
-            _flex,
-            {BLOCK_SPARSE.name: _flex_gradients},
+            reasons.flex,
+            {BLOCK_SPARSE.name: reasons.flex_gradients},
             beside="auto",
             measured=True,
         ),
@@ -201,8 +147,8 @@ ROWS = {
             "torch",
             "torch_plan.attend:attend_torch",
             "work:torch_work",
-            _anywhere,
-            dict.fromkeys(_EVERY, _differentiable),
+            reasons.anywhere,
+            dict.fromkeys(_EVERY, reasons.differentiable),
             beside="torch",
             unasked=True,
             measured=True,
@@ -211,17 +157,26 @@ ROWS = {
             "torch-int8",
             "int8.reference:attend_torch_int8",
             "work:torch_work",
-            _anywhere,
-            {BLOCK_SPARSE.name: _no_gradients_in_8_bits},
+            reasons.anywhere,
+            {BLOCK_SPARSE.name: reasons.no_gradients_in_8_bits},
             beside="torch",
-            int8=True,
+            error=INT8_ERROR,
+        ),
+        Backend(
+            "torch-fp8",
+            "fp8.reference:attend_torch_fp8",
+            "work:torch_work",
+            reasons.torch_fp8,
+            {BLOCK_SPARSE.name: reasons.no_gradients_in_8_bits},
+            beside="torch",
+            error=FP8_ERROR,
         ),
         Backend(
             "reference",
             "reference:attend_reference",
             "work:reference_work",
-            _anywhere,
-            dict.fromkeys(_EVERY, _differentiable),
+            reasons.anywhere,
+            dict.fromkeys(_EVERY, reasons.differentiable),
             beside="reference",
         ),
     )
@@ -380,7 +335,7 @@ def _reason(
     gradients: bool,
 ) -> str | None:
     if operator.name not in row.operators:
-        lacking = "has no 8-bit scores for" if row.int8 else "does not compute"
+        lacking = "has no 8 bits for" if row.error else "does not compute"
         return f"it {lacking} {operator.words}"
     reason = row.operators[operator.name](inputs[0]) if gradients else None
     found = (row.reason(x, blocks) for x in inputs)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from diffpatch.kernels.active_tiles import triton_impl as active
+from diffpatch.kernels.active_tiles import triton_lists as lists
+from diffpatch.kernels.block_sparse.fp8 import triton_values as fp8
 from diffpatch.kernels.block_sparse.gpu import gluon_forward as gluon
 from diffpatch.kernels.block_sparse.gpu import triton_backward as backward
 from diffpatch.kernels.block_sparse.gpu import triton_forward as forward
@@ -23,6 +25,7 @@ from diffpatch.kernels.block_sparse.gpu.triton_forward import ForwardConfig
 from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
 from diffpatch.kernels.block_sparse.int8.levels import STRIP
 from diffpatch.kernels.block_sparse.int8.triton_keys import quantize_kernel
+from diffpatch.kernels.gpu import support
 from diffpatch.kernels.gpu.common import padded
 from diffpatch.kernels.gpu.support import GPUS
 from diffpatch.kernels.linear import triton_impl as linear
@@ -46,9 +49,10 @@ class CompileCase:
     Attributes:
         arch: the compute capability, 90 for 9.0.
         kernel: "forward", "gluon" (the same for Hopper, scheduled by hand), "int8" (forward with
-            scores in 8 bits), "quantize", the gradient of
-            "queries" or "keys", "active" (only the tiles that a step keeps), or "skip" (the same,
-            which also finds out what the next step may leave out); "pool" and "virtual" of virtual
+            scores in 8 bits), "fp8" (with weights and values in 8-bit floats besides), "quantize"
+            (of keys) and "values", which round; the gradient of "queries" or "keys", "active" (only
+            the tiles that a step keeps), or "skip" (the same, which also finds out what the next
+            step may leave out) and "list" of what these visit; "pool" and "virtual" of virtual
             tokens, "corrected" with what they miss, "missed" which finds that out, "moments" of the
             tiles that are chosen from, "score" and "drop" (scores of these where the rest stays as
             virtual tokens, and where it is dropped), "choose" (the best of a row of `tile` strips),
@@ -99,6 +103,8 @@ def cases(archs: Sequence[int], dtypes: Sequence[str] = tuple(DTYPES)) -> Iterat
         if dtype == "bf16":
             yield from _loads_asked_for(arch)
             yield from _int8_cases(arch, dtype)
+            if arch >= support.FP8:
+                yield from _fp8_cases(arch, dtype)
             for kernel in ("pool", "moments", "virtual", "corrected", "missed", "state", "apply"):
                 yield CompileCase(arch, kernel, dtype, 128, 128, False)
             for kernel, tile in product(("virtual", "corrected"), (64, 128)):
@@ -130,6 +136,8 @@ def _active_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
     for size, tile in product((64, 128), (64, 128)):
         yield CompileCase(arch, "active", dtype, size, tile, False, strip=32)
     yield CompileCase(arch, "skip", dtype, 128, 64, True)
+    if dtype == "bf16":  # which it does not read
+        yield CompileCase(arch, "list", dtype, 128, 128, False)
 
 
 def _int8_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
@@ -142,11 +150,22 @@ def _int8_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
         yield CompileCase(arch, "int8", dtype, 128, 128, False, "pointer")
 
 
+def _fp8_cases(arch: int, dtype: str) -> Iterator[CompileCase]:
+    for size in (64, 96, 128, 256):
+        yield CompileCase(arch, "fp8", dtype, size, 128, False)
+    yield CompileCase(arch, "fp8", dtype, 128, 64, True)
+    yield CompileCase(arch, "values", dtype, 128, 128, True)
+
+
 def configuration(case: CompileCase) -> Config:
     """The configuration that ships for a case."""
     dtype, arch = DTYPES[case.dtype], GPUS[case.arch].like
     if case.kernel == "gluon":
         return gluon.configuration(case.size, case.key_mask)
+    if case.kernel == "list":
+        return ForwardConfig(1, lists.STEP, num_warps=4, num_stages=3)
+    if case.kernel == "values":
+        return ForwardConfig(fp8.ROWS, fp8.ROWS, num_warps=4, num_stages=3)
     if case.kernel == "quantize":
         return ForwardConfig(STRIP, STRIP, num_warps=4, num_stages=3)
     if case.kernel in ("queries", "keys"):
@@ -167,9 +186,9 @@ def configuration(case: CompileCase) -> Config:
         return linear.configuration(dtype, case.size)
     if case.kernel in ("active", "skip"):
         return active.configuration(dtype, case.size, case.tile, arch, case.strip or None)
-    int8 = case.kernel == "int8"
     asked: dict[str, Any] = {"loads": case.loads, "specialize": case.specialize}
-    return forward.configuration(dtype, case.size, case.tile, arch, int8=int8, **asked)
+    asked |= {"int8": case.kernel in ("int8", "fp8"), "fp8": case.kernel == "fp8"}
+    return forward.configuration(dtype, case.size, case.tile, arch, **asked)
 
 
 def specialization(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], dict[str, str]]:
@@ -210,7 +229,13 @@ def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], 
     if case.kernel == "quantize":
         types = {"K": tensor, "KEYS": "*i8", "MEAN": "*fp32", "SCALES": "*fp32"}
         return quantize_kernel, {}, types
-    if case.kernel in ("forward", "int8"):
+    if case.kernel == "list":
+        types = {"ACTIVE": "*u8", "PATTERN": "*i64", "AT": "*i64"}
+        return lists.list_kernel, {"REVERSE": False, "BLOCK": lists.STEP}, types
+    if case.kernel == "values":
+        types = {"V": tensor, "VALUES": "*fp8e4nv", "MEAN": "*fp32", "SCALES": "*fp32"}
+        return fp8.values_kernel, {"ROWS": fp8.ROWS}, types
+    if case.kernel in ("forward", "int8", "fp8"):
         return _forward(case, config)
     if case.kernel in ("active", "skip"):
         types = dict.fromkeys(("Q", "K", "V", "OUT"), tensor)
@@ -231,14 +256,20 @@ def _of_kernel(case: CompileCase, config: Config) -> tuple[Any, dict[str, Any], 
 def _forward(
     case: CompileCase, config: ForwardConfig
 ) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    int8 = case.kernel == "int8"
+    floats = case.kernel == "fp8"
+    int8 = floats or case.kernel == "int8"
     types = dict.fromkeys(("Q", "OUT"), f"*{case.dtype}")
-    types |= dict.fromkeys(("LSE", "KEY_SCALES"), "*fp32")
-    for name, dtype in (("K", "i8" if int8 else case.dtype), ("V", case.dtype)):
-        box = f"tensordesc<{dtype}[{config.block_n}, {case.size}]>"
-        types[name] = box if config.loads == "tma" else f"*{dtype}"
+    types |= dict.fromkeys(("LSE", "KEY_SCALES", "VALUE_SCALES", "VALUE_MEANS"), "*fp32")
+    keys, values = "i8" if int8 else case.dtype, "fp8e4nv" if floats else case.dtype
+    box = [config.block_n, case.size]
+    for name, dtype, sides in (("K", keys, box), ("V", values, box[::-1] if floats else box)):
+        types[name] = f"tensordesc<{dtype}{sides}>" if config.loads == "tma" else f"*{dtype}"
     constants = {"group": 1, "LOADS": config.loads, "SPECIALIZE": config.specialize}
-    return attend_kernel, constants | _none(not int8, "KEY_SCALES"), types
+    constants["EXACT"] = GPUS[case.arch].like in forward.EXACT_SUMS
+    constants |= _none(not int8, "KEY_SCALES")
+    for name in ("VALUE_SCALES", "VALUE_MEANS", "length"):
+        constants |= _none(not floats, name)
+    return attend_kernel, constants, types
 
 
 def _gluon(case: CompileCase, config: HopperConfig) -> tuple[Any, dict[str, Any], dict[str, str]]:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 ARCHS = tuple(arch for arch, gpu in GPUS.items() if gpu.like == arch)
 TENSOR_CORE = {90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma"}  # in PTX
 OLDER_TENSOR_CORE = "mma.sync"  # of all others
+FP8 = {100: "kind::f8f6f4", 103: "kind::f8f6f4"}  # in the names of those of 8-bit floats
+OLDER_FP8 = "e4m3.e4m3"
 MAIN_ARCHS = (80, 90, 100)  # no byte may spill here
 SPILL_LIMIT = 32  # bytes, elsewhere
 
@@ -89,7 +91,10 @@ def compiled(case: CompileCase) -> tuple[CompileResult, Any]:
         instruction = OLDER_TENSOR_CORE
     if case.kernel in ("virtual", "corrected", "state", "apply", *SELECTION):
         instruction = "mma"  # of either kind: their blocks are of many shapes
-    tensor_cores = len(re.findall(re.escape(instruction), kernel.asm["ptx"]))
+    kind = FP8.get(case.arch, OLDER_FP8) if case.kernel == "fp8" else ""
+    pattern = re.escape(instruction) + rf"\S*{re.escape(kind)}"
+    tensor_cores = len(re.findall(pattern, kernel.asm["ptx"]))
+    instruction += f" of {kind}" if kind else ""
     buffers = _buffers(kernel.asm["ttgir"], config.block_n, padded(case.size))
     result = CompileResult(
         case, config, registers, stack, kernel.metadata.shared, tensor_cores, buffers
@@ -110,20 +115,20 @@ def _problems(result: CompileResult, instruction: str) -> Iterator[str]:
         yield f"{result.stack} bytes of stack"
     if result.shared > GPUS[case.arch].shared:
         yield f"{result.shared} bytes of shared memory, {GPUS[case.arch].shared} allowed"
-    if case.kernel in ("quantize", "pool", "moments", "choose"):
+    if case.kernel in ("quantize", "values", "list", "pool", "moments", "choose"):
         return
     if case.dtype == "fp32" and case.kernel not in SELECTION:  # which splits it for tensor cores
         return
     if not result.tensor_cores:
         yield f"no {instruction}"
-    if case.kernel not in ("forward", "int8", "active", "skip"):
+    if case.kernel not in ("forward", "int8", "fp8", "active", "skip"):
         return
     # Tensor cores that do not read shared memory hold one stage in registers, unless the copy into
     # shared memory is that of a descriptor.
     depth = config.num_stages - (GPUS[case.arch].like not in ASYNC_TENSOR_CORE)
     depth -= getattr(config, "loads", "") == "gather"  # the indices of keys are staged like keys
     older = case.arch == 103 or (case.arch == 100 and triton.__version__.startswith("3.6."))
-    depth -= case.kernel == "int8" and older  # where 8-bit scores use the older instruction
+    depth -= case.kernel in ("int8", "fp8") and older  # where int8 uses the older one
     if result.buffers < depth:
         yield f"{result.buffers} buffers of keys, {depth} expected"
 
@@ -187,7 +192,8 @@ def _overlapped(cubin: bytes) -> int:
 
 def _buffers(ttgir: str, block_n: int, size: int) -> int:
     """The depth of the shortest pipeline of keys or values in TTGIR, 0 if there is none."""
-    pattern = rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{block_n}x{size}x"
+    shape = rf"(?:{block_n}x{size}|{size}x{block_n})"  # the second of 8-bit values
+    pattern = rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{shape}x"
     return min((int(depth) for depth in re.findall(pattern, ttgir)), default=0)
 
 
@@ -225,7 +231,7 @@ def _line(result: CompileResult) -> str:
     words = [
         "FAIL" if result.problems else "ok  ",
         f"sm_{case.arch} {case.kernel} {case.dtype} d{case.size} tile {case.tile}",
-        getattr(result.config, "loads", "") if case.kernel in ("forward", "int8") else "",
+        getattr(result.config, "loads", "") if case.kernel in ("forward", "int8", "fp8") else "",
         "key mask" if case.key_mask else "",
         "specialized" if case.specialize else "",
         f"{result.registers} registers, {result.stack} B stack, {result.shared} B shared,",

@@ -46,6 +46,7 @@ GPUS = {
     120: GPU(120, 101376),
     121: GPU(120, 101376),
 }
+FP8 = 89  # from here on tensor cores multiply 8-bit floats
 
 
 def arch(device: torch.device) -> int:
@@ -54,6 +55,20 @@ def arch(device: torch.device) -> int:
         return 0
     capability = _capability(device)
     return GPUS[capability].like if capability in GPUS else capability
+
+
+def fp8_reason(device: torch.device) -> str | None:
+    """Why the tensor cores of a GPU cannot multiply 8-bit floats; None if they can, or it is none.
+
+    Asked of the GPU itself: 8.6 takes the configurations of 8.9, but has no such tensor cores.
+    """
+    capability = _capability(device) if device.type == "cuda" else FP8
+    if capability >= FP8:
+        return None
+    return (
+        f"8-bit floats need tensor cores of compute capability {FP8 / 10} or above (Ada, Hopper,"
+        f" Blackwell), and this GPU has {capability / 10}"
+    )
 
 
 def unsupported_reason(device: torch.device) -> str | None:

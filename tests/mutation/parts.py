@@ -55,6 +55,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
          " methods/temporal/test_temporal_tiles.py kernels/test_asked.py"),
         ("kernels/block_sparse/[arw][pe]*.py", "kernels/block_sparse/test_block_sparse.py"),
         ("kernels/block_sparse/int8/[lr]*.py", "kernels/block_sparse/test_int8.py"),
+        ("kernels/block_sparse/fp8/[lr]*.py", "kernels/block_sparse/test_fp8.py"),
         ("kernels/block_sparse/torch_plan/*.py", "kernels/block_sparse/test_block_sparse.py"
          " kernels/block_sparse/test_views.py kernels/block_sparse/test_chooser.py"),
         ("kernels/blocks.py", "kernels/test_blocks.py kernels/block_sparse/test_block_sparse.py"),

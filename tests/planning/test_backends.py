@@ -30,8 +30,9 @@ def test_scores_in_8_bits_are_told_with_their_error(capsys: pytest.CaptureFixtur
     assert "1 %" in error and not ROWS["torch"].error
     words = ["plan", "--model", "wan-1.3b", "--method", "neighborhood", "--num-frames", "17"]
     words += ["--height", "480", "--width", "832"]
-    assert main([*words, "--backend", "triton-int8"]) == 0
-    assert f"8 bits     {error}" in capsys.readouterr().out
+    for name in ("triton-int8", "triton-fp8"):
+        assert main([*words, "--backend", name]) == 0
+        assert f"8 bits     {ROWS[name].error}" in capsys.readouterr().out
     model = tiny.wan()
     with diffpatch.patched(model.pipe, "window", window=0.5, dense_steps=0, backend="torch-int8"):
         model.run()

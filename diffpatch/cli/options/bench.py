@@ -186,7 +186,7 @@ def _add_kernels(kinds: Any) -> None:
     )
     parser.add_argument("--layout", nargs="+", choices=names.LAYOUTS, default=["permuted"])
     parser.add_argument("--loads", nargs="+", choices=names.LOADS, default=["auto"])
-    parser.add_argument("--int8", action="store_true", help="measure 8-bit scores too (a GPU does)")
+    parser.add_argument("--int8", action="store_true", help="measure 8 bits too (a GPU does)")
     parser.add_argument(
         "--gluon", action="store_true", help="and other settings of the kernel made for Hopper"
     )

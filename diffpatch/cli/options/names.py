@@ -5,7 +5,8 @@ wait for. `tests/cli/test_help.py` compares them.
 """
 
 BACKENDS = (
-    "auto", "triton", "triton-int8", "gluon", "flex", "torch", "torch-int8", "reference"
+    "auto", "triton", "triton-int8", "triton-fp8", "gluon", "flex", "torch", "torch-int8",
+    "torch-fp8", "reference",
 )  # fmt: skip
 QUALITIES = ("high", "balanced", "fast")
 DTYPES = ("fp32", "bf16", "fp16")

@@ -150,7 +150,7 @@ def bench_kernels(
         kept: fractions of the pairs to keep, in turn, after the window of the shape itself.
         layouts: names from `LAYOUTS`; the torch backend knows "permuted" and "ordered".
         loads: names from `LOADS`, for the Triton kernel.
-        int8: whether to measure 8-bit scores too.
+        int8: whether to measure 8-bit scores too, alone and with 8-bit floats for the values.
         gluon: whether to measure the kernel that is scheduled by hand for Hopper.
         parts: of `PARTS`: what to do at all, in their order, the windows of known models first and
             other fractions and windows last.

@@ -22,6 +22,7 @@ from diffpatch.kernels.gpu import support
 
 LAYOUTS = ("permuted", "gather", "ordered")
 LOADS = ("auto", "pointer", "tma")
+EIGHT_BITS = ("triton-int8", "triton-fp8")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Variants:
     Attributes:
         layouts: of `LAYOUTS`; the torch backend knows "permuted" and "ordered".
         loads: of `LOADS`, for the Triton kernel.
-        int8: whether to measure 8-bit scores too.
+        int8: whether to measure 8-bit scores too, alone and with 8-bit floats for the values.
         gluon: whether to measure the kernel that is scheduled by hand for Hopper.
     """
 
@@ -60,8 +61,8 @@ def variant_calls(qkv: Tensors, blocks: BlockIndex, variants: Variants) -> dict[
             calls["gluon ordered"] = partial(
                 block_sparse_attention, *ordered, in_order, backend="gluon"
             )
-    for name in ("triton", "triton-int8"):
-        if name == "triton-int8" and not variants.int8:
+    for name in ("triton", *EIGHT_BITS):
+        if name in EIGHT_BITS and not variants.int8:
             continue
         if unsupported_reason(qkv[0], blocks, name) is not None:
             continue
@@ -96,11 +97,13 @@ def _triton_call(name: str, qkv: Tensors, blocks: BlockIndex, loads: str) -> Cal
     from diffpatch.kernels.block_sparse.gpu import triton_forward as kernel
 
     q = qkv[0]
-    attend = kernel.attend_triton_int8 if name == "triton-int8" else kernel.attend_triton
+    attend = {
+        "triton-int8": kernel.attend_triton_int8, "triton-fp8": kernel.attend_triton_fp8
+    }.get(name, kernel.attend_triton)  # fmt: skip
     try:
         kernel.configuration(
             q.dtype, q.shape[-1], blocks.max_tile, support.arch(q.device),
-            loads=loads, int8=name == "triton-int8",
+            loads=loads, int8=name in EIGHT_BITS, fp8=name == "triton-fp8",
         )  # fmt: skip
     except ValueError:
         return None

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from diffpatch.kernels.bits import pack_words
+from diffpatch.kernels.block_sparse.apart import apart
 from diffpatch.kernels.blocks import BlockIndex
 
 
@@ -36,17 +37,24 @@ class SubBlocks:
     bits: torch.Tensor
 
 
-def sub_blocks(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
-    """The lists for programs of `block_m` queries and steps of `block_n` keys; made once."""
-    build = partial(_make, block_m=block_m, block_n=block_n)
-    return blocks.derived(("sub-blocks", block_m, block_n), build)
+def sub_blocks(blocks: BlockIndex, block_m: int, block_n: int, *, gaps: bool = False) -> SubBlocks:
+    """The lists for programs of `block_m` queries and steps of `block_n` keys; made once.
+
+    Args:
+        blocks: the index.
+        block_m: queries of a program.
+        block_n: keys of a step.
+        gaps: whether keys lie as in `apart`, and not in tile order.
+    """
+    build = partial(_make, block_m=block_m, block_n=block_n, gaps=gaps)
+    return blocks.derived(("sub-blocks", block_m, block_n, gaps), build)
 
 
-def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
+def _make(blocks: BlockIndex, block_m: int, block_n: int, gaps: bool) -> SubBlocks:
     host = blocks.to("cpu")
     tiles, per_tile = host.num_tiles, -(-host.max_tile // block_n)
     parts = -(-host.max_tile // block_m)
-    starts, sizes = host.starts.long(), host.sizes
+    starts, sizes = (apart(host).starts if gaps else host.starts).long(), host.sizes
     masks = _cut(host.masks, parts * block_m, per_tile, block_n)
 
     # Every entry of `cols`, once for each of its sub-blocks.
@@ -70,7 +78,7 @@ def _make(blocks: BlockIndex, block_m: int, block_n: int) -> SubBlocks:
 
     visited = (seen > 0).nonzero().flatten()
     place = starts[col] + sub * block_n
-    order = ((row * 2 + ~full) * host.num_tokens + place)[visited].argsort()
+    order = ((row * 2 + ~full) * (int(starts[-1]) + host.max_tile) + place)[visited].argsort()
     row, full, place, mask = (x[visited][order] for x in (row, full, place, mask))
     used, mask_ids = mask[~full].unique(return_inverse=True)
     ids = torch.zeros_like(mask)

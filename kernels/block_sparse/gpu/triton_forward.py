@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from diffpatch.kernels.block_sparse.apart import Apart, apart
+from diffpatch.kernels.block_sparse.fp8.triton_values import quantize_values
 from diffpatch.kernels.block_sparse.gpu.lists import sub_blocks
 from diffpatch.kernels.block_sparse.gpu.triton_kernel import attend_kernel
 from diffpatch.kernels.block_sparse.int8.levels import mean_key, mean_score
@@ -25,6 +27,9 @@ from diffpatch.kernels.gpu.support import arch
 from diffpatch.kernels.tile_order import in_tile_order
 
 LOADS = ("auto", "pointer", "tma", "gather")
+# Compute capabilities whose tensor cores sum products of 8-bit floats in fp32. Others keep 14 bits
+# (SageAttention2, arXiv 2411.10958, section 3.4), or nobody has said what they keep.
+EXACT_SUMS = (100,)
 
 
 class ForwardConfig(NamedTuple):
@@ -77,6 +82,7 @@ def configuration(
     arch: int,
     *,
     int8: bool = False,
+    fp8: bool = False,
     loads: str = "auto",
     specialize: bool = False,
 ) -> ForwardConfig:
@@ -93,6 +99,7 @@ def configuration(
         tile: the largest tile of the block index, in tokens.
         arch: the compute capability as `support.arch` gives it, 90 for 9.0.
         int8: whether scores are computed in 8 bits.
+        fp8: whether values are 8-bit floats besides.
         loads: one of `LOADS`.
         specialize: whether to leave the loads to warps of their own, on `SPECIALIZED`.
 
@@ -103,8 +110,12 @@ def configuration(
     config = table[dtype.itemsize, padded(size)]
     if int8 and table is CONFIGS_SMALL and padded(size) == 128:
         config = config._replace(block_m=64, num_warps=4)  # spills otherwise
-    if int8 and arch == 100 and padded(size) == 64:
+    if int8 and arch == 100 and padded(size) == 64 and not fp8:
         config = config._replace(num_warps=8)  # as well, with Triton 3.6
+    if fp8 and table is CONFIGS_SMALL:
+        config = {128: config._replace(num_warps=8), 256: config._replace(block_m=32)}.get(
+            padded(size), config
+        )  # as well
     if config.block_m == 128 and tile <= 64:
         config = config._replace(block_m=64, num_warps=4)
     if loads not in LOADS:
@@ -126,6 +137,8 @@ def configuration(
             f" on compute capability 10.0 or 10.3, not for 8-bit scores; this is {size} channels,"
             f" {tile} tokens, loads={loads!r}, {arch / 10}, {'8' if int8 else '16'}-bit scores."
         )
+    if fp8 and arch == 90 and loads == "pointer" and padded(size) == 128:
+        config = config._replace(block_n=32)  # spills otherwise
     return config._replace(loads=loads, specialize=specialize)
 
 
@@ -173,7 +186,7 @@ def attend_triton(
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     else:
         k, v = (in_tile_order(x, blocks) for x in (k, v))
-    return _launch(q, k, v, None, blocks, scale, key_mask, config)
+    return _launch(q, k, v, blocks, scale, key_mask, config)
 
 
 def attend_triton_int8(
@@ -195,8 +208,48 @@ def attend_triton_int8(
     mean = mean_key(k, key_mask)
     keys, scales = quantize_keys(k, mean, blocks, key_mask)
     v = in_tile_order(v, blocks)
-    out, lse = _launch(q, keys, v, scales, blocks, scale, key_mask, config)
+    out, lse = _launch(q, keys, v, blocks, scale, key_mask, config, Rounded(scales))
     return out, lse + mean_score(q, mean, scale) if return_lse else lse
+
+
+def attend_triton_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: BlockIndex,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+    *,
+    loads: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_triton_int8` with weights and values in 8-bit floats, from compute capability 8.9 on.
+
+    `fp8.levels` says how. The log-sum-exp is that of the scores, whatever becomes of the weights.
+    """
+    config = _configured(q, blocks, loads, int8=True, fp8=True)
+    key, value, places = mean_key(k, key_mask), mean_key(v, key_mask), apart(blocks)
+    keys, scales = quantize_keys(k, key, blocks, key_mask, places)
+    values, of_channel = quantize_values(v, value, blocks, places, key_mask)
+    rounded = Rounded(scales, of_channel, value, places)
+    out, lse = _launch(q, keys, values, blocks, scale, key_mask, config, rounded)
+    return out, lse + mean_score(q, key, scale) if return_lse else lse
+
+
+class Rounded(NamedTuple):
+    """What keys, and perhaps values, were rounded by, as the quantizing kernels return it.
+
+    Attributes:
+        keys: the scale of every key, or None.
+        values: that of every channel of the values, or None.
+        mean: the mean of the values, likewise.
+        places: where rounded values lie, and their keys.
+    """
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    places: Apart | None = None
 
 
 def _configured(q: torch.Tensor, blocks: BlockIndex, loads: str, **options: bool) -> ForwardConfig:
@@ -208,36 +261,61 @@ def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    key_scales: torch.Tensor | None,
     blocks: BlockIndex,
     scale: float,
     key_mask: torch.Tensor | None,
     config: ForwardConfig,
+    rounded: Rounded = Rounded(),  # noqa: B008  (a tuple of None)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel on queries in sequence order, keys and values in the order of the loads."""
     batch, tokens, heads, size = q.shape
-    lists = sub_blocks(blocks, config.block_m, config.block_n)
+    places = rounded.places
+    lists = sub_blocks(blocks, config.block_m, config.block_n, gaps=places is not None)
     q = q if q.stride(3) == 1 else q.contiguous()
     allowed = None if key_mask is None else in_tile_order(key_mask, blocks).view(torch.uint8)
+    if allowed is not None and places is not None:
+        allowed = _spread(allowed, blocks, places)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sides: Sequence[Any] = (k, v)
     if config.loads == "tma":
-        boxes = [config.block_n, size]
-        sides = [TensorDescriptor.from_tensor(side_by_side(x), boxes) for x in sides]
+        sides = [_boxes(k, config, size), _boxes(v, config, size, places is not None)]
+    by_token = v if places is None else v.transpose(1, 2)  # its strides, or those by channel
     grid = (blocks.num_tiles * lists.parts, batch * heads)
     attend_kernel[grid](
-        q, *sides, out, lse, key_scales, allowed, blocks.order, blocks.starts, blocks.head_pattern,
+        q, *sides, out, lse, *rounded[:3],
+        allowed, blocks.order, blocks.starts, blocks.head_pattern,
         lists.schedule, lists.row_ptr, lists.full_end, lists.places, lists.mask_ids, lists.bits,
         scale * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        tokens, heads, heads // k.shape[2], blocks.num_tiles, lists.parts,
+        *q.stride()[:3], *k.stride()[:3], *by_token.stride()[:3],
+        tokens, None if places is None else places.length, heads, heads // k.shape[2],
+        blocks.num_tiles, lists.parts,
         SIZE=size, SIZE_PADDED=padded(size),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        LOADS=config.loads, SPECIALIZE=config.specialize,
+        LOADS=config.loads, SPECIALIZE=config.specialize, EXACT=arch(q.device) in EXACT_SUMS,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def _boxes(
+    x: torch.Tensor, config: ForwardConfig, size: int, channels_first: bool = False
+) -> TensorDescriptor:
+    """What fetches a sub-block of keys or values, or of values (B, K, D, length)."""
+    if channels_first:
+        return TensorDescriptor.from_tensor(x.flatten(0, 2), [size, config.block_n])
+    return TensorDescriptor.from_tensor(side_by_side(x), [config.block_n, size])
+
+
+def _spread(x: torch.Tensor, blocks: BlockIndex, places: Apart) -> torch.Tensor:
+    """(B, S) in tile order, with 0 in the gaps: (B, length)."""
+
+    def find(index: BlockIndex) -> torch.Tensor:
+        moved = places.starts - index.starts[:-1]
+        return torch.arange(index.num_tokens, device=index.device) + moved[index.tile_of_place]
+
+    out = x.new_zeros(len(x), places.length)
+    return out.index_copy_(1, blocks.derived("places apart", find), x)
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:

@@ -39,14 +39,25 @@ def attend_torch_int8(
         scores, fp32 (fp64 for fp64) (B, S, H).
     """
     mean = mean_key(k, key_mask)
-    queries, of_query = quantize_queries(q)
-    keys, of_key = quantize_keys(k, mean, blocks, key_mask)
-    rounded_k = torch.empty_like(k, dtype=mean.dtype)
-    rounded_k[:, blocks.order] = keys * of_key.transpose(1, 2)[..., None]
-    rounded_q = queries * of_query[..., None]
+    rounded_q, rounded_k = rounded(q, k, mean, blocks, key_mask)
     out, lse = attend_torch(
         rounded_q, rounded_k, v.to(mean.dtype), blocks, scale, key_mask, return_lse
     )
     if lse is not None:
         lse = lse + mean_score(q, mean, scale)
     return out.to(q.dtype), lse
+
+
+def rounded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mean: torch.Tensor,
+    blocks: BlockIndex,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, and keys less their mean, as 8 bits know them, in fp32 (fp64 for fp64)."""
+    queries, of_query = quantize_queries(q)
+    keys, of_key = quantize_keys(k, mean, blocks, key_mask)
+    found = torch.empty_like(k, dtype=mean.dtype)
+    found[:, blocks.order] = keys * of_key.transpose(1, 2)[..., None]
+    return queries * of_query[..., None], found

@@ -178,7 +178,7 @@ def test_gradients_go_through_the_torch_path() -> None:
         assert torch.allclose(a, b, atol=1e-10)
     with pytest.raises(RuntimeError, match="no gradient"):
         gradients("triton")
-    with pytest.raises(RuntimeError, match="no 8-bit scores"):
+    with pytest.raises(RuntimeError, match="no 8 bits for"):
         active_tiles.attend(q, k, v, blocks, backend="torch-int8")
 
 

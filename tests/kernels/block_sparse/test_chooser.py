@@ -31,7 +31,7 @@ HERE = Setting(torch.device("cpu"), torch.float32, 32, (("device", "Pretended 1"
 
 def row(name: str, attend: Any = attend_torch, reason: str | None = None, **options: Any) -> Any:
     operators = {BLOCK_SPARSE.name: lambda q: None}
-    options = {"unasked": False, "measured": True, "int8": False, "error": ""} | options
+    options = {"unasked": False, "measured": True, "error": ""} | options
     return SimpleNamespace(
         name=name, attend=attend, reason=lambda q, blocks: reason, operators=operators, **options
     )

@@ -34,6 +34,7 @@ SAMPLE = {
     "by hand with a key mask": CompileCase(90, "gluon", "fp16", 128, 128, True),
     "scores in 8 bits": CompileCase(90, "int8", "bf16", 128, 128, False),
     "keys to 8 bits": CompileCase(90, "quantize", "bf16", 128, 128, True),
+    "weights and values in 8 bits": CompileCase(90, "fp8", "bf16", 128, 128, False),
     "tiles for the next step": CompileCase(90, "skip", "bf16", 128, 128, False),
     "virtual tokens with what they miss": CompileCase(90, "corrected", "bf16", 64, 128, False),
     "what virtual tokens miss": CompileCase(90, "missed", "bf16", 64, 128, True),
@@ -100,7 +101,7 @@ def test_everything_compiled_on_the_oldest_supported_triton_and_a_current_one() 
             spilled = 0 if row["arch"] in (80, 90, 100) else 32
             assert row["stack"] <= spilled
             assert row["shared"] <= GPUS[row["arch"]].shared
-            sums = row["kernel"] in ("quantize", "pool", "moments")
+            sums = row["kernel"] in ("quantize", "values", "list", "pool", "moments")
             multiplies = row["dtype"] != "fp32" and not sums
             assert row["tensor_cores"] > 0 or not multiplies
 

@@ -1,9 +1,9 @@
 """Triton's interpreter, repaired: kernels run on CPU tensors, with bf16 as a GPU computes it.
 
-The stock interpreter multiplies the bit patterns of bf16 numbers, truncates where a GPU rounds to
-nearest even, and reads outside of tensors without a word. It must also be chosen before triton is
-imported. `interpreted()` repairs the first three, and interprets what is launched inside it in a
-process that can compile as well.
+The stock interpreter multiplies the bit patterns of bf16 numbers, truncates them and 8-bit floats
+where a GPU rounds to nearest even, and reads outside of tensors without a word. It must also be
+chosen before triton is imported. `interpreted()` repairs the first three, and interprets what is
+launched inside it in a process that can compile as well.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def _repaired() -> dict[str, Any]:
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
         if _is_bf16(source.dtype) or _is_bf16(target):
             return cast_impl(self, source, target)
+        if target.scalar == tl.float8e4nv and source.dtype.scalar == tl.float32:
+            return _in_e4m3(source)
         return convert(self, source, target, rounding)
 
     def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
@@ -142,6 +144,12 @@ def _narrowed(handle: Any) -> Any:
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
     return Handle(np.where(np.isnan(handle.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+
+def _in_e4m3(handle: Any) -> Any:
+    """An fp32 handle as 8-bit floats, rounded to nearest even, what is too large to the largest."""
+    numbers = torch.from_numpy(np.ascontiguousarray(handle.data)).clamp(-448.0, 448.0)
+    return Handle(numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from diffpatch.methods.base import Attended, AttentionCall
 from tests.kernels.random_blocks import random_qkv
 from tests.methods.dynamic.test_dynamic_definition import by_definition
 
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 GRID = TokenGrid(2, 7, 9, text_before=4, text_after=3)
 RESTS = [("virtual", True), ("virtual", False), ("drop", True)]
 
@@ -26,10 +28,11 @@ def method_of(rest: str, correct: bool) -> Dynamic:
     return Dynamic(rest=rest, kept=0.3, tile=16, strip=8, pool=4, correct=correct)
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(dtype: torch.dtype = torch.float64) -> Tensors:
     """Batch 2, grouped heads, to be differentiated."""
     tensors = random_qkv(2, GRID.num_tokens, 4, 8, torch.float64, key_heads=2)
-    return [x.to(dtype).requires_grad_() for x in tensors]
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors)
+    return q, k, v
 
 
 def hidden(method: Dynamic) -> torch.Tensor:
@@ -39,7 +42,7 @@ def hidden(method: Dynamic) -> torch.Tensor:
     return mask
 
 
-def gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def gradients(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     random = torch.Generator().manual_seed(5)
     towards = torch.randn(out.shape, generator=random, dtype=torch.float64).to(out.dtype)
     return torch.autograd.grad(out, tensors, towards)
@@ -58,9 +61,9 @@ def test_gradients_are_those_of_the_definition(rest: str, correct: bool) -> None
     method, tensors = method_of(rest, correct), inputs()
     mask, state = hidden(method), dict[str, Any]()
     call = AttentionCall(method.pattern(GRID), key_mask=mask, state=state)
-    found = gradients(method.attend(*tensors, call).out, tensors)  # type: ignore[arg-type]
+    found = gradients(method.attend(*tensors, call).out, tensors)
     exact = chosen(method, state)
-    expected = gradients(by_definition(method, tensors, GRID, mask, exact), tensors)
+    expected = gradients(by_definition(method, list(tensors), GRID, mask, exact), tensors)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
         assert other.norm() > 1
@@ -76,7 +79,7 @@ def test_on_a_gpu_kernels_choose_and_pytorch_differentiates(rest: str, correct: 
     state = dict[str, Any]()
     call = AttentionCall(method.pattern(GRID), state=state)
     with as_on_a_gpu(), mock.patch.object(triton_impl, "choose", wraps=triton_impl.choose) as used:
-        done = method.attend(*tensors, call)  # type: ignore[arg-type]
+        done = method.attend(*tensors, call)
         found = gradients(done.out, tensors)
     assert used.call_count == 1 and done.backend == "torch"
     exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -104,14 +107,15 @@ def test_between_choosing_and_attending_nothing_waits(rest: str, correct: bool) 
     from triton.runtime import jit
 
     method, names = method_of(rest, correct), list[str]()
-    pattern, tensors = method.pattern(GRID), [x.detach() for x in inputs(torch.bfloat16)]
+    pattern, tensors = method.pattern(GRID), inputs(torch.bfloat16)
 
     def launch(kernel: Any, *_: Any, **__: Any) -> None:
         names.append(kernel.fn.__name__)
 
     def attend() -> Attended:
         call = AttentionCall(pattern, state={})
-        return method.attend(*tensors, call)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return method.attend(*tensors, call)
 
     with (
         mock.patch.object(support, "unsupported_reason", lambda *_: None),
