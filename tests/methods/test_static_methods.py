@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffpatch import Disc, Method, Neighborhood, Radial, SlidingTile, TokenGrid, Window
@@ -190,6 +190,8 @@ videos = st.builds(
 
 @settings(random_settings, max_examples=10)
 @given(grid=videos, decay=st.floats(0.1, 3.0), sink=st.booleans())
+@example(grid=TokenGrid(130, 1, 1), decay=0.5, sink=True)  # a last block of two frames
+@example(grid=TokenGrid(130, 1, 1), decay=0.5, sink=False)
 def test_radial_as_published(grid: TokenGrid, decay: float, sink: bool) -> None:
     blocks = published_by_hand(grid, decay, sink)
     of = torch.arange(grid.visual_tokens) // 128

@@ -97,6 +97,13 @@ def test_quality_up_to_the_noise_floor_may_be_asked_for() -> None:
     assert chosen == choose_for(settings(), Target.parse("30 dB"))
 
 
+def test_where_all_steps_are_dense_nothing_less_can_be_kept() -> None:
+    whole = settings(pairs=False)
+    measured = whole.measured_on.model_copy(update={"dense_steps": 1.0})
+    with pytest.raises(BadParameter, match="the first 100% of the steps are dense"):
+        choose_for(whole.model_copy(update={"measured_on": measured}), Target.parse("kept 0.5"))
+
+
 def test_a_speedup_comes_from_the_pairs() -> None:
     chosen = choose_for(settings(), Target.parse("2x"))
     assert chosen.kept <= 1 / 3 + 1e-9  # 0.25 + 0.75 k = 1/2

@@ -146,7 +146,8 @@ def test_other_grids_are_carried_over_or_refused() -> None:
     assert settings.check_grid((5, 8, 8, 7)) is None
     remark = settings.check_grid((5, 8, 12, 7))
     assert remark is not None and "5×8×8 + 7" in remark and "5×8×12 + 7" in remark
-    assert settings.check_grid((5, 8, 16, 7)) is not None
+    plain = settings.check_grid((5, 8, 16, 0))
+    assert plain == "curves of 5×8×8 + 7 tokens, carried to 5×8×16"
     for other in ((5, 8, 17, 7), (2, 8, 8, 7), (1, 16, 20, 7)):
         with pytest.raises(BadParameter, match="tune at this size"):
             settings.check_grid(other)

@@ -82,6 +82,20 @@ def test_keys_are_rounded_run_by_run_of_each_tile() -> None:
             assert (values[:, run].int().abs().amax((1, 3)) == 127).all()
 
 
+@pytest.mark.parametrize("last", [1, quantize.STRIP, quantize.STRIP + 1])
+def test_a_last_key_alone_has_a_scale_of_its_own(last: int) -> None:
+    blocks = random_blocks([7, last], edge=max(7, last))
+    k = torch.ones(1, 7 + last, 1, 4, dtype=torch.float64)
+    k[:, blocks.order[-1]] = 3.0
+    values, scales = quantize.quantize_keys(k, torch.zeros(1, 1, 4, dtype=torch.float64), blocks)
+    back = values.transpose(1, 2) * scales[..., None]
+    assert torch.allclose(back.transpose(1, 2), k[:, blocks.order], atol=0.02)
+    alone = last % quantize.STRIP == 1
+    assert (scales[0, 0, -1] > 2 * scales[0, 0, 0]) and (scales[0, 0, -2] < scales[0, 0, -1]) == (
+        alone
+    )
+
+
 def test_queries_are_rounded_one_by_one() -> None:
     q, _, _ = inputs()
     q[0, 0] = 0

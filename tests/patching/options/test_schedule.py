@@ -194,3 +194,13 @@ def test_a_bare_transformer_has_no_first_or_last_steps(
         diffpatch.patch(model, "window", dense_steps=first, dense_last_steps=last)
     assert not diffpatch.is_patched(model)
     diffpatch.patch(model, "window", dense_steps=0)
+
+
+def test_a_layer_is_sparse_in_some_step_or_in_none() -> None:
+    for total in range(4, 7):
+        bound = Schedule(dense_steps=2, dense_last_steps=2, dense_layers=[1]).bind(total, 3)
+        sparse = [not bound.reason(step, 0) for step in range(total)]
+        assert bound.ever_sparse(0, total) == any(sparse) == (total > 4)
+        assert not bound.ever_sparse(1, total)
+    first = Schedule(dense_steps=3, dense_layers=0).bind(5, 3)
+    assert [first.ever_sparse(0, total) for total in (2, 3, 4, None)] == [False, False, True, True]
