@@ -56,6 +56,12 @@ def cut(blocks: BlockIndex, size: int = 0, within: int = 0) -> Pieces:
     return blocks.derived(("pieces", size, within), lambda b: _cut(b, size, within))
 
 
+def gathered(x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """(B, V, L, K, D): the tokens of every piece of (B, S, K, D), shorter ones filled up."""
+    # (Indexing by the table itself would be several times slower on a CPU.)
+    return x.index_select(1, pieces.index.flatten()).unflatten(1, pieces.index.shape)
+
+
 def _cut(blocks: BlockIndex, size: int, within: int) -> Pieces:
     host = blocks.to("cpu")
     first, tile = host.starts.long(), torch.arange(host.num_tiles)

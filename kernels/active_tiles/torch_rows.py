@@ -12,7 +12,7 @@ import torch
 
 from diffpatch.kernels.active_tiles.table import TileTable
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.pieces import Pieces, cut
+from diffpatch.kernels.pieces import Pieces, cut, gathered
 
 GATHERED = 8 << 20  # bytes of keys and values gathered at a time, which caches should hold
 ALIKE = 0.75  # rows are stacked if the shortest list is at least this part of the longest
@@ -35,8 +35,8 @@ def attend(
     """
     batch, _, heads, _ = q.shape
     tiles = cut(blocks)
-    queries = _by_piece(q, blocks, tiles)  # (B, H, N, T, D)
-    keys, values = (_by_piece(x, blocks, table.strips).flatten(0, 2) for x in (k, v))
+    queries = _by_piece(q, tiles)  # (B, H, N, T, D)
+    keys, values = (_by_piece(x, table.strips).flatten(0, 2) for x in (k, v))
     seen = _seen(table.strips, key_mask, batch)
     out = torch.empty_like(queries, memory_format=torch.contiguous_format).flatten(0, 2)
     lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -81,11 +81,9 @@ def _gather(x: torch.Tensor, at: torch.Tensor, buffer: torch.Tensor) -> torch.Te
     return out.view(len(at), 1, -1, x.shape[-1])
 
 
-def _by_piece(x: torch.Tensor, blocks: BlockIndex, pieces: Pieces) -> torch.Tensor:
+def _by_piece(x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
     """(B, S, H, D) -> (B, H, V, L, D) contiguous."""
-    order = blocks.order if pieces.even else pieces.index.flatten()
-    out = x.index_select(1, order).transpose(1, 2).contiguous()
-    return out.unflatten(2, (len(pieces), -1))
+    return gathered(x, pieces).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _in_sequence(x: torch.Tensor, blocks: BlockIndex, pieces: Pieces) -> torch.Tensor:

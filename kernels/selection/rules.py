@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from diffpatch.kernels.pieces import Pieces, cut
+from diffpatch.kernels.pieces import Pieces, cut, gathered
 from diffpatch.kernels.selection.limits import MOST_MASS, MOST_SPREAD
 from diffpatch.kernels.selection.mass import (
     Points,
@@ -175,7 +175,7 @@ def _strided(tiles: Tiles, x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
     real = pieces.valid.expand(len(x), -1, -1)
     if x is tiles.k and tiles.key_mask is not None:
         real = real & tiles.key_mask[:, pieces.index]
-    x = x[:, pieces.index].to(torch.promote_types(x.dtype, torch.float32))
+    x = gathered(x, pieces).to(torch.promote_types(x.dtype, torch.float32))
     x = x.masked_fill(~real[..., None, None], 0.0).permute(0, 3, 1, 2, 4)
     x = F.pad(x, (0, 0, 0, tiles.options.stride - x.shape[3]))
     return x.repeat_interleave(tiles.heads // x.shape[1], 1)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.pieces import cut
+from diffpatch.kernels.pieces import cut, gathered
 from diffpatch.kernels.virtual_tokens.tokens import Missed, VirtualTokens
 from diffpatch.kernels.virtual_tokens.torch_impl import (
     SCORE_BYTES,
-    gathered,
     of_heads,
     scores_of,
     softmax_of,

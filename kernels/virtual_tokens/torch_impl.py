@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from diffpatch.kernels.blocks import BlockIndex
-from diffpatch.kernels.pieces import Pieces, cut
+from diffpatch.kernels.pieces import Pieces, cut, gathered
 from diffpatch.kernels.virtual_tokens.tokens import VirtualTokens
 
 # Scores held at a time: a CPU wants them in its cache, a GPU wants large launches.
@@ -135,12 +135,6 @@ def _written_out(
         found, total = softmax_of(scores_of(x, k, spread, log_count).add_(bias), v)
         out[:, rows], lse[:, rows] = found.transpose(1, 2).to(q.dtype), total.transpose(1, 2)
     return out, lse
-
-
-def gathered(x: torch.Tensor, pieces: Pieces) -> torch.Tensor:
-    """(B, V, L, K, D): the tokens of every piece of (B, S, K, D), shorter ones filled up."""
-    # (Indexing by the table itself would be several times slower on a CPU.)
-    return x.index_select(1, pieces.index.flatten()).unflatten(1, pieces.index.shape)
 
 
 def of_heads(x: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
