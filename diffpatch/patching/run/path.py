@@ -10,7 +10,8 @@ with y(n) up to step k then ends
     r · Σ (t(j+1) - t(j)) · (t(j) - t(n))  over the steps j from n+1 to k
 
 away, as a fraction of |y|. A step is held while that is within a tolerance. Times are those of the
-scheduler's timesteps, along which flow matching moves exactly, and others about. On a held path
+scheduler's timesteps, along which flow matching moves exactly, and others about. The last step of
+some stands at the end (timestep 0) and moves all the same: it is never held. On a held path
 latents go on as fast as before: where they are much farther, somebody has exchanged them.
 """
 
@@ -113,8 +114,10 @@ class Path:
             self.holding = distance is None or bool(distance <= LEAP * self.speed * passed)
 
     def astray(self, step: int) -> float:
-        """Where the path ends if it is held up to a step, per rate."""
+        """Where the path ends if it is held up to a step, per rate; infinite if nothing tells."""
         t, last = self.times, self.last
+        if step < len(t) - 1 and t[step] >= t[step + 1]:
+            return math.inf
         held = range(last + 1, min(step, len(t) - 2) + 1)
         return math.fsum((t[j + 1] - t[j]) * (t[j] - t[last]) for j in held)
 

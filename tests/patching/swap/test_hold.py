@@ -16,7 +16,7 @@ import diffpatch
 from diffpatch import BadParameter
 from diffpatch.patching.run.path import Path
 from diffpatch.patching.run.tracker import Tracker
-from tests.tiny import Tiny, wan
+from tests.tiny import Tiny, images, videos, wan
 
 STEPS, LAYERS = 8, 2
 ALWAYS = 1e9  # a tolerance within which everything is
@@ -127,6 +127,18 @@ def test_a_small_tolerance_holds_nothing(tiny: Tiny) -> None:
     diffpatch.patch(tiny.pipe, "dense", hold=1e-12)
     assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
     assert diffpatch.report(tiny.pipe).held_steps == 0
+
+
+@pytest.mark.parametrize("build", [videos.cogvideox, videos.latte, images.pixart])
+def test_a_last_step_at_the_end_of_time_moves_and_is_made(build: Any) -> None:
+    model = build()
+    plain = model.run(num_inference_steps=4)
+    assert model.pipe.scheduler.timesteps[-1] == 0
+    diffpatch.patch(model.pipe, "dense", hold=1e-12)
+    assert torch.equal(model.run(num_inference_steps=4), plain)
+    diffpatch.patch(model.pipe, "dense", hold=ALWAYS)
+    assert not torch.equal(model.run(num_inference_steps=4), plain)
+    assert diffpatch.report(model.pipe).held_steps == 1, "the third"
 
 
 @pytest.mark.parametrize("tolerance", [0.003, 0.01, 0.03, 0.1])
