@@ -74,6 +74,8 @@ class PatchedTransformer:
         return type(None), ()
 
     def _say_of_a_copy(self) -> None:
+        if self.cache is not None:
+            self.cache.check_copy(self._model())
         self.patch.say_once(f"a copy of {self.name} is not patched: call diffpatch.patch on it")
 
     @property
@@ -119,7 +121,7 @@ class PatchedTransformer:
         self.patch.installed.add(self)
         self.active = True
         if self.cache is not None:  # last: if it fails, all that went before is undone
-            self.cache.enable(model)
+            self.cache.enable(model, self.forwards)
 
     def remove(self) -> None:
         """Put the original processors back; ones that somebody else has set since stay."""
@@ -127,14 +129,14 @@ class PatchedTransformer:
         for _, module in self.modules:
             if rebind.is_rebound(module.processor, self) or rebind.is_stray(module.processor):
                 module.processor = rebind.hand_back(module.processor)
+        model = self._model()
+        if model is not None and self.cache is not None:
+            self.cache.disable(model)
         for hook in self._hooks:
             hook.remove()
         self.patch.installed.discard(self)
         for run in self.patch.runs.all():
             run.forget(self.name)
-        model = self._model()
-        if model is not None and self.cache is not None:
-            self.cache.disable(model)
         if model is not None and vars(model).get("_diffpatch") is self:
             del model._diffpatch
 
@@ -148,9 +150,7 @@ class PatchedTransformer:
         for one in own:
             rebind.keep_up(one)
         self._check_company(model)
-        named: Mapping[str, Any] = {
-            **dict(zip(self._arguments, args, strict=False)), **kwargs
-        }  # fmt: skip
+        named: Mapping[str, Any] = dict(zip(self._arguments, args, strict=False)) | kwargs
         try:
             found = self.family.grid(model, named)
         except (KeyError, AttributeError) as error:

@@ -26,7 +26,9 @@ patch first or enable first, it makes no difference
 ``FirstBlockCache``            yes. The first block decides on results that are now a little off:
                                look at its threshold again, or keep that block dense.
                                ``patch(…, cache=0.1)`` enables it as a part of the patch, which
-                               forgets it between runs and takes it off again
+                               forgets it between runs, tells it guidance branches that the pipeline
+                               does not name, and takes it off again. Refused for the models on
+                               which diffusers' own fails
 ``MagCache``                   yes. Calibrate its ratios with the patch on
 ``TaylorSeerCache``, ``SeaCache``, ``TextKVCache``  yes
 ``FasterCache``                yes, but not with ``temporal``, nor with ``dynamic`` unless

@@ -3,6 +3,7 @@
 The cache compares what the first block adds in a step with what it added in the last step that was
 computed, |r - r'|₁ / |r'|₁. Below a threshold the other blocks are left out, and what they added
 then is added again. It keeps one state a guidance branch, which belongs to a run like all state.
+Branches that the pipeline does not name, as diffusers' cache wants it, go by their numbers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ import math
 import weakref
 from typing import Any
 
+import torch
+
 from diffpatch import internals
-from diffpatch.errors import BadParameter
+from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.patching.forwards import Forwards
 from diffpatch.patching.options.composition import cache_of
 from diffpatch.patching.run.run import Run
+from diffpatch.patching.swap.in_place import InPlaceOfForward
 
+# Models on which diffusers' FirstBlockCache fails in a forward: it reads the input of a block by
+# the wrong name, or takes all blocks for alike.
+FAILS = (
+    "Cosmos3OmniTransformer",
+    "Flux2Transformer2DModel",
+    "Kandinsky5Transformer3DModel",
+    "LatteTransformer3DModel",
+    "MotifVideoTransformer3DModel",
+)
 MEANING = "0.1: how much the first block may change before the others are computed again"
 
 
@@ -33,10 +47,16 @@ class StepCache:
     def __init__(self, threshold: float, model: Any) -> None:
         self.threshold = threshold
         self._config: Any = None
+        self._names: _Names | None = None
         self._run: weakref.ref[Run] | None = None
         if not hasattr(model, "enable_cache"):
             raise BadParameter(
                 f"cache={threshold}: diffusers cannot cache {type(model).__name__}; leave cache out"
+            )
+        if type(model).__name__ in FAILS:
+            raise BadParameter(
+                f"cache={threshold}: FirstBlockCache of diffusers fails on {type(model).__name__};"
+                " leave cache out"
             )
         if (other := foreign_cache(model)) is not None:
             raise BadParameter(
@@ -48,8 +68,12 @@ class StepCache:
         """Whether this cache, and none that somebody else has enabled, is on a model."""
         return self._config is not None and getattr(model, internals.CACHE) is self._config
 
-    def enable(self, model: Any) -> None:
+    def enable(self, model: Any, forwards: Forwards) -> None:
         """Put its hooks on.
+
+        Args:
+            model: the transformer.
+            forwards: tell the guidance branch of a forward that the pipeline does not name.
 
         Raises:
             BadParameter: diffusers does not know the blocks of the model.
@@ -66,12 +90,27 @@ class StepCache:
                 f"cache={self.threshold}: FirstBlockCache does not know the blocks of"
                 f" {type(model).__name__} ({error}); leave cache out"
             ) from error
+        self._names = _Names(forwards, model)
 
     def disable(self, model: Any) -> None:
         """Take its hooks off, unless somebody did already."""
+        if self._names is not None:
+            self._names.remove()
         if self.is_on(model):
             model.disable_cache()
         self._config = None
+
+    def check_copy(self, model: Any) -> None:
+        """Refuse to copy a model that it is on: diffusers' hooks would run the original's blocks.
+
+        Raises:
+            DiffpatchError: says what to do.
+        """
+        if self.is_on(model):
+            raise DiffpatchError(
+                f"a {type(model).__name__} under cache={self.threshold} cannot be copied, because"
+                " diffusers' hooks stay those of the original: unpatch, copy, and patch again"
+            )
 
     def begin_forward(self, model: Any, run: Run) -> bool:
         """Forget what is of another run than the forward that begins.
@@ -91,6 +130,28 @@ class StepCache:
                     if manager is not None:
                         getattr(manager, internals.CACHE_STATES).clear()
         return before is not None and not before.ended
+
+
+class _Names(InPlaceOfForward):
+    """Names the forwards that their pipeline does not, by the number of the guidance branch."""
+
+    def __init__(self, forwards: Forwards, model: Any) -> None:
+        super().__init__(model)
+        self._forwards: Forwards | None = forwards
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ours = None if torch.compiler.is_compiling() else self._forwards
+        forward, model = None if ours is None else ours.current, self._model()
+        if forward is None or not forward.hooked or forward.context is not None:
+            return self.__wrapped__(*args, **kwargs)
+        name = f"branch {forward.place.branch}"
+        with getattr(type(model), internals.CACHE_CONTEXT)(model, name):
+            return self.__wrapped__(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        self._forwards = None
+        super().remove()
 
 
 def foreign_cache(model: Any) -> str | None:

@@ -7,8 +7,7 @@ and it looks at the results, which guide the picture, in place of the first bloc
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from diffpatch.patching.forwards import Forward, Forwards
 from diffpatch.patching.patch import Patch
 from diffpatch.patching.run.path import Path, copied
 from diffpatch.patching.swap.guide import RECORD
+from diffpatch.patching.swap.in_place import InPlaceOfForward
 
 _NO_TIMES = "its scheduler runs the model twice a step, or its timesteps do not fall towards 0"
 _GRADIENTS = "gradients are recorded: call the transformer under torch.no_grad()"
-FORWARD = "forward"
 MEANING = "0.005: how far a held result may lead astray before the transformer is run again"
 
 
-class Hold:
+class Hold(InPlaceOfForward):
     """Stands in for the forward of one transformer, and leaves some out.
 
     Args:
@@ -40,18 +39,9 @@ class Hold:
     def __init__(
         self, patch: Patch, forwards: Forwards, arguments: Sequence[str], name: str, model: Any
     ) -> None:
+        super().__init__(model)
         self._on: tuple[Patch, Forwards] | None = patch, forwards
-        self._arguments, self._name, self._model = arguments, name, weakref.ref(model)
-        self._before = vars(model).get(FORWARD)  # such as accelerate's, that moves weights first
-        setattr(model, FORWARD, self)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        # For those who look at a forward's arguments.
-        if self._before is not None:
-            return self._before
-        model = self._model()
-        return getattr(type(model), FORWARD).__get__(model)
+        self._arguments, self._name = arguments, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = self.__wrapped__
@@ -97,25 +87,9 @@ class Hold:
         return paths[self._name]
 
     def remove(self) -> None:
-        """Give the model its own forward back; under what somebody has put on top, do nothing."""
-        self._on = None  # whoever wraps it goes on calling it
-        model = self._model()
-        if model is None or vars(model).get(FORWARD) is not self:
-            return
-        if self._before is None:
-            delattr(model, FORWARD)
-        else:
-            setattr(model, FORWARD, self._before)
-
-    def __reduce__(self) -> Any:
-        # Copies and pickles of the model have the forward that it had before.
-        if self._before is not None:
-            return _same, (self._before,)
-        return getattr, (self._model(), FORWARD)
-
-
-def _same(value: Any) -> Any:
-    return value
+        """Give the model its own forward back, and let go of the patch."""
+        self._on = None
+        super().remove()
 
 
 def _check_processes(model: Any) -> None:

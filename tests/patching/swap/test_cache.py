@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, WanVideoToVideoPipeline
+from PIL import Image
 
 import diffpatch
 from diffpatch import BadParameter
+from diffpatch.errors import DiffpatchError
 from tests.tiny import Tiny, wan
-from tests.tiny.images import sd3
+from tests.tiny.families import CASES
+from tests.tiny.images import flux_kontext, sd3
 
 STEPS, LAYERS = 5, 3
 ALWAYS = 1e9  # a change of the first block that no step reaches
@@ -114,3 +117,62 @@ def test_what_cannot_be_cached_is_refused_and_left_alone(tiny: Tiny) -> None:
     with pytest.raises(BadParameter, match=r"SD3Transformer2DModel.*leave cache out"):
         diffpatch.patch(unknown.pipe, "neighborhood", cache=0.1)
     assert torch.equal(unknown.run(), plain) and not hooks(unknown.pipe.transformer)
+
+
+def video_to_video(tiny: Tiny) -> Tiny:
+    names = "tokenizer", "text_encoder", "transformer", "vae", "scheduler"
+    pipe: Any = WanVideoToVideoPipeline(**{name: getattr(tiny.pipe, name) for name in names})
+    pipe.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in tiny.call.items() if k not in ("num_frames", "num_inference_steps")}
+    return Tiny(pipe, call | {"video": [Image.new("RGB", (64, 64), "teal")] * 9})
+
+
+@pytest.mark.parametrize("build", [lambda: video_to_video(wan(layers=LAYERS)), flux_kontext])
+def test_branches_that_a_pipeline_does_not_name_go_by_their_numbers(build: Any) -> None:
+    tiny = build()
+    model = tiny.pipe.transformer
+    plain = tiny.run(num_inference_steps=STEPS)
+    diffpatch.patch(tiny.pipe, "dense", cache=1e-12, hold=1e-12)
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
+    diffpatch.patch(tiny.pipe, "dense", cache=ALWAYS)
+    cached = tiny.run(num_inference_steps=STEPS)
+    assert not torch.equal(cached, plain)
+    diffpatch.unpatch(tiny.pipe)
+    assert "forward" not in vars(model)
+    forward = model.forward  # the same, by hand: forwards of a step are named as they come
+    steps: list[float] = []
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        time = float(kwargs["timestep"].flatten()[0])
+        steps.append(time)
+        with model.cache_context(str(steps.count(time))):
+            return forward(*args, **kwargs)
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=ALWAYS))
+    model.forward = named
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), cached)
+    del model.forward
+    model.disable_cache()
+    assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
+
+
+@pytest.mark.parametrize("case", ["flux2", "kandinsky", "latte", "cosmos3-pipeline"])
+def test_models_on_which_diffusers_fails_are_refused(case: str) -> None:
+    model = CASES[case].build()
+    with pytest.raises(BadParameter, match=r"fails on .*; leave cache out"):
+        diffpatch.patch(model.pipe, "dense", cache=0.1)
+    model.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with (
+        pytest.raises((TypeError, ValueError, RuntimeError)),
+        model.pipe.transformer.cache_context("as its pipelines do not"),
+    ):
+        model.run()
+
+
+def test_a_copy_would_run_the_blocks_of_the_original(tiny: Tiny) -> None:
+    plain = tiny.run()
+    diffpatch.patch(tiny.pipe, "dense", cache=0.1)
+    with pytest.raises(DiffpatchError, match=r"cannot be copied.*unpatch, copy"):
+        copy.deepcopy(tiny.pipe)
+    tiny.pipe.transformer.disable_cache()
+    assert torch.equal(Tiny(copy.deepcopy(tiny.pipe), tiny.call).run(), plain)
