@@ -71,7 +71,7 @@ def attention(
         branch: guidance branch, for methods that treat them apart.
         backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8",
             "torch-int8", "triton-fp8" or "torch-fp8", as
-            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+            `diffpatch.kernels.block_sparse.api.block_sparse_attention` says.
         state: a dictionary of yours for each layer and guidance branch, for methods that carry
             something from step to step; start each run with empty ones.
         **params: parameters of the method.

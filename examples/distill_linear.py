@@ -1,8 +1,8 @@
-"""Distils linear attention into the demo model, on the model's own samples.
+"""Distil linear attention into the demo model, on the model's own samples.
 
 Records what the dense model computes while it samples captions, teaches the linear form every layer
-(see `diffpatch.distill`), writes one safetensors file, and compares on captions that were not
-learned from. The model's own weights never change.
+(see `diffpatch.tuning.distill`), writes one safetensors file, and compares with dense on captions
+that were not learned from. The model's own weights never change.
 
     python examples/distill_linear.py --out linear.safetensors
     diffpatch render --model demo --method linear --set weights=linear.safetensors
@@ -17,7 +17,7 @@ In Python the file is ``diffpatch.patch(pipe, "linear", weights="linear.safetens
     diffpatch.patch(pipe, "linear")                      # weights="somebody/my-model" from the hub
 
 The same steps distil any other model: load its pipeline and sample its own prompts. Two CPU cores
-need some minutes.
+need up to twenty minutes.
 """
 
 from __future__ import annotations

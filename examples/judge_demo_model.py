@@ -1,4 +1,4 @@
-"""Judges the demo model: how often does a clip show what its held-out caption says?
+"""Judge the demo model: how often does a clip show what its held-out caption says?
 
 Samples clips for captions that training never saw, lets the attribute judge read them, and
 compares with chance and with real clips of the same captions.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +45,27 @@ def test_docstrings_have_one_voice(folder: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_say_is_not_a(page: str) -> None:
     assert not NOT_A.search((ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_names_in_docstrings_exist() -> None:
+    """A renamed module or function is renamed where people read of it, too."""
+    named = {
+        (name, where)
+        for folder in FOLDERS
+        for where, text in docstrings(folder)
+        for name in re.findall(r"`(diffpatch(?:\.\w+)+)`", text)
+    }
+    assert len(named) > 30
+    assert sorted((name, where) for name, where in named if not exists(name)) == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found: Any = importlib.import_module(".".join(parts[:count]))
+            for part in parts[count:]:
+                found = getattr(found, part, None)
+            return found is not None
+    return False

@@ -87,7 +87,7 @@ def patch(
             published setting, else the method's defaults.
         backend: "auto", "triton", "gluon", "flex", "torch", "reference", "triton-int8",
             "torch-int8", "triton-fp8" or "torch-fp8", as
-            `diffpatch.kernels.block_sparse.block_sparse_attention` says.
+            `diffpatch.kernels.block_sparse.api.block_sparse_attention` says.
         grid: for models without a family: a `TokenGrid` (or a `PackedGrid`, for several grids in
             one sequence), or a function of the forward's arguments
             (as keywords) that returns one. Needs `modules`.

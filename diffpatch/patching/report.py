@@ -45,7 +45,7 @@ class Record:
     held: set[int] = field(default_factory=set)  # steps that repeated the last result
     waiting: list[tuple[str, int, int, float, torch.Tensor]] = field(default_factory=list)
     sequences: Counter[Grid] = field(default_factory=Counter)  # packed ones, of sparse calls
-    guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.guide`)
+    guides: int = 0  # forwards beside those of the pipeline (see `diffpatch.patching.swap.guide`)
     state_bytes: int = 0  # the most that was held across steps
     notes: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)

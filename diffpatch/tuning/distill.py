@@ -3,7 +3,8 @@
 Two stages. First every layer for itself, from the queries, keys and values that the dense model
 gives it, so that nothing is back-propagated through the network; then all layers together, against
 the dense model's prediction on the trajectories of its own samples. The model's weights never
-change: what is learned is beside them (`diffpatch.adapter`), and unpatching leaves nothing behind.
+change: what is learned is beside them (`diffpatch.methods.learned.files`), and unpatching leaves
+nothing behind.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
 
 
 def sets(candidate: Tensor | FeatureSet, reference: Tensor | FeatureSet) -> dict[str, Any]:
-    """Fréchet and kernel distance of two sets; see `diffpatch.eval.distances.compare`.
+    """Fréchet and kernel distance of two sets; see `diffpatch.eval.quality.distances.compare`.
 
     Args:
         candidate: features (N, D), such as those an extractor gives of every clip together, or a

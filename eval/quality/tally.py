@@ -96,7 +96,7 @@ def measure(
     Args:
         name: of the clip, the same in every set it is compared with.
         frames: (F, 3, H, W) floats in [0, 1].
-        tools: from `diffpatch.eval.quality.load_tools`.
+        tools: from `diffpatch.eval.quality.scores.load_tools`.
         prompt: what it should show.
         reference: the same clip rendered dense.
     """

@@ -33,7 +33,7 @@ def score(
         frames: what was rendered.
         reference: the dense frames; None for a dense run.
         prompt: what was asked for.
-        tools: from `diffpatch.eval.quality.load_tools`.
+        tools: from `diffpatch.eval.quality.scores.load_tools`.
         detailed: add what `diffpatch.eval.quality.details` says.
     """
     beside = {} if reference is None else paired(frames, reference, tools)
@@ -60,7 +60,7 @@ def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str,
         group: the finished runs of one way in one setting.
 
     Returns:
-        As `diffpatch.eval.distances.compare`, with `clips`; empty for dense itself, below
+        As `diffpatch.eval.quality.distances.compare`, with `clips`; empty for dense itself, below
         `FEWEST` clips, where features are missing, and where both sets are the same clips, which
         is so if two seeds are each other's noise floor.
     """

@@ -80,7 +80,7 @@ class SweepSpec:
         bar: the quality that a method must have to be recommended.
         details: whether the judge's answers stand one by one, beside objects and repetitions.
         networks: folders or files of the networks that judge quality, as
-            `diffpatch.eval.quality.load_tools` takes them; empty for those that are shipped.
+            `diffpatch.eval.quality.scores.load_tools` takes them; empty for those that are shipped.
     """
 
     title: str

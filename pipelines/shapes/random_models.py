@@ -39,7 +39,7 @@ def build(
     """A random transformer in evaluation mode.
 
     Args:
-        shape: a row of `diffpatch.pipelines.shapes.MODELS`.
+        shape: a row of `diffpatch.pipelines.shapes.table.MODELS`.
         layers: fewer of them than the model has; None for all.
         dtype: of the weights.
         device: where they are created.

@@ -246,7 +246,7 @@ def attend_kernel(
 ):  # fmt: skip
     """One program: 128 queries of one tile, for one head of one batch entry; with 4 warps.
 
-    As in `block_sparse_triton_kernel`, with K and V descriptors of (B * S, heads * SIZE) in tile
+    As in `triton_kernel.attend_kernel`, with K and V descriptors of (B * S, heads * SIZE) in tile
     order. TURNS says whether warpgroups take turns. REGISTERS are those of a thread that computes.
     """
     batch = (gl.program_id(1) // heads).to(gl.int64)
