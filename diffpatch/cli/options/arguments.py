@@ -115,26 +115,28 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quality",
         choices=names.QUALITIES,
-        help="keep about 50, 25 or 12.5 %% of the pairs, unless --set says how much",
+        help="sparse calls keep about 50, 25 or 12.5 %% of the pairs, unless --set says how much",
     )
     group.add_argument(
         "--dense-steps",
         type=amount,
         metavar="N",
-        help="first denoising steps that stay dense: a count (12) or a fraction (0.25)",
+        help="first denoising steps that stay dense: a count (12) or a fraction (0.25) (as"
+        " published for the model and method, else the method's own)",
     )
     group.add_argument(
         "--dense-layers",
         type=layers,
         metavar="N",
-        help="first layers that stay dense: a count, a fraction, or layer numbers (0,1,39)",
+        help="first layers that stay dense: a count, a fraction, or layer numbers (0,1,39) (as"
+        " for --dense-steps)",
     )
     group.add_argument(
         "--dense-last-steps",
         type=amount,
         default=0,
         metavar="N",
-        help="last denoising steps that stay dense: a count or a fraction",
+        help="last denoising steps that stay dense: a count or a fraction (0)",
     )
     add_backend_option(group)
 
@@ -143,8 +145,9 @@ def add_hold_option(parser: argparse.ArgumentParser) -> None:
     """--hold."""
     parser.add_argument_group("steps").add_argument(
         "--hold", type=number(float, 1e-6), metavar="T",
-        help="hold steps: leave the transformer out while that leads astray by no more than this"
-        " fraction of its result (such as 0.005); --method dense holds steps alone",
+        help="hold steps: give the transformer's last result again, without running it, while that"
+        " leads astray by at most this fraction of it (such as 0.005); --method dense holds steps"
+        " alone",
     )  # fmt: skip
 
 
@@ -194,7 +197,7 @@ def add_backend_option(group: Any) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model and how it is loaded."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", "--model-id", default="demo", help=MODEL_HELP)
+    group.add_argument("-m", "--model", "--model-id", default="demo", help=f"{MODEL_HELP} (demo)")
     group.add_argument(
         "--dtype",
         choices=("auto", *names.DTYPES),
@@ -206,7 +209,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=names.OFFLOADS,
         default="none",
-        help="keep idle weights in main memory: of whole models, single layers or groups of layers",
+        help="keep idle weights in main memory: of whole models, single layers or groups of layers"
+        " (none)",
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles to save memory")
     group.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
@@ -227,5 +231,5 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=number(float, 0), help="of classifier-free guidance"
     )
     group.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the noise, made on the CPU"
+        "--seed", type=number(int, 0), default=0, help="of the noise, made on the CPU (0)"
     )

@@ -97,7 +97,7 @@ def _add_render(kinds: Any) -> None:
         description="Time whole pipeline calls, dense and with each method in turns.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("-p", "--prompt", default=PROMPT, help="what to render")
+    parser.add_argument("-p", "--prompt", default=PROMPT, help=f"what to render ({PROMPT})")
     arguments.add_model_options(parser)
     arguments.add_generation_options(parser)
     arguments.add_method_options(parser)
@@ -121,10 +121,12 @@ def _add_model(kinds: Any) -> None:
     parser.add_argument("--height", type=count, default=480, help="in pixels (480)")
     parser.add_argument("--width", type=count, default=832, help="in pixels (832)")
     parser.add_argument("--num-frames", type=count, help="of a video (about 80; 1 for images)")
-    parser.add_argument("--layers", type=count, help="time fewer layers than the model has")
+    parser.add_argument("--layers", type=count, help="time fewer layers than the model has (all)")
     parser.add_argument("--batch", type=count, default=1, help="samples in the forward (1)")
     parser.add_argument(
-        "--kept", type=arguments.fraction, help="fit every method to this share of the pairs"
+        "--kept",
+        type=arguments.fraction,
+        help="fit every method to this fraction of the pairs (each method's own)",
     )
     parser.add_argument("--dtype", choices=names.DTYPES, help="(bf16; on the CPU fp32)")
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
@@ -172,30 +174,46 @@ def _add_kernels(kinds: Any) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, … (the accelerator, if there is one)")
     parser.add_argument(
-        "--parts", nargs="+", choices=names.PARTS, help="what to do at all; all on a GPU"
+        "--parts",
+        nargs="+",
+        choices=names.PARTS,
+        help="what to do (all on a GPU, kernels on a CPU)",
     )
     parser.add_argument(
-        "--shapes", nargs="+", choices=names.SHAPES, help="all; the small ones on a CPU"
+        "--shapes",
+        nargs="+",
+        choices=names.SHAPES,
+        help="of models (on a GPU all that are not small, on a CPU the small ones)",
     )
     parser.add_argument("--dtype", nargs="+", choices=names.DTYPES, default=["bf16"], help="(bf16)")
     parser.add_argument(
         "--kept",
         nargs="*",
         type=arguments.fraction,
-        help="fractions to keep; 0.5 0.25 0.1 0.05 on a GPU",
+        help="fractions of the pairs to keep, beside each shape's own window (0.5 0.25 0.1 0.05 on"
+        " a GPU)",
     )
-    parser.add_argument("--layout", nargs="+", choices=names.LAYOUTS, default=["permuted"])
-    parser.add_argument("--loads", nargs="+", choices=names.LOADS, default=["auto"])
+    parser.add_argument(
+        "--layout", nargs="+", choices=names.LAYOUTS, default=["permuted"],
+        help="keys and values are copied to tile order, read where they are, or in tile order"
+        " already (permuted)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loads", nargs="+", choices=names.LOADS, default=["auto"],
+        help="how the Triton kernel reads them: by pointers or by descriptors, TMA (auto)",
+    )  # fmt: skip
     parser.add_argument("--int8", action="store_true", help="measure 8 bits too (a GPU does)")
     parser.add_argument(
-        "--gluon", action="store_true", help="and other settings of the kernel made for Hopper"
+        "--gluon",
+        action="store_true",
+        help="measure the kernel made for Hopper too, in all its settings (a GPU does)",
     )
     parser.add_argument("--repeats", type=arguments.number(int, 1), default=5, help="rounds (5)")
     parser.add_argument(
         "--limit-seconds",
         type=arguments.number(float, 1),
         metavar="S",
-        help="begin no row that may end later (460 on a GPU)",
+        help="begin no row that may end later (460 on a GPU, no limit on a CPU)",
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",

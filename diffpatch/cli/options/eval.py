@@ -95,4 +95,7 @@ def _add_vbench(parser: argparse.ArgumentParser) -> None:
         help="scores that VBench wrote for a row (*_eval_results.json), repeatable; alone, or "
         "beside a measurement",
     )  # fmt: skip
-    group.add_argument("--fps", type=arguments.number(float, 0.1), help="of exported clips")
+    group.add_argument(
+        "--fps", type=arguments.number(float, 0.1),
+        help="frames per second of exported clips (8 for files; else the model's own, or 16)",
+    )  # fmt: skip

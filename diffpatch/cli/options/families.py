@@ -11,7 +11,7 @@ examples:
   diffpatch families
   diffpatch families wan
   diffpatch families --json
-  diffpatch families --markdown    # the tables of the README
+  diffpatch families --markdown    # the tables of pipelines/README.md
 """
 
 

@@ -46,8 +46,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-frames", type=arguments.number(int, 1), help=f"of a video {own}")
     parser.add_argument(
         "--reference", type=size, action="append", default=[], metavar="FRAMES,HEIGHT,WIDTH",
-        help="a video or image that stands in the sequence before the one to make (minimax-h3);"
-        " may be repeated",
+        help="a video or image that stands in the sequence before the one to make (minimax-h3), in"
+        " frames and pixels; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--num-inference-steps", "--steps", type=arguments.number(int, 1),
@@ -76,7 +76,10 @@ def add_parser(commands: Any) -> None:
         " part by the distance between frames (tiles)",
     )  # fmt: skip
     parser.add_argument(
-        "--draw-query", type=place, metavar="T,H,W", help="the query to draw (the middle one)"
+        "--draw-query",
+        type=place,
+        metavar="T,H,W",
+        help="frame, row and column of the query to draw, in tokens (the middle one)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=later("diffpatch.cli.plan"))

@@ -63,7 +63,11 @@ def add_parser(commands: Any) -> None:
         "--format", choices=names.VIDEO_FORMATS,
         help="of the files (mp4, or webp without ffmpeg; png for images)",
     )  # fmt: skip
-    group.add_argument("--fps", type=arguments.number(float, 0.1), help="frames per second")
+    group.add_argument(
+        "--fps",
+        type=arguments.number(float, 0.1),
+        help="frames per second (the model's own, else 16)",
+    )
     group.add_argument(
         "--json", action="store_true", help="print the result as JSON (a list for several prompts)"
     )

@@ -16,8 +16,8 @@ keys of SWEEP.yaml; prompts and methods are needed, lists are axes:
   dtype, offload, vae_tiling    as for render
   prompts           texts, or {prompt: TEXT, image: FILE}; prompt_file: a line each
   seeds             (0); seeds_in_turn: true gives each prompt one of them
-  sizes             {height: …, width: …, num_frames: …}
-  steps             denoising steps
+  sizes             {height: …, width: …, num_frames: …} in pixels (the model's own)
+  steps             denoising steps (the model's own)
   call              other arguments of the pipeline's call
   schedules         {dense_steps: …, dense_layers: …, dense_last_steps: …}
   methods           names, or {method: NAME, set: {…}, vary: {KEY: [VALUES]}, and for this one
@@ -92,9 +92,12 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("without a file")
     group.add_argument("-m", "--model", help=f"{arguments.MODEL_HELP} (demo)")
     group.add_argument("-p", "--prompt", action="append", default=[], help="text, repeatable")
-    group.add_argument("--image", type=arguments.existing_file, help="first frame")
+    group.add_argument(
+        "--image", type=arguments.existing_file, help="first frame, or image to start from"
+    )
     for name in ("--height", "--width", "--num-frames"):
-        group.add_argument(name, type=arguments.number(int, 1), help="(the model's own)")
+        what = "of a video" if name == "--num-frames" else "in pixels"
+        group.add_argument(name, type=arguments.number(int, 1), help=f"{what} (the model's own)")
     group.add_argument(
         "--num-inference-steps", "--steps", type=arguments.number(int, 1),
         help="denoising steps (the model's own)",
