@@ -152,7 +152,9 @@ class Plan:
         from diffpatch.patterns.drawing import draw
 
         if not self.patterns:
-            raise BadParameter(f"{self.method} on {self.model} runs dense: there is no pattern")
+            raise BadParameter(
+                f"{self.method} on {self.model} runs dense: there is no pattern to draw"
+            )
         title = f"{self.method} on {self.model}"
         return draw(self.patterns[0], kind, title=title, query=query)
 

@@ -125,7 +125,7 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
     if sparse <= 0:
         raise BadParameter(
             f"target={str(target)!r} cannot be reached: the first {dense:.0%} of the steps are"
-            f" dense, and they alone keep {dense:.3g}"
+            f" dense, and they alone keep {dense:.3g}; ask for more"
         )
     return _choose(settings, target, kept=min(sparse, 1.0))
 
@@ -196,7 +196,7 @@ def _of_rule(settings: Settings, rest: str, kept: float | None) -> dict[str, Cur
         for unit, curve in settings.points().items()
     }
     if any(len(curve) < 2 for curve in curves.values()):
-        raise BadParameter(f"the settings have no curves of {rest!r}")
+        raise BadParameter(f"the settings have no curves of {rest!r}: tune again")
     fed: dict[str, Curve] = {
         unit: [p for p in curve if p.kept >= FEWEST] for unit, curve in curves.items()
     }

@@ -167,7 +167,10 @@ class AttentionErrors:
             DiffpatchError: no call was sparse, or matplotlib is not installed.
         """
         if not self._sums:
-            raise DiffpatchError("there is nothing to plot: no call was sparse")
+            raise DiffpatchError(
+                "there is nothing to plot: no call was sparse; run the patched pipeline inside of"
+                " the `with` block"
+            )
         words = ("step", "layer", "relative L1 to dense")
         return showing.heat(ax, self.map, str(self), words, rows=list(self.per_step))
 

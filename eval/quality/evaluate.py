@@ -81,7 +81,8 @@ def evaluate_folders(
             frames, wanted = items.read_frames(own), items.read_frames(other)
             if frames.shape != wanted.shape:
                 raise items.ItemError(
-                    f"{own} has frames {tuple(frames.shape)}, {other} has {tuple(wanted.shape)}"
+                    f"{own} has frames {tuple(frames.shape)}, {other} has {tuple(wanted.shape)},"
+                    " (F, 3, H, W): render both with the same size and number of frames"
                 )
             parts.append(measure(name, frames, tools, prompt=prompts[name], reference=wanted))
         role = "floor" if row == "floor" and floor is not None else "candidate"

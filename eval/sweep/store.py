@@ -47,7 +47,9 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             self._locks = os.open(root / "claims.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise BadSweep(f"{root} cannot be written to ({error.strerror})") from None
+            raise BadSweep(
+                f"{root} cannot be written to ({error.strerror}); choose another -o"
+            ) from None
         free = (n for n in range(SLOTS) if self._lock(FIRST_SLOT + n))
         self._slot = next(free, None)
 

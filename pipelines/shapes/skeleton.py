@@ -64,7 +64,10 @@ def transformer_of(config: Path) -> Any:
         ) from None
     cls = getattr(diffusers, str(name), None)
     if cls is None:
-        raise UnusableModel(f"{config}: diffusers {diffusers.__version__} has no {name}")
+        raise UnusableModel(
+            f"{config}: diffusers {diffusers.__version__} has no {name};"
+            " pip install --upgrade diffusers"
+        )
     try:
         with torch.device("meta"):
             return cls.from_config(values)

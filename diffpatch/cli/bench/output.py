@@ -26,7 +26,10 @@ def chosen(args: argparse.Namespace, default: str = "radial") -> dict[str, dict[
         used |= set(own)
     for text in args.set:
         if text not in used:
-            raise UsageError(f"--set {text}: {' and '.join(found)} have no such parameter")
+            names = f"{' and '.join(found)} {'has' if len(found) == 1 else 'have'}"
+            raise UsageError(
+                f"--set {text}: {names} no such parameter; `diffpatch methods` lists them"
+            )
     return found
 
 

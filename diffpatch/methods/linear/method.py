@@ -150,7 +150,7 @@ class Linear(Method):
         if self.weights and not learned:
             raise BadParameter(
                 f"linear: weights={self.weights!r} belong to the layers of a model: use"
-                " diffpatch.patch, or give a layer's tensors in Call.learned"
+                " diffpatch.patch, or give a layer's tensors in AttentionCall.learned"
             )
         q, k, v = (distilled.corrected(x, n, learned) for x, n in ((q, "q"), (k, "k"), (v, "v")))
         blocks = call.pattern.on(q.device)
