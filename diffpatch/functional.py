@@ -64,7 +64,8 @@ def attention(
         v: like k.
         grid: where the tokens live: a `TokenGrid`, a `PackedGrid` of several, or three numbers
             (num_frames, height, width).
-        method: a name from `list_methods()` or a method object.
+        method: a name from `list_methods()`, a combination such as "dense+temporal", or a method
+            object.
         scale: the factor on q·k; None means 1 / sqrt(D).
         layer: layer number, for methods that alternate between layers.
         step: denoising step, for methods that alternate between steps.

@@ -53,7 +53,7 @@ class Neighborhood(Method):
 
     window: axis.Sizes = param(0.6, "keys along each axis: int, fraction, or -1 for all")
     stride: Literal["auto"] | axis.Counts = param("auto", "queries that share a window, or 'auto'")
-    dilation: axis.Counts = param(1, "distance between the keys of a window")
+    dilation: axis.Counts = param(1, "distance between the keys of a window, in tokens")
     causal: axis.Flags = param(False, "see only earlier positions, per axis")
     heads: tuple[axis.Sizes | Neighborhood, ...] = param(
         (), "windows of equal groups of heads, instead of one window"

@@ -79,7 +79,7 @@ def patch(
             takes the family's published setting for the method, else the method's own.
         dense_layers: first layers that stay dense (count or fraction), or layer numbers. None as
             above.
-        dense_last_steps: last denoising steps that stay dense.
+        dense_last_steps: last denoising steps that stay dense (count or fraction).
         quality: "high", "balanced" or "fast": sparse calls keep 50, 25 or 12.5 % of the pairs of
             visual tokens, within a tenth of that where the grid has enough tiles. It only chooses
             what `params` leave open and never the dense steps and layers; `report` and `plan`

@@ -20,8 +20,9 @@ def fit_kept(
 ) -> Method:
     """The method with its size set so that a sparse call on `grid` keeps about `kept`.
 
-    Sizes are whole tokens or tiles, so the result is near, not equal: `kept_of` says how near. A
-    budget beyond what the method can reach gives the nearest that it can.
+    Sizes are whole tokens or tiles, so the result is near, not equal:
+    `diffpatch.planning.fit.kept_of` says how near. A fraction beyond what the method can reach
+    gives the nearest that it can.
 
     >>> method = fit_kept("neighborhood", (21, 45, 80), 0.25)
 
@@ -34,7 +35,7 @@ def fit_kept(
         **params: other parameters of the method.
 
     Raises:
-        UnknownMethod, BadParameter: the method, the budget or a parameter cannot work.
+        UnknownMethod, BadParameter: the method, the fraction or a parameter cannot work.
     """
     if not 0 < kept <= 1:
         raise BadParameter(f"kept={kept} must be a fraction of the pairs in (0, 1]")

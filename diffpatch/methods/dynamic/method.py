@@ -62,7 +62,7 @@ class Dynamic(Method):
     "dynamic: virtual tokens".
 
     With `weights` a model runs as it was trained: `kept` is then a fraction of the tiles (0.1 if
-    not given), and all other parameters are ignored.
+    not given), and the weights set all other parameters.
     """
 
     name = "dynamic"
@@ -111,7 +111,7 @@ class Dynamic(Method):
     )
     budget_gib: float = param(8.0, "most memory for the state of a run, in GiB")
     weights: str | None = param(
-        None, "folder, file or hub model trained sparse (VSA, SLA, SLA2); says the rest"
+        None, "folder, file or hub model trained sparse (VSA, SLA, SLA2); sets all but kept"
     )
 
     _trained: ClassVar[str | None] = None

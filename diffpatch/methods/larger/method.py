@@ -81,7 +81,9 @@ class Larger(Method):
         None, "factor on the scale of the softmax; None is FreeSwim's, a little above 1, in windows"
     )
     slowed: int = param(0, "frequencies of the rotary embedding, along each axis, that turn slowly")
-    focus: float = param(1.0, "sharpens heads by how local they are, the most local so much")
+    focus: float = param(
+        1.0, "sharpens local heads: factor on the softmax scale of the most local one"
+    )
     guide: int | None = param(
         None, "steps between guide forwards; 0 for none, None is 2 where there is cross-attention"
     )

@@ -45,9 +45,9 @@ class Linear(Method):
 
     Both can be distilled, and so can a window mixed with feature-map linear attention (SLA2): far
     "elu", "relu", "softmax" or "hedgehog", with ``near=0`` for feature maps alone. `weights` names
-    the file of learned parameters (examples/distill_linear.py writes it), which also fixes all
-    other parameters.
-    Without one a feature map is refused: a model that was not trained for it falls apart.
+    the file of learned parameters (examples/distill_linear.py writes it), which also sets the other
+    parameters; only `near` and `kept` may be given beside it. Without such a file a feature map is
+    refused: a model that was not trained for it falls apart.
     """
 
     name = "linear"
@@ -64,7 +64,9 @@ class Linear(Method):
     near: int | None = param(
         None, "tokens seen exactly, instead of a share; 1024 unless far is 'pool'"
     )
-    weights: str | None = param(None, "file of learned parameters; it says the others too")
+    weights: str | None = param(
+        None, "file of learned parameters; sets all others but near and kept"
+    )
     allow_untrained: bool = param(False, "run a feature map without learned parameters")
 
     def validate(self) -> None:

@@ -37,8 +37,9 @@ class Temporal(Wrapper):
     merge the stored part with their own sparse result in one softmax, which weighs the old part by
     the current queries. The state is large: about the size of the attention's output.
 
-    ``mode="skip"``: tiles whose scores are below the running maximum by `threshold` powers of 2 are
-    left out from the next step on. After `refresh` steps all are checked again (LiteAttention).
+    ``mode="skip"``: tiles whose scores, in powers of 2, are below the running maximum plus
+    `threshold` are left out from the next step on. After `refresh` steps all are checked again
+    (LiteAttention).
 
     ``mode="mask"``: every `refresh` steps, each row of tiles chooses a fraction `kept` of its
     tiles: those whose loss would change its output most. The steps between compute only these

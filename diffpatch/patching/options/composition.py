@@ -9,6 +9,8 @@ Methods
                              window, not "step" or "random") and the softmax is not sharpened,
                              because results of earlier steps are merged into it
 ``linear`` and ``temporal``  refused: linear leaves nothing out that could be remembered
+``longer``                   alone: its keyframes move with every step
+``larger``                   alone; inside ``temporal`` with ``sharpen=1.0`` and without ``focus``
 ``dynamic``                  alone: it remembers its choice itself, for ``refresh`` steps. With
                              every layout, mask and number of key heads; rules that compare heads
                              (sol, sparge, xattention, nabla) compare those of one process under
@@ -95,14 +97,15 @@ def check_method(method: Method) -> None:
         return
     over = method.over
     if any(over.variant(0, step) != over.variant(0, 0) for step in STEPS):
+        still = "use shift='layer', 'count' or 'none'" if hasattr(over, "shift") else "use it alone"
         raise BadParameter(
-            f"{over} over {method.name}: its pattern changes from step to step, and what is carried"
-            " over the steps belongs to one pattern; use shift='layer', 'count' or 'none'"
+            f"{method.name} over {over}: its pattern changes from step to step, and what is carried"
+            f" over the steps belongs to one pattern; {still}"
         )
     if over.softmax_factor() != 1:
         raise BadParameter(
-            f"{over} over {method.name}: results of earlier steps are merged into a softmax that is"
-            " not sharpened; leave out sharpen"
+            f"{method.name} over {over}: results of earlier steps are merged into a softmax that is"
+            " not sharpened; give sharpen=1.0"
         )
 
 

@@ -212,7 +212,9 @@ def test_combinations_are_written_as_names_or_lists() -> None:
     [
         ({"method": "window+temporal", "shift": "step"}, "changes from step to step"),
         ({"method": "window+temporal", "shift": "random"}, "use shift='layer', 'count' or 'none'"),
-        ({"method": "neighborhood+temporal", "sharpen": 1.1}, "leave out sharpen"),
+        ({"method": "longer+temporal", "trained": 1}, "use it alone"),
+        ({"method": "neighborhood+temporal", "sharpen": 1.1}, "give sharpen=1.0"),
+        ({"method": "larger+temporal", "trained": (2, 2)}, "give sharpen=1.0"),
         ({"method": "linear+temporal"}, "nothing out"),
         ({"method": "window+radial"}, "does not combine"),
     ],
