@@ -78,9 +78,10 @@ def settle(
     chosen = chosen.for_model(frames, size, cross_attention)
     composition.check_method(chosen)
     if stepless and chosen.needs_steps:
+        instead = ", or choose in every call with refresh=1" if chosen.name == "dynamic" else ""
         raise BadParameter(
             f"{chosen.name} carries results from step to step, but a bare transformer knows no"
-            " steps: patch the pipeline"
+            f" steps: patch the pipeline{instead}"
         )
     if stepless and (dense_steps or dense_last_steps):
         raise BadParameter(
