@@ -178,7 +178,7 @@ def test_steps_after_forwards_of_an_unknown_model_count(kind: str) -> None:
 
 def test_a_bare_transformer_chooses_in_every_call() -> None:
     transformer = wan().pipe.transformer
-    with pytest.raises(BadParameter, match="knows no steps.* with refresh=1"):
+    with pytest.raises(BadParameter, match=r"knows no steps.* with refresh=1"):
         diffpatch.patch(transformer, "dynamic")
     with diffpatch.patched(transformer, "dynamic", refresh=1):
         pass
