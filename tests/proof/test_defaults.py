@@ -12,7 +12,8 @@ from pathlib import Path
 import diffpatch
 from diffpatch import public
 from diffpatch.kernels.block_sparse.api import block_sparse_attention
-from diffpatch.methods.registry import list_methods
+from diffpatch.methods.base import Method
+from diffpatch.methods.registry import list_methods, make_method
 from diffpatch.planning.profiles import DEVICES
 
 STORED = Path(__file__).with_name("defaults.json")
@@ -29,6 +30,12 @@ def defaults(name: str, function: object) -> dict[str, str]:
     return found
 
 
+def policy(name: str, method: Method) -> dict[str, str]:
+    """What stays dense where nobody says how much."""
+    steps, layers = method.default_dense_steps, method.default_dense_layers
+    return {f"{name} leaves dense": f"{steps} of the steps, {layers} of the layers"}
+
+
 def current() -> dict[str, str]:
     """Of all that is public, of every method's parameters, and the devices that are shipped."""
     found: dict[str, str] = {}
@@ -43,6 +50,9 @@ def current() -> dict[str, str]:
     for name, info in list_methods().items():
         if info.cls.__module__.startswith("diffpatch."):  # other tests register their own
             found |= {f"{name}: {key}": str(of[1]) for key, of in info.parameters.items()}
+            found |= policy(name, make_method(name))
+    for mode in ("tail", "skip", "mask"):
+        found |= policy(f"temporal in mode {mode}", make_method("temporal", mode=mode))
     found |= defaults("block_sparse_attention", block_sparse_attention)
     for device in DEVICES:
         rates = ", ".join(f"{name} {rate:.4g}" for name, rate in device.peak.items())
