@@ -1,6 +1,6 @@
 # make demo    render a clip dense and accelerated, with the built-in model, into out/; and the
 #              README's picture from it, with the figures of the README's table, if it has to change
-# make test    lint, types and tests
+# make test    lint, types and tests; at the end the slowest twenty
 # make mutants do the tests notice small wrong edits? MINUTES=10 SEED=1, goes on where it stopped
 # make fuzz    random grids, methods, sweeps, settings and weights, for MINUTES=10
 # make docs    README, map, gallery and an API reference, into build/docs/
@@ -39,7 +39,7 @@ docs: $(VENV)/.ready-test
 	@echo "open build/docs/index.html"
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 20
 
 MINUTES ?= 10
 SEED ?= 1
