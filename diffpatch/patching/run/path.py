@@ -46,7 +46,14 @@ class Given:
         self._steady: list[bool] | None = None  # known from the second forward on
         if before is not None and self.is_like(before):
             pairs = zip(before._leaves, self._leaves, strict=True)
-            self._steady = before._steady or [_same(*pair) for pair in pairs]
+            steady = before._steady or [_same(*pair) for pair in pairs]
+            # Guidance that begins at zero leaves latents where they are: too early to tell.
+            self._steady = steady if self._has_moved(steady) else None
+
+    def _has_moved(self, steady: Sequence[bool]) -> bool:
+        """Whether something that may be latents, and not only times, has."""
+        leaves = (leaf for (leaf, _), still in zip(self._leaves, steady, strict=True) if not still)
+        return any(isinstance(leaf, torch.Tensor) and leaf.ndim > 1 for leaf in leaves)
 
     def is_like(self, other: Given) -> bool:
         """Whether there are as many things, of the same kinds and shapes."""

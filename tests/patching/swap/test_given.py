@@ -154,6 +154,21 @@ def test_what_moves_is_seen_in_the_first_two_forwards() -> None:
     assert not unwritten.fits(unwritten)
 
 
+@pytest.mark.parametrize("zeros", [1, 2])
+def test_guidance_may_begin_at_zero(zeros: int) -> None:
+    """As CFG-Zero* does: the first steps leave the latents where they are."""
+    tiny = wan()
+    plain_step = tiny.pipe.scheduler.step
+    calls: list[None] = []
+
+    def step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return plain_step(output * (len(calls) > zeros), *args, **kwargs)
+
+    tiny.pipe.scheduler.step = step
+    assert held(tiny) == STEPS - 2 - zeros
+
+
 def test_gradients_hold_nothing_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     tiny = images.dit()
     diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
