@@ -126,6 +126,7 @@ def patch(
     found = transformers(pipe, _custom_family(grid, modules))
     check_grid: CheckGrid | None = None
     remark: str | None = None
+    steps: int | None = None
     if settings is not None or target is not None:
         given = [*params, *(n for n, x in (("cache", cache), ("hold", hold)) if x is not None)]
         given += [f"method={method!r}"] if method not in ("radial", "dynamic") else []
@@ -137,6 +138,7 @@ def patch(
         dense_layers = 0 if dense_layers is None else dense_layers
         remark = f"chosen for {target or quality!r}: {choice.promise}"
         quality = None
+        steps = None if choice.speedup is None else loaded.steps
     bare = not hasattr(pipe, "components")
     if cache is not None:
         caches.check_limit("cache", cache, caches.MEANING, bare=bare)
@@ -149,7 +151,7 @@ def patch(
     check_backend(backend)
     shared = Patch(
         chosen, schedule, backend, pipe,
-        bare=bare, check_grid=check_grid, remark=remark, strict=strict, hold=hold,
+        bare=bare, check_grid=check_grid, steps=steps, remark=remark, strict=strict, hold=hold,
     )  # fmt: skip
     parts = components(pipe)
     fresh = [

@@ -89,6 +89,7 @@ class Patch:
         schedule: which calls are dense.
         backend: of the kernels.
         check_grid: refuses grids that the settings say nothing about, or remarks on them.
+        steps: of the runs from which it is predicted what they give; None predicts nothing.
         remark: what the report says of the choice of settings: what those for a target are
             predicted to give, or that a level of quality has no effect.
         strict: whether a forward in which nothing runs sparsely is an error.
@@ -108,6 +109,7 @@ class Patch:
         *,
         bare: bool = False,
         check_grid: CheckGrid | None = None,
+        steps: int | None = None,
         remark: str | None = None,
         strict: bool = False,
         hold: float | None = None,
@@ -116,6 +118,7 @@ class Patch:
         self.schedule = schedule
         self.backend = backend
         self.check_grid = check_grid
+        self.steps = steps
         self.remark = remark
         self.strict = strict
         self.hold = hold
@@ -176,6 +179,9 @@ class Patch:
             self.note([place.run], text)
         if place.total is None and self.hold is not None:
             self.holds_none(place.run, place.run.untold or "nothing tells the steps")
+        if place.step == 1 and self.steps is not None and place.total != self.steps:
+            text = f"and this one has {place.total}: what they predict does not hold for it"
+            self.note([place.run], f"settings were measured in runs of {self.steps} steps, {text}")
         if place.run.resumed:
             self.note([place.run], f"{self.method.name} began anew in the middle: {_TAKEN_UP}")
         return place

@@ -158,6 +158,7 @@ class Settings(_Part):
         rendered: rendered pairs, from which PSNR and time are predicted.
         front: rendered runs with sparse attention, with a step cache, with held steps and with two
             of them; targets in dB and speedups are chosen from them.
+        steps: denoising steps of the runs of the front; None if that is not known.
         checked: other prompts, rendered with the settings chosen for a target.
         floor: PSNR of dense against dense with another kernel, in dB; no target can be higher.
     """
@@ -174,6 +175,7 @@ class Settings(_Part):
     ]
     rendered: Annotated[list[Rendered], Field(max_length=100_000)] = []
     front: Annotated[list[Measured], Field(max_length=100_000)] = []
+    steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
     checked: Annotated[list[Checked], Field(max_length=100_000)] = []
     floor: Decibels | None = None
 

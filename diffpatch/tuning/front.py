@@ -17,7 +17,7 @@ from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic.method import Dynamic
-from diffpatch.patching.api import patched, report
+from diffpatch.patching.api import owners, patched, report
 from diffpatch.patching.target import transformers
 from diffpatch.pipelines.running.sampling import Sample, named, sample, warm_up
 from diffpatch.targets.choice import Chosen, choose_for, chosen_for
@@ -29,6 +29,7 @@ from diffpatch.tuning.unfinished import Unfinished
 
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
+STEPS = "steps"  # the unit that is no clip
 CACHES = (0.05, 0.1, 0.2)  # thresholds of the step cache, beside none
 DENSE = Dense()
 EVERYTHING = Dynamic(kept=1.0, rest="drop")  # dense attention by the kernels of sparse attention
@@ -116,7 +117,8 @@ def measure_front(
         floor = job.floor(prompt, on_progress) if floor is None else floor
         for applied in ways:
             job.measure(prompt, applied, on_progress)
-    found = settings.model_copy(update={"front": job.measured, "floor": floor})
+    seen = {"front": job.measured, "floor": floor, "steps": job.steps()}
+    found = settings.model_copy(update=seen)
     if path is not None:
         found.save(path)
     job.finish()
@@ -271,6 +273,11 @@ class _Job:
         self._count += 1
         self.checked.append(Checked(**known))
 
+    def steps(self) -> int | None:
+        """Denoising steps of the dense runs."""
+        found: int | None = self._done.get(STEPS)
+        return found
+
     def finish(self) -> None:
         """The result is written."""
         self._done.forget()
@@ -290,6 +297,7 @@ class _Job:
                 facts, frames = {"calls": clip.calls, "seconds": clip.seconds}, clip.frames
                 frames = self._done.keep_tensor(prompt, frames)
                 self._done.put(unit, facts)
+                self._done.put(STEPS, clip.steps)
             self._dense = prompt, _Clip(frames.float(), facts["calls"], 1.0, facts["seconds"])
         return self._dense[1]
 
@@ -314,8 +322,9 @@ class _Job:
             with named("dense" if chosen is None else str(chosen)), patch:
                 clip = sample(self._pipe, call, self._seed)
                 told = report(self._pipe)
+                steps = owners(self._pipe)[0].patch.runs.of(self._pipe).total
         self._spent.append(time.monotonic() - began)
-        return _Clip(clip.frames, told.calls, told.kept, _seconds(clip, on_cpu))
+        return _Clip(clip.frames, told.calls, told.kept, _seconds(clip, on_cpu), steps)
 
     def _tell(self, what: str, on_progress: OnAdvance | None) -> None:
         if on_progress is not None:
@@ -327,12 +336,13 @@ class _Job:
 
 @dataclass(frozen=True, eq=False)
 class _Clip:
-    """One rendered clip: frames (F, 3, H, W), attention calls, kept fraction, seconds."""
+    """One rendered clip: frames (F, 3, H, W), attention calls, kept fraction, seconds, steps."""
 
     frames: torch.Tensor
     calls: int
     kept: float
     seconds: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,14 @@ def test_targets_in_decibels_and_speed_may_choose_a_cache(tiny: Tiny, settings: 
         choose_for(made, Target.parse("50 dB"))
 
 
-def test_a_target_may_choose_held_steps(tiny: Tiny, settings: Settings) -> None:
+def test_a_target_may_choose_held_steps(
+    tiny: Tiny, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     found = measure_front(
         tiny.pipe, settings, ["a cat"], call=call_of(tiny), sparse=(0.5,), dense_steps=(0.5,),
         caches=(), holds=(ALWAYS,),
     )  # fmt: skip
+    assert found.steps == CALL["num_inference_steps"]
     points = {point.applied.label: point for point in measured_points(found.front)}
     both = "attention 50% after 50% + hold 1e+09"
     assert set(points) == {"hold 1e+09", "attention 50% after 50%", both}
@@ -140,7 +143,7 @@ def test_a_target_may_choose_held_steps(tiny: Tiny, settings: Settings) -> None:
     fast = {"seconds": 1.0, "dense_seconds": 10.0, "psnr": 31.0}
     slow = {"seconds": 5.0, "dense_seconds": 10.0, "psnr": 40.0}
     front = [run.model_copy(update=fast if run.hold else slow) for run in found.front]
-    made = settings.model_copy(update={"front": front})
+    made = found.model_copy(update={"front": front})
     chosen = choose_for(made, Target.parse("27 dB"))
     assert chosen.hold == ALWAYS and chosen.cache is None and "hold" in str(chosen)
     assert choose_for(made, Target.parse("35 dB")).hold is None
@@ -150,6 +153,10 @@ def test_a_target_may_choose_held_steps(tiny: Tiny, settings: Settings) -> None:
     report = diffpatch.report(tiny.pipe)
     assert report.held_steps == CALL["num_inference_steps"] - 2
     assert any("chosen for '27 dB': hold 1e+09" in note for note in report.notes)
+    other = "measured in runs of 6 steps, and this one has 5"
+    assert other not in str(report)
+    tiny.run(**CALL | {"num_inference_steps": 5})
+    assert other in str(diffpatch.report(tiny.pipe)) and other in caplog.text
     diffpatch.unpatch(tiny.pipe)
     assert torch.equal(tiny.run(**CALL), plain)
     with pytest.raises(BadParameter, match="leave out hold"):

@@ -36,6 +36,7 @@ class Run:
         memos: the decisions about the grids of this run, held so that none is made anew within it.
         clocks: of the frames of each transformer.
         paths: of each transformer, where steps are held.
+        total: model evaluations that it has, as its latest forward tells; None where nothing does.
         ended: whether its loop was left, with the last step or before.
         resumed: whether it went on after that, when what it carried was freed.
     """
@@ -43,6 +44,7 @@ class Run:
     def __init__(self, pipeline: Any = None, untold: str | None = None, number: int = 0) -> None:
         self.number = number
         self.untold = untold
+        self.total: int | None = None
         self.ended = self.resumed = False
         self.record = Record()
         self.state: defaultdict[StateKey, dict[str, Any]] = defaultdict(dict)
@@ -170,6 +172,7 @@ class Run:
         self, schedule: Schedule, layers: int, total: int | None, evaluations: int
     ) -> BoundSchedule:
         """The schedule in whole steps and layers."""
+        self.total = total
         bound = self._bound.get((layers, total))
         if bound is None:
             bound = schedule.bind(total, layers, evaluations, self.untold)
