@@ -37,7 +37,7 @@ class PlannedRun:
         backend: whose padding is counted.
         kept: of every (step, layer).
         sparse: of those that are not dense.
-        work: of every (step, layer), None where it is dense.
+        work: of every (step, layer), None where it is dense, also if its pattern keeps everything.
         modelled: whether every sparse call has a model of its work.
         made: the patterns by variant.
         used: of every sparse call, its pattern.
@@ -87,8 +87,14 @@ class PlannedRun:
             guide = guided if every and age % every == 0 else 0.0
             self.guides += guide / steps / layers
             self.kept.append(self.sparse[-1] + guide)
-            self.work.append(None if every else method.work(pattern, age, backend))
-            self.modelled = self.modelled and self.work[-1] is not None
+            whole = self._runs_dense(pattern)
+            self.work.append(None if every or whole else method.work(pattern, age, backend))
+            self.modelled = self.modelled and (whole or self.work[-1] is not None)
+
+    def _runs_dense(self, pattern: BlockPattern) -> bool:
+        """Whether a call is left to dense attention because its pattern keeps everything."""
+        grids = self.grid.grids if isinstance(self.grid, PackedGrid) else (self.grid,)
+        return pattern.kept >= 1.0 and not any(map(self.method.changes_whole, grids))
 
     def kept_table(self) -> torch.Tensor:
         """fp64 (steps, layers), the kept fraction of every call."""
