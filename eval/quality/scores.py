@@ -120,8 +120,8 @@ def alone(frames: Tensor, prompt: str | None, tools: Tools) -> dict[str, float]:
 
     Returns:
         These numbers, except those that `absent` explains. ``clip_score`` is 100 times the cosine
-        with the prompt. ``temporal_consistency`` (CLIP-T) is the mean cosine of consecutive frames,
-        and ``flicker`` their mean absolute difference; motion counts too, so compare with dense.
+        with the prompt. ``temporal_consistency`` is the mean cosine of consecutive frames, and
+        ``flicker`` their mean absolute difference; motion counts too, so compare with dense.
         ``caption_accuracy`` is the share of the demo caption's six attributes that the judge reads
         from the clip, and ``caption_exact`` is 1 if all are right. ``caption_log_prob`` is the mean
         logarithm of the probability that the judge gives to the right attributes; it still tells

@@ -14,8 +14,8 @@ SCORES: tuple[tuple[str, str, str], ...] = (
     ("ms_ssim", "MS-SSIM", ".4f"),
     ("lpips", "LPIPS", ".4f"),
     ("clip_i", "CLIP-I", ".4f"),
-    ("clip_score", "CLIP", ".2f"),
-    ("temporal_consistency", "CLIP-T", ".4f"),
+    ("clip_score", "CLIP score", ".2f"),
+    ("temporal_consistency", "consistency", ".4f"),
     ("flicker", "flicker", ".4f"),
     ("caption_accuracy", "caption", ".1%"),
 )
@@ -25,7 +25,11 @@ DISTANCES: tuple[tuple[str, str, str], ...] = (("fd", "FD", ".3f"), ("kd", "KD",
 def describe(result: Mapping[str, Any]) -> str:
     """The result as tables, with what is missing or to be taken with care below them."""
     rows = result["rows"]
-    lines = [table(_scores(rows)), f"CLIP by {result['tools']['clip']}"]
+    lines = [
+        table(_scores(rows)),
+        f"by CLIP ({result['tools']['clip']}): CLIP-I to the frames of the reference, CLIP score to"
+        " the prompt, consistency of neighbouring frames",
+    ]
     if any(row["sets"] for row in rows):
         lines += [table(_distances(rows))]
         lines += ["FD and KD: Fréchet and kernel distance to the reference; "
