@@ -22,6 +22,8 @@ examples:
   diffpatch families
   diffpatch bench attention --grid 33x16x16 --method radial
   diffpatch eval --model demo --method radial --count 8
+  diffpatch sweep -m demo -p "a large red circle moves left over a black background" -o runs/demo
+  diffpatch tune -m demo --prompt-file prompts.txt -o demo.json
 """
 
 

@@ -71,7 +71,8 @@ def patch(
         patch(model, "window", grid=grid, modules=r"blocks\\.\\d+\\.attn")
 
     Args:
-        pipe: a diffusers pipeline (all its known transformers are patched) or one transformer.
+        pipe: a diffusers pipeline (all its known transformers are patched) or one transformer,
+            which takes no dense steps and nothing that goes on from step to step.
         method: "auto" (radial for videos, neighborhood for images), a name from `list_methods()`,
             a combination such as ``"radial+temporal"`` or ``["radial", "temporal"]`` (see
             `diffpatch.patching.options.composition`), or an object such as ``Radial(decay=0.5)``.
