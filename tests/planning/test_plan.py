@@ -262,8 +262,9 @@ def test_methods_are_ranked_by_what_is_computed() -> None:
 
 def test_calls_that_keep_everything_are_planned_dense() -> None:
     """As they run: 21 latent frames of 30×52 tokens are what the model was trained at."""
-    size = {"height": 480, "width": 832, "num_frames": 81, "profile": "h100"}
-    found = diffpatch.plan("wan-1.3b", "longer", **size)
+    found = diffpatch.plan(
+        "wan-1.3b", "longer", height=480, width=832, num_frames=81, profile="h100"
+    )
     assert found.kept_sparse == 1 and found.computed is None
     assert found.predicted is not None and found.predicted.step_speedup == 1
 
