@@ -20,6 +20,7 @@ from diffpatch.checking import Count, Natural, check, expected, field_types
 from diffpatch.cli import main
 from diffpatch.eval.sweep.spec import check_spec
 from diffpatch.methods.base import Method
+from diffpatch.methods.registry import ARGUMENTS
 from diffpatch.patterns.grid import as_grid
 from tests import tiny
 
@@ -80,6 +81,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: planned(quality=3), "plan: quality=3 must be text or none"),
     (lambda: planned(quality="best"), "unknown quality 'best'"),
     (lambda: planned(radius=3), "window has no parameter 'radius'"),
+    (lambda: planned(dense_step=3), "did you mean 'dense_steps', an argument of diffpatch.patch?"),
     (lambda: diffpatch.patch(tiny.wan().pipe, dense_steps=True), "dense_steps=True must be a cou"),
     (lambda: diffpatch.patch(tiny.wan().pipe, Radial(), decay=1.0), "give decay=1.0 inside it"),
     (lambda: planned().draw("a.png"), "kind='a.png'"),
@@ -223,3 +225,8 @@ def test_methods_of_your_own_are_checked_without_a_word() -> None:
 def test_checked_methods_are_copied_and_pickled() -> None:
     for method in (Radial(kept=0.2), Temporal(over=Window(window=(1, 2, 3)), mode="mask")):
         assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
+
+
+def test_what_patch_takes_is_known_where_a_misspelt_argument_arrives() -> None:
+    taken = set(inspect.signature(diffpatch.patch).parameters) - {"pipe", "method", "params"}
+    assert taken == set(ARGUMENTS)

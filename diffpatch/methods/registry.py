@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,11 @@ from diffpatch.methods.wrapper import Wrapper
 
 # A name, a combination of names such as "radial+temporal" or ["radial", "temporal"], or an object.
 MethodLike = str | Method | Sequence[str]
+# Arguments of `diffpatch.patch`, of which a misspelt one comes here as a parameter of the method.
+ARGUMENTS = (
+    "dense_steps", "dense_layers", "dense_last_steps", "quality", "backend", "grid", "modules",
+    "cache", "hold", "settings", "target", "strict",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,12 @@ def make_method(method: MethodLike, **params: Any) -> Method:
     classes = classes_of(method)
     known = {name for cls in classes for name in parameter_names(cls)}
     known -= {"over"} if len(classes) == 2 else set()  # the name says what it is over
+    for name in params.keys() - known:
+        if close := difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.8):
+            raise BadParameter(
+                f"{method} has no parameter {name!r}: did you mean {close[0]!r}, an argument of"
+                " diffpatch.patch?"
+            )
     checking.check_names(method, params, known)
     if len(classes) == 1:
         return classes[0](**classes[0].complete(params))

@@ -219,6 +219,10 @@ class Settings(_Part):
             if path.stat().st_size > MOST_BYTES:
                 raise BadParameter(f"settings {path}: larger than {MOST_BYTES >> 20} MB, not ours")
             text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BadParameter(
+                f"settings {path}: there is no such file; `diffpatch tune -o {path}` writes one"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise BadParameter(f"settings {path}: cannot be read as text ({error})") from None
         return cls.parse(text, str(path))

@@ -107,7 +107,9 @@ def test_damaged_foreign_future_and_hostile_files_get_one_sentence(
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BadParameter, match=r"none\.json: cannot be read"):
+    with pytest.raises(
+        BadParameter, match=r"none\.json: there is no such file; `diffpatch tune -o .* writes one"
+    ):
         Settings.load(tmp_path / "none.json")
     with pytest.raises(BadParameter, match="cannot be read"):
         Settings.load(tmp_path)
