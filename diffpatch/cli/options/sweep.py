@@ -37,7 +37,7 @@ examples:
   diffpatch sweep -m demo -p "a large red circle moves left over a black background" -o runs/demo
   diffpatch sweep -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -p "a fox in snow" --minutes 60 -o runs/wan
   diffpatch sweep examples/demo_sweep.yaml -o runs/demo
-  diffpatch sweep examples/demo_sweep.yaml -o runs/demo     # goes on where it was stopped
+  diffpatch sweep examples/demo_sweep.yaml -o runs/demo     # resumes where it was stopped
   diffpatch sweep examples/demo_sweep.yaml --dry-run
   diffpatch sweep --report-only runs/demo
   accelerate launch --num_processes 8 -m diffpatch sweep my_sweep.yaml -o runs/mine
@@ -54,9 +54,10 @@ def add_parser(commands: Any) -> None:
         help="compare methods on your model: which one is fastest, and at what quality",
         description="Render prompts dense and with several methods, and say which method to use.\n"
         "-m MODEL -p PROMPT compares the methods that suit the model; a YAML file\n"
-        "describes a sweep of your own. Writes report.html, card.png, summary.md,\n"
-        "summary.csv, summary.json. You can stop it at any time: the same command\n"
-        "resumes. Processes can share the work.",
+        "describes a sweep of your own. Writes report.html, card.webp, card.png,\n"
+        "summary.md, summary.csv, summary.json, and without a file sweep.yaml, which runs\n"
+        "the same again. You can stop it at any time: the same command resumes. Processes\n"
+        "can share the work.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
