@@ -262,6 +262,11 @@ def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iter
     A patch that the target carried before is back afterwards, with counts and state of its own that
     begin anew.
 
+    Args:
+        pipe: as in `patch`.
+        method: as in `patch`.
+        **options: all other arguments of `patch`.
+
     Raises:
         DiffpatchError: another thread or task is inside such a block with the same transformers.
         Others: as `patch` does.
@@ -294,7 +299,9 @@ def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iter
 def report(target: Any) -> Report:
     """What the last run of a patched target did (of a bare transformer: its last forward).
 
-    Of a pipeline that never ran itself, it is the last run over its transformers.
+    Args:
+        target: a patched pipeline or transformer. Of a pipeline that never ran itself, it is the
+            last run over its transformers.
 
     Raises:
         NotPatched: the target carries no patch.
@@ -330,7 +337,11 @@ def is_patched(target: Any) -> bool:
 
 
 def reset(target: Any) -> None:
-    """Forget all state and counts of the last run."""
+    """Forget all state and counts of the last run; the patch stays on.
+
+    Args:
+        target: a patched pipeline or transformer; one that is not patched is left alone.
+    """
     for shared in {owner.patch for owner in owners(target)}:
         shared.runs.of(target).reset()
 

@@ -22,7 +22,7 @@ FAMILIES: tuple[FamilyInfo, ...] = VIDEO_FAMILIES + IMAGE_FAMILIES + REFUSED
 
 
 def list_families() -> list[FamilyInfo]:
-    """All families, in the order of the table."""
+    """All families, in the order of the table, with those that are refused and the reason why."""
     return list(FAMILIES)
 
 
