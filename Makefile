@@ -24,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test mutants fuzz docs drift drift-oldest drift-newest lint format clean
+.PHONY: demo test mutants fuzz docs engines drift drift-oldest drift-newest lint format clean
 
 demo: $(VENV)/.ready-demo
 	@$(BIN)/diffpatch render --model $(MODEL) --prompt "$(PROMPT)" \

@@ -64,7 +64,7 @@ class Calibration:
 @checked("method")
 def calibrate(
     pipe: Any,
-    method: MethodLike = "radial+temporal",
+    method: MethodLike = "dense+temporal",
     *,
     prompt: str,
     call: Mapping[str, Any] | None = None,
@@ -83,7 +83,7 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline.
-        method: a combination with ``temporal``, such as "dense+temporal", or a `Temporal`.
+        method: a combination with ``temporal``, such as "radial+temporal", or a `Temporal`.
         prompt: a typical one.
         call: other arguments of the pipeline's call, such as ``num_inference_steps``.
         max_error: Σ|O − O_dense| / Σ|O_dense|, the mean of all sparse attention calls.

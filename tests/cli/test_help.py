@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import diffpatch
 from diffpatch.cli import COMMANDS, build_parser, main
 from diffpatch.cli.options import names
 from diffpatch.cli.render.sheets import VIDEO_FORMATS
@@ -64,6 +67,19 @@ def test_names_are_those_of_the_modules_that_know_them() -> None:
     assert names.LAYOUTS == LAYOUTS and names.LOADS == LOADS
     parsed = build_parser(["tune"]).parse_args(["tune", "-p", "a"])
     assert tuple(parsed.kept) == SPARSE
+
+
+@pytest.mark.parametrize(
+    ("command", "function"), [("calibrate", diffpatch.calibrate), ("tune", diffpatch.measure_front)]
+)
+def test_a_command_and_its_function_have_the_same_defaults(command: str, function: Any) -> None:
+    parsed = vars(build_parser([command]).parse_args([command, "-p", "a"]))
+    given = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    common = [name for name in given if name in parsed and name != "prompt"]
+    assert len(common) > 3
+    for name in common:
+        default = given[name]
+        assert parsed[name] == (list(default) if isinstance(default, tuple) else default), name
 
 
 def test_every_command_shows_examples() -> None:
