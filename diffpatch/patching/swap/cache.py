@@ -143,10 +143,10 @@ class _Names(InPlaceOfForward):
         ours = None if torch.compiler.is_compiling() else self._forwards
         forward, model = None if ours is None else ours.current, self._model()
         if forward is None or not forward.hooked or forward.context is not None:
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
         name = f"branch {forward.place.branch}"
         with getattr(type(model), internals.CACHE_CONTEXT)(model, name):
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
 
     def remove(self) -> None:
         """Give the model its own forward back."""

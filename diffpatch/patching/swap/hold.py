@@ -44,14 +44,13 @@ class Hold(InPlaceOfForward):
         self._arguments, self._name = arguments, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        original = self.__wrapped__
         if torch.compiler.is_compiling() or self._on is None:
-            return original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         patch, forwards = self._on
         forward = forwards.current
         path = None if forward is None else self._path(forward, patch)
         if forward is None or path is None:
-            return original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         place, named = forward.place, dict(zip(self._arguments, args, strict=False))
         held, given = path.results.get(place.branch), path.given(place.branch, named | kwargs)
         if place.first:
@@ -59,7 +58,7 @@ class Hold(InPlaceOfForward):
         if path.holding and held is not None and held[0].fits(given):
             place.run.record.hold(place.run.place(place.step))
             return copied(held[1])
-        result = original(*args, **kwargs)
+        result = self.original(*args, **kwargs)
         path.made(place.step, place.branch, given, result, first=place.first)
         return result
 

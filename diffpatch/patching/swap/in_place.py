@@ -29,6 +29,17 @@ class InPlaceOfForward:
         model = self._model()
         return getattr(type(model), FORWARD).__get__(model)
 
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward in whose place this stands.
+
+        By its class: a compiler that breaks the graph in it would take a bound method for
+        ``model.forward``, which is this.
+        """
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        model = self._model()
+        return getattr(type(model), FORWARD)(model, *args, **kwargs)
+
     def remove(self) -> None:
         """Give the model its own forward back; under what somebody has put on top, do nothing.
 
