@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 Count = Annotated[int, Ge(1)]  # of things of which there must be one
 Natural = Annotated[int, Ge(0)]
+SEEDS = 2**63  # torch takes no seed from here on
 
 PLAIN = (type(None), bool, int, float, str)
 WORDS = {

@@ -55,7 +55,7 @@ def of_caches(name: str, model: Any, patch: Patch, forward: Forward, own: bool) 
 
 
 def on_turns(cache: StepCache, model: Any, patch: Patch, name: str, run: Run) -> None:
-    """Remark on runs that take turns where a step cache remembers one.
+    """Remark on runs that take turns where a step cache remembers one, and on forwards of none.
 
     Args:
         cache: forgets what is of another run than the one that begins.
@@ -64,7 +64,10 @@ def on_turns(cache: StepCache, model: Any, patch: Patch, name: str, run: Run) ->
         name: of the transformer.
         run: of the forward that begins.
     """
-    if cache.begin_forward(model(), run):
+    robbed = cache.begin_forward(model(), run)
+    if run.untold is not None:
+        patch.note([run], f"cache={cache.threshold}: no step leaves blocks out: {run.untold}")
+    elif robbed:
         patch.say_once(
             f"several runs take turns on {name}, and its cache remembers one: steps are computed"
             " that could be left out; let one run follow the other"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NotRequired, TypeVar
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,7 +23,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 import diffpatch
-from diffpatch.checking import Count, Natural, shown
+from diffpatch.checking import SEEDS, Count, Natural, shown
 from diffpatch.errors import BadParameter, choices
 from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.patching.options.schedule import Schedule
@@ -242,7 +242,7 @@ class SweepFile(BaseModel):
         list[Annotated[PromptEntry, _passing(_check_prompt)]], BeforeValidator(_prompt_entries)
     ] = []
     prompt_file: str | None = None
-    seeds: Annotated[list[Natural], LISTED, DIFFERENT] = [0]
+    seeds: Annotated[list[Annotated[Natural, Lt(SEEDS)]], LISTED, DIFFERENT] = [0]
     seeds_in_turn: bool = False
     call: Annotated[dict[str, Any], AfterValidator(_call)] = {}
     sizes: Annotated[list[Size], LISTED, DIFFERENT] = [{}]
@@ -311,6 +311,8 @@ def _line(error: Any, data: Any) -> str:
         return f"{place} is missing"
     if error["type"] == "greater_than_equal":
         return f"{place}: {shown(value)} must be at least {error['ctx']['ge']}"
+    if error["type"] == "less_than":
+        return f"{place}: {shown(value)} must be below {error['ctx']['lt']}"
     return f"{place}: {shown(value)} must be {WORDS.get(error['type']) or _mapping_words(loc)}"
 
 

@@ -198,6 +198,7 @@ def test_a_dry_run_shows_and_writes_nothing(
         (["--format", "mp5"], "did you mean 'mp4'"),
         (["--model", "no/such/folder/"], "a folder, or a hub id"),
         (["--seed", "many"], "whole number"),
+        (["--seed", str(2**63)], "at least 0 and below 9223372036854775808"),
         (["--device", "tpu7"], "device"),
         (["--hold", "0"], "at least 1e-06"),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffpatch.checking import SEEDS
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.options import names
 from diffpatch.errors import BadParameter
@@ -23,17 +24,22 @@ def later(module: str, name: str = "run") -> Run:
     return lambda args: int(getattr(importlib.import_module(module), name)(args))
 
 
-def number(kind: type[int] | type[float], at_least: float) -> Callable[[str], Any]:
-    """A type of numbers with a lower limit."""
+def number(
+    kind: type[int] | type[float], at_least: float, below: float = float("inf")
+) -> Callable[[str], Any]:
+    """A type of numbers with a lower limit, and perhaps a limit that they stay below."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not at_least <= value < float("inf"):
+        if value is None or not at_least <= value < below:
             noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} must be {noun} of at least {at_least}")
+            limit = "" if below == float("inf") else f" and below {below}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be {noun} of at least {at_least}{limit}"
+            )
         return value
 
     return parse
@@ -231,5 +237,5 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=number(float, 0), help="of classifier-free guidance"
     )
     group.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the noise, made on the CPU (0)"
+        "--seed", type=number(int, 0, SEEDS), default=0, help="of the noise, made on the CPU (0)"
     )

@@ -84,6 +84,7 @@ def test_a_dry_run_lists_and_writes_nothing(
         ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "there is no image"),
         ({"seeds": [True]}, "seeds: True must be a whole number"),
         ({"seeds": -1}, "seeds: -1 must be at least 0"),
+        ({"seeds": 2**63}, "must be below 9223372036854775808"),
         ({"steps": [0]}, "steps: 0 must be at least 1"),
         ({"dtype": "fp8"}, "dtype: 'fp8'"),
         ({"sizes": {"heigth": 3}}, "did you mean 'height'"),

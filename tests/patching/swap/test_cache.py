@@ -16,6 +16,7 @@ from diffpatch.errors import DiffpatchError
 from tests.tiny import Tiny, wan
 from tests.tiny.families import CASES
 from tests.tiny.images import flux_kontext, sd3
+from tests.tiny.parts import noise
 
 STEPS, LAYERS = 5, 3
 ALWAYS = 1e9  # a change of the first block that no step reaches
@@ -95,6 +96,19 @@ def test_runs_that_take_turns_rob_each_other_and_are_told(
     found = tiny.run(num_inference_steps=STEPS, callback_on_step_end=between)
     assert torch.equal(found, plain), "every step was computed anew"
     assert "take turns" in caplog.text
+
+
+def test_forwards_without_a_loop_are_whole_and_that_is_said(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.pipe.transformer
+    inputs = noise(1, 16, 3, 4, 6), torch.tensor([500]), noise(1, 7, 32)
+    plain = model(*inputs)[0]
+    diffpatch.patch(tiny.pipe, "dense", cache=ALWAYS)
+    for _ in range(2):
+        assert torch.equal(model(*inputs)[0], plain)
+    assert "no step leaves blocks out: no denoising loop is seen" in caplog.text
+    assert "take turns" not in caplog.text
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, float("nan"), True, "0.1"])
