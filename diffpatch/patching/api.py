@@ -168,8 +168,13 @@ def patch(
                     f"another pipeline shares the transformer and was patched with {one.method}:"
                     f" both run {chosen} now"
                 )
+        before = _carried(pipe)
         unpatch(pipe)  # only now: what cannot work leaves an earlier patch alone
-        _install(pipe, shared, fresh)
+        try:
+            _install(pipe, shared, fresh)
+        except Exception:
+            _bring_back(pipe, before)
+            raise
     return pipe
 
 
@@ -222,6 +227,19 @@ def _settled(
     )
 
 
+def _carried(target: Any) -> dict[Patch, list[PatchedTransformer]]:
+    """The patches that a target carries, and the transformers of each."""
+    found: dict[Patch, list[PatchedTransformer]] = {}
+    for owner in owners(target):
+        found.setdefault(owner.patch, []).append(owner)
+    return found
+
+
+def _bring_back(target: Any, before: dict[Patch, list[PatchedTransformer]]) -> None:
+    for shared, previous in before.items():
+        _install(target, shared, previous)
+
+
 def _install(target: Any, shared: Patch, owners: Iterable[PatchedTransformer]) -> None:
     from diffpatch.patching.run.callers import schedulers_of
 
@@ -271,10 +289,8 @@ def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iter
         DiffpatchError: another thread or task is inside such a block with the same transformers.
         Others: as `patch` does.
     """
-    before: dict[Patch, list[PatchedTransformer]] = {}
     with _CHANGING:
-        for owner in owners(pipe):
-            before.setdefault(owner.patch, []).append(owner)
+        before = _carried(pipe)
         if any(one.in_block for one in before if one not in _INSIDE.get()):
             raise DiffpatchError(
                 f"another thread or task is inside `patched` with this {type(pipe).__name__}, and"
@@ -291,9 +307,9 @@ def patched(pipe: Target, method: MethodLike = "radial", **options: Any) -> Iter
             own.in_block = False
             _INSIDE.set(tuple(one for one in _INSIDE.get() if one is not own))
             unpatch(pipe)
-            for shared, previous in before.items():
+            for shared in before:
                 shared.runs.forget()
-                _install(pipe, shared, previous)
+            _bring_back(pipe, before)
 
 
 def report(target: Any) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import Any
@@ -226,3 +227,23 @@ def test_more_runs_of_the_plain_function_than_it_keeps_patterns_are_as_alone() -
     for i in range(3):
         for expected, grid, state in zip(alone, grids, states, strict=True):
             assert torch.equal(step(i, grid, state), expected[i])
+
+
+@pytest.mark.parametrize("how", [diffpatch.patch, diffpatch.patched])
+@torch.no_grad()
+def test_what_fails_as_it_is_put_on_leaves_the_earlier_patch(how: Any) -> None:
+    model = Model()
+    own = model.blocks[0].processor
+    described: dict[str, Any] = {"grid": GRID, "modules": r"blocks\.\d+"}
+    diffpatch.patch(model, LOCAL, **described)
+    expected = masked(model, **inputs())
+    with (
+        pytest.raises(BadParameter, match="rotary embedding is not known"),
+        contextlib.ExitStack() as stack,
+    ):
+        made = how(model, "longer", trained=1, **described)
+        stack.enter_context(made)
+    torch.testing.assert_close(model(**inputs()), expected)
+    assert diffpatch.report(model).dense_calls == 0
+    diffpatch.unpatch(model)
+    assert model.blocks[0].processor is own
