@@ -76,7 +76,9 @@ class Hold(InPlaceOfForward):
             patch.holds_none(place.run, _GRADIENTS)
             return None
         paths = place.run.paths
-        if self._name not in paths:
+        known = paths.get(self._name)
+        # A loop that skips the first timesteps shows it with its first step.
+        if known is None or len(known.times) != place.total + 1:
             times = place.tracker.times()
             if times is None:
                 patch.holds_none(place.run, _NO_TIMES)

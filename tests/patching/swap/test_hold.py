@@ -217,6 +217,20 @@ def test_runs_of_two_sizes_in_turns_are_what_they_are_alone(tiny: Tiny) -> None:
     assert torch.equal(torch.as_tensor(inner[0]), torch.as_tensor(first))
 
 
+@torch.no_grad()
+def test_a_loop_that_skips_timesteps_is_held_by_those_it_takes(tiny: Tiny) -> None:
+    pipe, skipped = tiny.pipe, 5
+    diffpatch.patch(pipe, "dense", hold=ALWAYS)
+    scheduler, x, text = pipe.scheduler, torch.randn(1, 16, 3, 4, 8), torch.randn(1, 7, 32)
+    scheduler.set_timesteps(STEPS)
+    times = [1 - float(t / scheduler.timesteps[skipped]) for t in scheduler.timesteps[skipped:]]
+    for t in scheduler.timesteps[skipped:]:
+        out = pipe.transformer(x, t[None], text, return_dict=False)[0]
+        [path] = pipe.transformer._diffpatch.patch.runs.last.paths.values()
+        x = scheduler.step(out, t, x, return_dict=False)[0]
+    assert path.times == pytest.approx([*times, 1.0])
+
+
 def test_an_interrupted_run_leaves_nothing_to_the_next(tiny: Tiny) -> None:
     diffpatch.patch(tiny.pipe, "dense", hold=ALWAYS)
     clean = tiny.run(num_inference_steps=STEPS)
