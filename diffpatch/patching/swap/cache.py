@@ -49,6 +49,7 @@ class StepCache:
         self._config: Any = None
         self._names: _Names | None = None
         self._run: weakref.ref[Run] | None = None
+        self._window = 0  # of that run: the tracker's number
         if not hasattr(model, "enable_cache"):
             raise BadParameter(
                 f"cache={threshold}: diffusers cannot cache {type(model).__name__}; leave cache out"
@@ -113,15 +114,15 @@ class StepCache:
             )
 
     def begin_forward(self, model: Any, run: Run) -> bool:
-        """Forget what is of another run than the forward that begins.
+        """Forget what is of another run than the forward that begins, or of a window before.
 
         Returns:
             Whether that other run is not over, so that each robs the other of what is cached.
         """
         before = None if self._run is None else self._run()
-        if before is run:
+        if before is run and self._window == run.number:
             return False
-        self._run = weakref.ref(run)
+        self._run, self._window = weakref.ref(run), run.number
         if self.is_on(model):
             for module in model.modules():
                 hooks = getattr(getattr(module, internals.HOOKS, None), "hooks", {})
@@ -129,7 +130,7 @@ class StepCache:
                     manager = getattr(hook, internals.CACHE_MANAGER, None)
                     if manager is not None:
                         getattr(manager, internals.CACHE_STATES).clear()
-        return before is not None and not before.ended
+        return before is not None and before is not run and not before.ended
 
 
 class _Names(InPlaceOfForward):

@@ -13,6 +13,7 @@ from PIL import Image
 import diffpatch
 from diffpatch import BadParameter
 from diffpatch.errors import DiffpatchError
+from tests.patching.run.test_runs import Windows
 from tests.tiny import Tiny, wan
 from tests.tiny.families import CASES
 from tests.tiny.images import flux_kontext, sd3
@@ -77,6 +78,13 @@ def test_a_failed_run_leaves_nothing_to_the_next(tiny: Tiny) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny.run(num_inference_steps=STEPS, prompt="another", callback_on_step_end=stop)
     assert torch.equal(tiny.run(num_inference_steps=STEPS), clean)
+
+
+def test_a_window_of_a_long_video_leaves_nothing_to_the_next(tiny: Tiny) -> None:
+    pipe = Windows(**tiny.pipe.components)
+    diffpatch.patch(pipe, "dense", cache=ALWAYS)
+    pipe(STEPS)
+    assert diffpatch.report(pipe).calls == Windows.windows * (LAYERS + STEPS - 1)
 
 
 def test_runs_that_take_turns_rob_each_other_and_are_told(
