@@ -147,6 +147,7 @@ def patch(
         caches.check_limit("hold", hold, holds.MEANING, bare=bare)
     wanted: dict[str, Any] = {"dense_steps": dense_steps, "dense_layers": dense_layers}
     wanted |= {"dense_last_steps": dense_last_steps, "quality": quality}
+    params = with_found_weights(pipe, found[0][1], method, params)
     chosen, schedule = _settled(pipe, found[0], method, params, **wanted)
     remark = remark or no_effect(chosen, quality, params)
     check_backend(backend)
@@ -202,7 +203,8 @@ def settled(
     found = transformers(target, _custom_family(grid, modules))[0]
     names = ("dense_steps", "dense_layers", "dense_last_steps", "quality")
     wanted = {name: options.pop(name) for name in names if name in options}
-    return _settled(target, found, method, options, **wanted)
+    params = with_found_weights(target, found[1], method, options)
+    return _settled(target, found, method, params, **wanted)
 
 
 def _settled(
@@ -213,7 +215,6 @@ def _settled(
     **wanted: Any,
 ) -> tuple[Method, Schedule]:
     _, model, family = found
-    params = with_found_weights(target, model, method, params)
     return settle(
         method,
         params,

@@ -9,7 +9,8 @@ import diffusers
 import pytest
 
 import diffpatch
-from diffpatch.methods.learned import checkpoint
+from diffpatch.methods.learned import checkpoint, files
+from diffpatch.methods.linear import distilled
 from tests.methods.dynamic.test_trained import released
 from tests.tiny import wan
 
@@ -38,6 +39,20 @@ def test_other_parameters_go_without_them_and_it_is_said(
         diffpatch.patch(pipe, "dynamic", rule="pooled")
     assert pipe.transformer._diffpatch.patch.method.weights is None
     assert "rule='pooled' goes without them" in caplog.text and str(folder) in caplog.text
+
+
+def test_found_weights_that_leave_a_level_of_quality_no_choice_are_said(tmp_path: Path) -> None:
+    tiny = wan()
+    tiny.pipe.save_pretrained(tmp_path)
+    learned = {
+        f"transformer.blocks.{layer}.attn1": distilled.initial(2, 2, 12, features=False, rank=2)
+        for layer in range(2)
+    }
+    files.save(tmp_path, learned, "WanTransformer3DModel", {"kept": 0.125})
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path)
+    diffpatch.patch(pipe, "linear", quality="high")
+    [note] = diffpatch.report(pipe).notes
+    assert note.startswith(f"quality='high' has no effect beside weights={str(tmp_path)!r}")
 
 
 def test_plain_folders_and_models_from_memory_have_none(
