@@ -111,6 +111,8 @@ class Linear(Method):
                 f"linear: with far={self.far!r}, near={self.near} the window has a fixed size and"
                 " no share of the tokens: set near instead"
             )
+        if self.pool == 1:
+            raise BadParameter("linear: pool=1 leaves no key out, whatever is near: raise pool")
         rest = 1 / self.pool  # the virtual tokens of the rest are counted as well
         return super().with_kept(max((kept - rest) / (1 - rest), 1e-4), kind)
 

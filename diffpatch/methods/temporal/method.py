@@ -47,7 +47,7 @@ class Temporal(Wrapper):
 
     "skip" and "mask" store a bit for each pair of tiles, choose for each head, always compute text
     and each tile's view of itself, and also work on dense attention. State belongs to a layer and a
-    guidance branch ("mask": to a layer, whose first branch chooses for all) and ends with the run.
+    guidance branch and ends with the run.
 
     Written ``"radial+temporal"``, ``"window+temporal"``, ``"dense+temporal"`` and so on.
     """

@@ -210,6 +210,11 @@ def test_bad_parameters(params: dict[str, Any], message: str) -> None:
         diffpatch.make_method("linear", **params)
 
 
+def test_virtual_tokens_of_one_key_leave_a_level_of_quality_no_choice() -> None:
+    with pytest.raises(BadParameter, match="pool=1"):
+        diffpatch.patch(wan().pipe, "linear", pool=1, quality="high")
+
+
 def test_a_pipeline_runs_with_a_state() -> None:
     tiny = wan()
     before = tiny.run()
