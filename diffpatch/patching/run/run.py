@@ -59,7 +59,7 @@ class Run:
         self._bound: dict[tuple[int, int | None], BoundSchedule] = {}
         self._in_step: dict[str, tuple[int, Counter[str | None]]] = {}
         self._branches: defaultdict[str, dict[tuple[str | None, int], int]] = defaultdict(dict)
-        self._earlier = 0  # steps of the windows before this one
+        self._earlier = self._ahead = 0  # steps of the windows before this one, and with its own
 
     @property
     def pipeline(self) -> Any:
@@ -69,7 +69,7 @@ class Run:
     def go_on(self, number: int) -> None:
         """The same call denoises once more, as long videos do for each window."""
         self.number, self.ended, self.resumed = number, False, False
-        self._earlier = max(self.record.by_step, default=-1) + 1
+        self._earlier = self._ahead
         self._forget()
 
     def end(self) -> None:
@@ -148,6 +148,7 @@ class Run:
 
     def place(self, step: int) -> int:
         """The step in the record, where windows follow each other."""
+        self._ahead = max(self._ahead, self._earlier + step + 1)
         return self._earlier + step
 
     def branch(self, transformer: str, step: int, context: str | None) -> tuple[int, bool]:

@@ -290,6 +290,14 @@ def test_long_videos_report_all_their_windows() -> None:
         pipe(3)
         kept = diffpatch.report(pipe).kept_per_step
         assert [k == 1 for k in kept] == [True, False, False] * Windows.windows
+    # A choice by content says later how much it kept, and held steps have no calls.
+    diffpatch.patch(pipe, "dynamic", dense_steps=0, dense_layers=0)
+    pipe(3)
+    assert diffpatch.report(pipe).steps == 3 * Windows.windows
+    diffpatch.patch(pipe, "dense", hold=1e9)
+    pipe(5)
+    report = diffpatch.report(pipe)
+    assert (report.steps, report.held_steps) == (2 * Windows.windows, 3 * Windows.windows)
 
 
 @pytest.mark.parametrize("compiled", ["whole", "blocks"])
