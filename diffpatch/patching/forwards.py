@@ -167,6 +167,11 @@ class Forwards:
         if forward is not None and not failed:
             self._check_idle(forward)
 
+    def beside(self, queries: int, keys: int) -> None:
+        """A call is made over other tokens than self-attention has."""
+        if (forward := self.current) is not None:
+            forward.idle.beside[queries, keys] += 1
+
     def _check_idle(self, forward: Forward) -> None:
         whole = len(forward.calls) == self._layers
         self._patch.check_idle(self._name, forward.idle, whole)

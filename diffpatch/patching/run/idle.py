@@ -22,12 +22,14 @@ class Idle:
         prevented: why others did not, although the schedule asks for it in this step or a later
             one -> how many.
         scheduled: why the schedule keeps the rest dense in every step -> how many.
+        beside: (queries, keys) of calls that are not self-attention over all tokens -> how many.
     """
 
     sparse: int = 0
     waiting: int = 0
     prevented: Counter[str] = field(default_factory=Counter)
     scheduled: Counter[str] = field(default_factory=Counter)
+    beside: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def dense(self, scheduled: str | None, prevented: str | None, ever: bool) -> None:
         """Note a dense call.
@@ -56,4 +58,7 @@ class Idle:
             return "; ".join(f"{count} calls: {why}" for why, count in self.prevented.items())
         if whole and self.scheduled and not self.waiting:
             return f"the schedule leaves every call dense ({', '.join(self.scheduled)})"
+        if self.beside and not (self.scheduled or self.waiting):
+            said = (f"{n} calls with {q} queries and {k} keys" for (q, k), n in self.beside.items())
+            return f"no call is self-attention over the grid: {'; '.join(said)}"
         return None

@@ -19,11 +19,24 @@ from diffpatch.patching.attention.layout import Numbers
 from diffpatch.patching.attention.parallel import Deal
 
 
+class Calls(Protocol):
+    """What counts the calls of a forward."""
+
+    def beside(self, queries: int, keys: int) -> None:
+        """A call over other tokens than self-attention has."""
+        ...
+
+
 class Owner(Protocol):
     """What a rebound processor reports to: one patched transformer."""
 
     handle: int
     active: bool  # False once the patch is undone
+
+    @property
+    def forwards(self) -> Calls:
+        """Count its calls."""
+        ...
 
     @property
     def grid(self) -> Numbers:

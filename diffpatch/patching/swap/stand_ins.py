@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,16 +83,15 @@ def _dispatch(real: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         **kwargs: Any,  # parallel_config, from diffusers 0.36 on
     ) -> torch.Tensor:
         owner, layer = _running()
-        other = dropout_p or is_causal or attention_kwargs
-        other = other or not is_own_call(owner.call_shape, query.shape[1], key.shape[1])
+        own = is_own_call(owner.call_shape, query.shape[1], key.shape[1])
         config, left = kwargs.get("parallel_config"), ""
         if not isinstance(attn_mask, torch.Tensor | None):
             left = f"the model's own {type(attn_mask).__name__}"
-        elif not other and config is not None and owner.call_shape is not None:
+        elif own and config is not None and owner.call_shape is not None:
             left = "text without queries is not cut over processes"
-        if left and not torch.compiler.is_compiling():
-            owner.passed_by(query, left, int(layer))
-        if other or left:
+        left = left or _asked(dropout_p, is_causal, attention_kwargs)
+        _tell(owner, layer, query, key, own, left)
+        if left or not own:
             return real(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 attention_kwargs, backend=backend, **kwargs,
@@ -127,8 +126,11 @@ def _scaled_dot_product(real: Callable[..., Any] | None) -> Callable[..., torch.
         enable_gqa: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        own = is_own_call(_running()[0].call_shape, query.shape[2], key.shape[2])
-        if not own or dropout_p or is_causal or kwargs:
+        owner, layer = _running()
+        own = is_own_call(owner.call_shape, query.shape[2], key.shape[2])
+        left = _asked(dropout_p, is_causal, kwargs)
+        if left or not own:
+            _tell(owner, layer, query.transpose(1, 2), key.transpose(1, 2), own, left)
             if dropout_p:
                 kwargs["dropout_p"] = dropout_p
             if is_causal:
@@ -140,6 +142,24 @@ def _scaled_dot_product(real: Callable[..., Any] | None) -> Callable[..., torch.
         return _route(q, k, v, attn_mask, scale).transpose(1, 2)
 
     return scaled_dot_product_attention
+
+
+def _asked(dropout: float, causal: bool, rest: Mapping[str, Any] | None) -> str:
+    """What a call asks for that sparse attention does not know, in words; "" for nothing."""
+    asked = ["dropout"] * bool(dropout) + ["a causal mask"] * causal + [*(rest or ())]
+    return f"the model asks for {', '.join(asked)}" if asked else ""
+
+
+def _tell(
+    owner: Owner, layer: torch.Tensor, q: torch.Tensor, k: torch.Tensor, own: bool, left: str
+) -> None:
+    """Tell the owner of a call (B, S, H, D) that is not its own, or is left to others."""
+    if torch.compiler.is_compiling():
+        return
+    if not own:
+        owner.forwards.beside(q.shape[1], k.shape[1])
+    elif left:
+        owner.passed_by(q, left, int(layer))
 
 
 def not_default(mask: torch.Tensor | None, scale: float | None, gqa: bool) -> dict[str, Any]:

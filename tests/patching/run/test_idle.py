@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
+from torch.nn import functional
 
 import diffpatch
 from diffpatch import TokenGrid, Window
+from tests.patching.test_custom_model import GRID, Attention, Model, Processor, inputs
 from tests.tiny import Tiny, wan, wan22
 
 LOCAL = Window(window=(-1, 1, 2), shift="none")
@@ -60,6 +63,59 @@ def test_a_grid_that_is_not_that_of_the_sequence_is_said_and_refused(
         pytest.raises(diffpatch.NothingSparse, match="9, 9, 9"),
     ):
         tiny.run()
+
+
+class Causal(Processor):
+    """Asks for what sparse attention does not know."""
+
+    def __call__(self, attn: Attention, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)) for t in attn.qkv(x).chunk(3, -1))
+        return dispatch_attention_fn(q, k, v, is_causal=True).flatten(2)
+
+
+class OlderCausal(Processor):
+    """The same by torch's operator."""
+
+    def __call__(self, attn: Attention, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in attn.qkv(x).chunk(3, -1))
+        return (
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+
+class Cross(Processor):
+    """Looks at the prompt alone."""
+
+    def __call__(self, attn: Attention, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)) for t in attn.qkv(x).chunk(3, -1))
+        return dispatch_attention_fn(q, k[:, :5], v[:, :5]).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [
+        (Causal, "2 calls: the model asks for a causal mask"),
+        (OlderCausal, "2 calls: the model asks for a causal mask"),
+        (Cross, "no call is self-attention over the grid: 2 calls with 56 queries and 5 keys"),
+    ],
+)
+@torch.no_grad()
+def test_calls_that_are_left_to_the_model_are_said(
+    processor: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model(processor)
+    plain = model(**inputs())
+    described: dict[str, Any] = {"grid": GRID, "modules": r"blocks\.\d+"}
+    diffpatch.patch(model, LOCAL, **described)
+    assert torch.equal(model(**inputs()), plain)
+    [said] = warnings(caplog)
+    assert said == f"window: nothing ran sparsely in transformer: {why}"
+    assert diffpatch.report(model).dense_calls == (0 if processor is Cross else 2)
+    diffpatch.patch(model, LOCAL, strict=True, **described)
+    with pytest.raises(diffpatch.NothingSparse, match=re.escape(why)):
+        model(**inputs())
 
 
 @pytest.mark.parametrize("make", [wan, wan22], ids=["one model", "two experts"])
