@@ -17,7 +17,7 @@ from diffpatch.kernels.block_sparse.backends import check_backend
 from diffpatch.methods.base import Method
 from diffpatch.methods.registry import MethodLike
 from diffpatch.patching.options.found import with_found_weights
-from diffpatch.patching.options.from_settings import from_settings
+from diffpatch.patching.options.from_settings import from_settings, promised
 from diffpatch.patching.options.schedule import Amount, Schedule
 from diffpatch.patching.options.settle import no_effect, settle
 from diffpatch.patching.report import Record, Report
@@ -135,9 +135,10 @@ def patch(
         loaded, choice = from_settings(here, settings, target, quality, given)
         method, check_grid = choice.method(found[0][0]), loaded.check_grid
         cache, hold = choice.cache, choice.hold
+        others = {"dense_layers": dense_layers, "dense_last_steps": dense_last_steps}
+        remark = promised(choice, target or quality, {"dense_steps": dense_steps, **others})
         dense_steps = choice.dense_steps if dense_steps is None else dense_steps
         dense_layers = 0 if dense_layers is None else dense_layers
-        remark = f"chosen for {target or quality!r}: {choice.promise}"
         quality = None
         steps = None if choice.speedup is None else loaded.steps
     bare = not hasattr(pipe, "components")

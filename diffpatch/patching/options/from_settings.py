@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,3 +56,21 @@ def from_settings(
     if quality is None or quality not in QUALITIES:
         raise BadParameter(f"unknown quality {quality!r}: {choices(str(quality), QUALITIES)}")
     return loaded, chosen_for(loaded, Applied(QUALITIES[quality], loaded.measured_on.dense_steps))
+
+
+def promised(choice: Chosen, wanted: str | None, dense: Mapping[str, Any]) -> str:
+    """What the report says of a choice: what it is for, and is predicted to give.
+
+    Args:
+        choice: for the target.
+        wanted: the target, or the level of quality.
+        dense: what the caller says of dense steps and layers, by the names of `patch`.
+    """
+    usual = {"dense_steps": choice.dense_steps}
+    other = [
+        f"{name}={value!r}"
+        for name, value in dense.items()
+        if choice.budgets and value is not None and (value or 0) != usual.get(name, 0)
+    ]
+    said = f"chosen for {wanted!r}: {choice.promise}"
+    return f"{said}; that is not about {', '.join(other)}" if other else said
