@@ -49,6 +49,7 @@ class Record:
     state_bytes: int = 0  # the most that was held across steps
     notes: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    reading: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(
         self,
@@ -108,20 +109,23 @@ class Record:
 
     def snapshot(self) -> Record:
         """The counts as they are now, with those that were still on a device."""
-        with self.lock:
-            waiting, self.waiting = self.waiting, []
-        read = [(w, layer, step, pairs, float(kept)) for w, layer, step, pairs, kept in waiting]
-        with self.lock:
-            for where, layer, step, pairs, kept in read:
-                self._count(where, layer, step, pairs, kept)
-            return replace(
-                self, lock=threading.Lock(), waiting=[], notes=list(self.notes),
-                held=set(self.held), reasons=self.reasons.copy(),
-                backends=self.backends.copy(),
-                sequences=self.sequences.copy(),
-                by_step=_copied(self.by_step), by_layer=_copied(self.by_layer),
-                by_place=_copied(self.by_place),
-            )  # fmt: skip
+        with self.reading:  # whoever asks meanwhile waits for them, too; calls go on being counted
+            with self.lock:
+                waiting, self.waiting = self.waiting, []
+            read = [(w, layer, step, pairs, float(kept)) for w, layer, step, pairs, kept in waiting]
+            with self.lock:
+                for where, layer, step, pairs, kept in read:
+                    self._count(where, layer, step, pairs, kept)
+                return self._copy()
+
+    def _copy(self) -> Record:
+        return replace(
+            self, lock=threading.Lock(), reading=threading.Lock(), waiting=[],
+            notes=list(self.notes), held=set(self.held), reasons=self.reasons.copy(),
+            backends=self.backends.copy(), sequences=self.sequences.copy(),
+            by_step=_copied(self.by_step), by_layer=_copied(self.by_layer),
+            by_place=_copied(self.by_place),
+        )  # fmt: skip
 
     def kept_map(self) -> list[list[float | None]]:
         """Kept fraction by step and, in each, by layer."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import accelerate
@@ -16,6 +18,7 @@ import torch
 import diffpatch
 from diffpatch import Temporal, TokenGrid, Window
 from diffpatch.adapters import diffusers_backend
+from diffpatch.patching.report import Record
 from tests.patching.run.test_runs import LATENT, LOCAL, TEMPORAL, Turns, clone, owner, together
 from tests.tiny import Tiny, flux, wan, wan22
 
@@ -234,3 +237,27 @@ def test_no_lock_is_held_during_attention() -> None:
     armed = False
     for i in (0, 1):
         assert torch.equal(out[i], clone(tiny).run(**TWO[i] | guided))
+
+
+class Late(torch.Tensor):
+    """A number that is still on its way from the device."""
+
+    asked, here = threading.Event(), threading.Event()
+
+    def __float__(self) -> float:
+        self.asked.set()
+        assert self.here.wait(10)
+        return 0.25
+
+
+def test_two_who_ask_at_once_for_what_is_on_a_device_are_told_the_same() -> None:
+    record = Record()
+    record.add("transformer", 0, 0, 100.0, torch.tensor(0.25).as_subclass(Late), "torch")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(record.snapshot)
+        assert Late.asked.wait(10)
+        second = pool.submit(record.snapshot)
+        record.add("transformer", 1, 0, 100.0, 1.0, "dense")  # calls are counted meanwhile
+        time.sleep(0.05)
+        Late.here.set()
+        assert first.result().kept_pairs == second.result().kept_pairs == 125.0
