@@ -179,7 +179,8 @@ class Patch:
             self.note([place.run], text)
         if place.total is None and self.hold is not None:
             self.holds_none(place.run, place.run.untold or "nothing tells the steps")
-        if place.step == 1 and self.steps is not None and place.total != self.steps:
+        told = place.step == 1 or place.total == 1  # a loop that skips some shows it with a step
+        if told and self.steps is not None and place.total != self.steps:
             text = f"and this one has {place.total}: what they predict does not hold for it"
             self.note([place.run], f"settings were measured in runs of {self.steps} steps, {text}")
         if place.run.resumed:

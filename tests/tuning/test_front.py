@@ -157,6 +157,8 @@ def test_a_target_may_choose_held_steps(
     assert other not in str(report)
     tiny.run(**CALL | {"num_inference_steps": 5})
     assert other in str(diffpatch.report(tiny.pipe)) and other in caplog.text
+    tiny.run(**CALL | {"num_inference_steps": 1})
+    assert other.replace("5", "1") in str(diffpatch.report(tiny.pipe))
     diffpatch.unpatch(tiny.pipe)
     assert torch.equal(tiny.run(**CALL), plain)
     with pytest.raises(BadParameter, match="leave out hold"):
