@@ -150,7 +150,8 @@ def _board(text: CardText, pattern: Image.Image | None) -> Image.Image:
     _fitted(draw, (box[0] + 18, 520), text.line, ACCENT, 26, box[2] - box[0] - 36)
     small = text.small if text.busy is None else f"The machine was busy ({text.busy}). {text.small}"
     if all(ord(letter) < 0x250 for letter in text.prompt):  # what the font can show
-        _fitted(draw, (STAGE[0], 572), f"“{text.prompt}”", SOFT, 20, WIDTH - 80)
+        prompt = " ".join(text.prompt.split())
+        _fitted(draw, (STAGE[0], 572), f"“{prompt}”", SOFT, 20, WIDTH - 80)
     _fitted(draw, (STAGE[0], 600), small, SOFT, 16, WIDTH - 80)
     return board
 
@@ -190,8 +191,8 @@ def _fitted(
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, room: int) -> tuple[str, Font]:
-    """A text that gets smaller, and then shorter, until it fits."""
-    text = text.replace("×", "x")  # which the font lacks
+    """A text on one line that gets smaller, and then shorter, until it fits."""
+    text = " ".join(text.splitlines()).replace("×", "x")  # which the font lacks
     while size > 13 and draw.textlength(text, font=_font(size)) > room:
         size -= 1
     while len(text) > 4 and draw.textlength(text, font=_font(size)) > room:

@@ -251,3 +251,13 @@ def test_a_long_name_leaves_the_picture_and_the_other_name_alone(tmp_path: Path)
     for a, b in ((left, clip), (clip, clip + 85)):  # beside the clip, and where "dense" stands
         assert torch.equal(stills[0][top : top + height, a:b], stills[1][top : top + height, a:b])
     assert not torch.equal(*stills)
+
+
+def test_a_prompt_of_several_lines_stands_on_one(tmp_path: Path) -> None:
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    cards = []
+    for prompt in ("a cat\nruns\n", "a cat runs"):
+        said = card.CardText("a", 2.0, 27.0, 0.3, "line", prompt, "machine")
+        card.write_card(tmp_path, grey, grey, said, None, 8)
+        cards.append(np.array(Image.open(tmp_path / "card.png")))
+    assert np.array_equal(cards[0], cards[1])
