@@ -247,3 +247,15 @@ def shown(value: Any) -> str:
     """A value as a message shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def refuse_dense(names: Iterable[str]) -> None:
+    """Refuse dense as one of the methods: under its name stands what they are compared with.
+
+    Raises:
+        BadParameter: it is among them.
+    """
+    if "dense" in names:
+        raise BadParameter(
+            "dense is what methods are compared with, and is measured anyway; drop it"
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import diffpatch
+from diffpatch.checking import refuse_dense
 from diffpatch.eval.bench.case import AttentionCase, Tensors
 from diffpatch.eval.bench.checking import TOLERANCE, WrongResult, error_on_rows
 from diffpatch.eval.bench.timing import dense_call, dense_times, interleaved
@@ -34,7 +35,9 @@ def bench_attention(
 
     Raises:
         WrongResult: an output is wrong, so that no speed is reported at all.
+        BadParameter: a method is called "dense", as what all are compared with is.
     """
+    refuse_dense(methods)
     device = choose_device(case.device)
     qkv = case.tensors()
     tried = dense_times(case, qkv)

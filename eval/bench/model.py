@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffpatch
+from diffpatch.checking import refuse_dense
 from diffpatch.errors import BadParameter
 from diffpatch.eval.bench.checking import TOLERANCE, WrongResult, error_on_rows
 from diffpatch.eval.bench.timing import DENSE, MATH_LIMIT
@@ -109,6 +110,7 @@ def bench_model(
         WrongResult: a method's output is wrong, so that no speed is reported at all.
         DiffpatchError: a model, size or method cannot work, or the memory does not suffice.
     """
+    refuse_dense(methods)
     made = {name: _made(case, name, values, kept) for name, values in methods.items()}
     check_memory(case)
     say(f"creating {case.shape.name}")

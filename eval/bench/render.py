@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffpatch import patched, report
+from diffpatch.checking import refuse_dense
 from diffpatch.eval.environment import environment
 from diffpatch.eval.medians import quartiles
 from diffpatch.eval.quality.metrics import psnr, ssim
@@ -35,7 +36,11 @@ def bench_render(
         repeats: rounds.
         seed: of the noise.
         say: told what runs next.
+
+    Raises:
+        BadParameter: a method is called "dense", as what all are compared with is.
     """
+    refuse_dense(methods)
     variants: dict[str, Mapping[str, Any] | None] = {"dense": None, **methods}
     for name, options in variants.items():
         say(f"warming up {name}")

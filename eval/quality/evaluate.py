@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffpatch import patched, report
+from diffpatch.checking import refuse_dense
 from diffpatch.eval.environment import environment
 from diffpatch.eval.processes import Process
 from diffpatch.eval.quality import items
@@ -124,7 +125,9 @@ def evaluate_model(
 
     Raises:
         NonFiniteOutput: a row yields NaN or infinity; it names the row, the prompt and the seed.
+        BadParameter: a method is called "dense", as what all are compared with is.
     """
+    refuse_dense(methods)
     call = dict(call)
     for name, options in methods.items():  # settings that cannot work fail before the dense runs
         say(f"warming up {name}")

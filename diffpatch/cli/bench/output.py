@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffpatch.checking import refuse_dense
 from diffpatch.cli import output
 from diffpatch.cli.errors import UsageError
 from diffpatch.cli.parameters import method_parameters
@@ -17,7 +18,13 @@ from diffpatch.tables import table
 
 
 def chosen(args: argparse.Namespace, default: str = "radial") -> dict[str, dict[str, Any]]:
-    """The methods asked for, each with those --set parameters that it has."""
+    """The methods asked for, each with those --set parameters that it has.
+
+    Raises:
+        UsageError: a parameter that none of them has.
+        BadParameter: dense is among them, or a value that a method refuses.
+    """
+    refuse_dense(args.method or ())
     found, used = {}, set()
     for name in args.method or [default]:
         fields = parameter_types(name)
