@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 from diffpatch.tuning.cost import Cost, cost
 from diffpatch.tuning.front import CACHES, Advance, check_prompts, measure_front
+from diffpatch.tuning.tuned import finished
+from diffpatch.tuning.unfinished import digest_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,16 +98,15 @@ def _measure(
         left = "" if at.left is None else f", {progress.span(at.left)} left"
         progress.say(f"clip {at.done + 1} of {at.units}{left}: {at.what}", args.quiet)
 
-    if curves.is_file():
-        settings = Settings.load(curves)
-    else:
+    settings = finished(curves)
+    if settings is None:
         fewer = {} if args.curve_steps is None else {"num_inference_steps": args.curve_steps}
         settings = diffpatch.tune(
             pipe, own, call=call | fewer, seed=args.seed, pairs=0, path=curves,
             on_progress=prompt_done,
         )  # fmt: skip
-    if front.is_file():
-        settings = Settings.load(front)
+    if (known := finished(front)) is not None:
+        settings = known
     elif args.kept or args.caches != [] or args.holds:
         settings = measure_front(
             pipe, settings, rendered, call=call, seed=args.seed, sparse=args.kept,
@@ -126,8 +125,7 @@ def _measure(
 
 def _stage(path: Path, name: str, ties: list[Any]) -> Path:
     """Where a stage is kept until the whole is done."""
-    digest = hashlib.sha256(json.dumps(ties, sort_keys=True, default=str).encode()).hexdigest()
-    return path.with_name(f"{path.stem}.{name}-{digest[:10]}.json")
+    return path.with_name(f"{path.stem}.{name}-{digest_of(*ties)[:10]}.json")
 
 
 def write_reports(settings: Settings, path: Path, found: Answer) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,10 @@ MOST_BYTES = 64 * 2**20  # of a file: curves of the largest models take a few MB
 MOST_UNITS = 2**20
 REACH = 2.0  # factor on the number of tokens within which curves are carried to another grid
 
+LONGEST = 20_000  # letters of a prompt; structured captions take thousands
+
 Text = Annotated[str, Field(max_length=4000)]
+Prompt = Annotated[str, Field(max_length=LONGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -69,7 +72,7 @@ class MeasuredOn(_Part):
     steps: Annotated[int, Field(ge=1, le=100_000)]
     dense_steps: Fraction
     dtype: Text
-    prompts: Annotated[list[Text], Field(min_length=1, max_length=10_000)]
+    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=10_000)]
     seeds: Annotated[list[int], Field(min_length=1, max_length=10_000)]
     versions: dict[Text, Text]
     time: Text
@@ -87,7 +90,7 @@ class Rendered(_Part):
         dense_seconds: time of the dense denoising in the same process.
     """
 
-    prompt: Text
+    prompt: Prompt
     kept: Fraction
     error: Annotated[float, Field(ge=0)]
     psnr: Decibels
@@ -112,7 +115,7 @@ class Measured(_Part):
         dense_seconds: time of the dense denoising in the same process.
     """
 
-    prompt: Text
+    prompt: Prompt
     sparse: Share
     dense_steps: Fraction
     cache: Positive | None
@@ -137,7 +140,7 @@ class Checked(_Part):
         dense_seconds: time of the dense denoising in the same process.
     """
 
-    prompt: Text
+    prompt: Prompt
     target: Text
     predicted: Decibels | None
     psnr: Decibels
@@ -295,6 +298,20 @@ class Settings(_Part):
                 " tune at this size"
             )
         return f"curves of {_size(own)} tokens, carried to {_size(grid)}"
+
+
+def check_lengths(prompts: Sequence[str]) -> None:
+    """Refuse prompts that no file would hold, before anything is measured with them.
+
+    Raises:
+        BadParameter: one is too long.
+    """
+    for prompt in prompts:
+        if len(prompt) > LONGEST:
+            raise BadParameter(
+                f"prompts: {prompt[:40]!r}… has {len(prompt):,} letters, and settings hold at most"
+                f" {LONGEST:,}: shorten it"
+            )
 
 
 def _described(transformers: Mapping[str, str]) -> str:

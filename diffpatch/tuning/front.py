@@ -22,10 +22,10 @@ from diffpatch.patching.target import transformers
 from diffpatch.pipelines.running.sampling import Sample, named, sample, warm_up
 from diffpatch.targets.choice import Chosen, choose_for, chosen_for
 from diffpatch.targets.front import Applied
-from diffpatch.targets.settings import Checked, Measured, Settings
+from diffpatch.targets.settings import Checked, Measured, Settings, check_lengths
 from diffpatch.targets.target import Target
 from diffpatch.tuning.tune import psnr
-from diffpatch.tuning.unfinished import Unfinished
+from diffpatch.tuning.unfinished import Unfinished, ties_of
 
 SPARSE = (0.25,)  # kept fractions of sparse calls that are rendered, beside dense attention
 DENSE_STEPS = (0.15, 0.5)  # parts of a run that stay dense before: early errors grow, late ones not
@@ -100,6 +100,7 @@ def measure_front(
     if prompts is None:
         prompts = settings.measured_on.prompts[:2]
     prompts = list(dict.fromkeys(prompts))
+    check_lengths(prompts)
     if caches is None:
         caches = CACHES if _can_cache(pipe) else ()
     ways = _ways(sparse, dense_steps, caches, holds)
@@ -153,6 +154,7 @@ def check_prompts(
         BadParameter: the target cannot be reached, or a prompt is not a fresh one.
     """
     wanted = Target.parse(target)
+    check_lengths(prompts)
     known = {*settings.measured_on.prompts, *(run.prompt for run in settings.front)}
     stale = [prompt for prompt in prompts if prompt in known]
     if stale or not prompts:
@@ -214,8 +216,7 @@ class _Job:
         self._call, self._units = call, units
         self._name = next(iter(settings.measured_on.transformers))
         curves = settings.model_dump_json(include={"measured_on", "curves"})
-        ties = json.dumps([curves, call, seed], sort_keys=True, default=str)
-        self._done = Unfinished(path, ".clips", ties)
+        self._done = Unfinished(path, ".clips", ties_of(curves, call, seed))
         self._warm: set[str] = set()
         self._spent: list[float] = []
         self._count = 0

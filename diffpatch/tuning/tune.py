@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,15 @@ from diffpatch.patterns.grid import TokenGrid
 from diffpatch.pipelines.families.table import attention_modules
 from diffpatch.pipelines.running.likeness import BEST_PSNR, psnr_by_frame
 from diffpatch.pipelines.running.sampling import Sample, named, sample
-from diffpatch.targets.settings import MeasuredOn, Rendered, Settings, fingerprint
+from diffpatch.targets.settings import (
+    MeasuredOn,
+    Rendered,
+    Settings,
+    check_lengths,
+    fingerprint,
+)
 from diffpatch.tuning.probe import Candidate, Probe
-from diffpatch.tuning.unfinished import Unfinished
+from diffpatch.tuning.unfinished import Unfinished, ties_of
 
 SIZES = (0.06, 0.125, 0.25, 0.5)  # kept fractions that every head is tried at
 PAIRS = (0.125, 0.25, 0.5)  # those that are rendered, to learn how errors become pictures
@@ -91,11 +96,12 @@ def tune(
     prompts = list(dict.fromkeys(prompts))
     if not prompts:
         raise BadParameter(f"prompts={prompts!r} must be a list of at least one text")
+    check_lengths(prompts)
     if not 0 <= dense_steps < 1:
         raise BadParameter(f"dense_steps={dense_steps} must be a fraction of the run, below 1")
     call = dict(call or {})
     model = _model(pipe)
-    ties = json.dumps([model, call, seed, dense_steps, SIZES], sort_keys=True, default=str)
+    ties = ties_of(model, call, seed, dense_steps, SIZES)
     done = _Done(path, ties)
     for number, prompt in enumerate(prompts):
         wanted = PAIRS if number < pairs else ()

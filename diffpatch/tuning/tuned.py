@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from diffpatch.patching.target import transformers
 from diffpatch.targets.settings import Settings, fingerprint
 from diffpatch.tuning.front import OnAdvance, measure_front
 from diffpatch.tuning.tune import Progress, tune
+from diffpatch.tuning.unfinished import digest_of
 
 
 @checked()
@@ -60,21 +59,16 @@ def tuned(
         )
     found = {name: model for name, model, _ in transformers(pipe, None)}
     dtypes = sorted({str(model.dtype) for model in found.values()})
-    ties = [fingerprint(found), dtypes, list(prompts), call, seed, options]
-    digest = hashlib.sha256(json.dumps(ties, sort_keys=True, default=str).encode()).hexdigest()
+    digest = digest_of(fingerprint(found), dtypes, list(prompts), call, seed, options)
     if folder is None:
         folder = Path(platformdirs.user_cache_dir("diffpatch", appauthor=False)) / "settings"
     path = Path(folder) / f"{type(pipe).__name__}-{digest[:16]}.json"
-    if path.is_file():
-        try:
-            return Settings.load(path)
-        except BadParameter:
-            path.unlink()  # damaged, or of another version
+    if (known := finished(path)) is not None:
+        return known
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = path.with_suffix(".curves.json")
-    if curves.is_file():
-        settings = Settings.load(curves)
-    else:
+    settings = finished(curves)
+    if settings is None:
         settings = tune(
             pipe, prompts, call=call, seed=seed, pairs=0, path=curves, on_progress=on_progress
         )
@@ -83,3 +77,17 @@ def tuned(
     )
     curves.unlink(missing_ok=True)
     return settings
+
+
+def finished(path: Path) -> Settings | None:
+    """The settings of a file that only we read; None if it is not there.
+
+    One that is damaged, or of another version, is removed: what it held is measured again.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return Settings.load(path)
+    except BadParameter:
+        path.unlink()
+        return None

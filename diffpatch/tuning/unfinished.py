@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from diffpatch.checking import file_path
 from diffpatch.files import write_bytes, write_text
+
+
+def ties_of(*parts: Any) -> str:
+    """Everything that decides what a job comes to as a text: the same wherever the same is asked.
+
+    Pictures, arrays and tensors count by what they hold: their own texts name a place in memory,
+    or leave most of it out.
+    """
+    return json.dumps(parts, sort_keys=True, default=_by_content)
+
+
+def _by_content(value: Any) -> str:
+    about: tuple[Any, ...]
+    if isinstance(value, Image.Image):
+        about, content = (value.mode, value.size), value.tobytes()
+    elif isinstance(value, torch.Tensor):
+        about = (str(value.dtype), tuple(value.shape))
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray):
+        about, content = (str(value.dtype), value.shape), value.tobytes()
+    else:
+        return str(value)
+    return f"{about} {hashlib.sha256(content).hexdigest()}"
+
+
+def digest_of(*parts: Any) -> str:
+    """64 hex digits that stand for `ties_of`."""
+    return hashlib.sha256(ties_of(*parts).encode()).hexdigest()
 
 
 class Unfinished:

@@ -84,7 +84,7 @@ def broken(path: str, value: Any) -> str:
         (text(front=[{**RUN, "cache": -1.0}]), "front.0.cache: "),
         (text(front=[{**RUN, "seconds": 0}]), "front.0.seconds: "),
         (text(front=[{**RUN, "surprise": 1}]), "front.0.surprise: extra inputs"),
-        (text(checked=[{"prompt": "x" * 5000}]), "checked.0.prompt: "),
+        (text(checked=[{"prompt": "x" * 20_001}]), "checked.0.prompt: "),
         (text(checked=3), "checked: "),
         (text(front=[{**RUN, "seconds": 1e-300}]), "front.0.seconds: "),
         (text(floor=1e300), "floor: "),

@@ -240,6 +240,11 @@ def test_a_model_is_tuned_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "SIZES", (0.3, 0.6))
     again = diffpatch.tuned(tiny.pipe, ["a cat"], folder=file.parent, **options)
     assert again.curves == first.curves and Settings.load(file) == again
+    file.unlink()
+    curves = file.with_suffix(".curves.json")
+    curves.write_text("{", encoding="utf-8")  # cut off: found out again as well
+    again = diffpatch.tuned(tiny.pipe, ["a cat"], folder=file.parent, **options)
+    assert again.curves == first.curves and file.is_file() and not curves.exists()
     with pytest.raises(BadParameter, match="unknown argument 'kept'"):
         diffpatch.tuned(tiny.pipe, ["a cat"], kept=0.5)
 

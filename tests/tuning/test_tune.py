@@ -189,6 +189,8 @@ def test_bad_requests_are_refused(small: Tiny, tmp_path: Path) -> None:
     for wrong in ([], [3]):
         with pytest.raises(BadParameter, match="prompts="):
             tune(small.pipe, wrong)  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match=r"'aaaa.*'… has 20,001 letters, .* 20,000: shorten it"):
+        tune(small.pipe, ["a cat", 20_001 * "a"])  # no file would hold it
     with pytest.raises(BadParameter, match=r"dense_steps=1\.5"):
         tune(small.pipe, ["a"], dense_steps=1.5)
 
