@@ -81,8 +81,8 @@ def _options(args: argparse.Namespace, threshold: tuple[float, ...]) -> str:
     words = ["--method", args.method, *(w for text in sets for w in ("--set", text))]
     for name in ("quality", "dense_steps", "dense_layers", "dense_last_steps"):
         value = getattr(args, name)
-        if value:
-            # Layer numbers have a comma even if there is only one.
+        if value is not None and (value or name != "dense_last_steps"):  # 0 is not the default
+            # Layer numbers have a comma even if there is only one; none of them is 0 layers.
             text = "".join(f"{n}," for n in value) if isinstance(value, list) else str(value)
-            words += ["--" + name.replace("_", "-"), text]
+            words += ["--" + name.replace("_", "-"), text or "0"]
     return shlex.join(words)

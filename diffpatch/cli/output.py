@@ -18,12 +18,14 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         UsageError: what is there was made in another way, and would pass for finished work.
+        DamagedFile: the file is cut off.
     """
     text = to_json(settings)
     if not path.is_file():
         write_text(path, text)
-    elif (found := json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
-        changed = sorted(key for key in settings if found.get(key) != json.loads(text)[key])
+    elif (found := files.read_json(path)) != (wanted := json.loads(text)):
+        before = found if isinstance(found, dict) else {}
+        changed = sorted(k for k in {**before, **wanted} if before.get(k) != wanted.get(k))
         raise UsageError(
             f"{path.parent} holds results made with another {', '.join(changed)}; choose another -o"
         )

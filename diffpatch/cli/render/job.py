@@ -25,6 +25,7 @@ from diffpatch.pipelines.running import loading
 from diffpatch.pipelines.running.calls import frames_per_second, settings_of, steps_of
 from diffpatch.tables import table
 from diffpatch.targets.settings import Settings
+from diffpatch.tuning.unfinished import digest_of
 
 TUNED = "tuned"  # the name of what settings choose
 HELD = "held"  # and of dense attention in a run that holds steps
@@ -197,7 +198,21 @@ def request(job: Job, prompt: str) -> dict[str, Any]:
         "model": job.source.name,
         "settings": settings_of(job.call, job.source),
         "options": {name: job.load[name] for name in ("offload", "vae_tiling", "compile")},
+        "asked_dtype": None if job.load["dtype"] is None else str(job.load["dtype"]),
+        "strength": job.strength,
+        "inputs": _inputs(job) or None,
     }
+
+
+def _inputs(job: Job) -> dict[str, str]:
+    """What pictures and settings hold that the result is made from."""
+    found = {}
+    if "image" in job.call:
+        found["image"] = digest_of(job.call["image"])
+    for variant in job.variants:
+        if variant.name == TUNED:
+            found["settings"] = digest_of(Path(variant.options["settings"]).read_text("utf-8"))
+    return found
 
 
 def _is_finished(job: Job, index: int) -> bool:
