@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from diffpatch.errors import BadParameter
+from diffpatch.eval.quality.metrics import check_frames
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -107,12 +108,12 @@ def read_frames(path: Path) -> torch.Tensor:
     if path.is_dir():
         return torch.cat([read_frames(file) for file in sorted(path.iterdir())])
     try:
-        if path.suffix in ARRAYS:
+        if path.suffix.lower() in ARRAYS:
             return _from_array(np.load(path, allow_pickle=False), path)
-        if path.suffix in VIDEOS:
+        if path.suffix.lower() in VIDEOS:
             return _from_array(_video(path), path)
         return _from_array(_pictures(path), path)
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, EOFError, ValueError, UnidentifiedImageError) as error:
         if isinstance(error, ItemError):
             raise
         raise ItemError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
@@ -120,10 +121,10 @@ def read_frames(path: Path) -> torch.Tensor:
 
 def is_lossy(path: Path) -> bool:
     """Whether the file lost information when it was written, which limits its PSNR."""
-    if path.suffix == ".webp":
+    if path.suffix.lower() == ".webp":
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1) > 1
-    return path.suffix in LOSSY
+    return path.suffix.lower() in LOSSY
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -174,7 +175,7 @@ def _collect(folder: Path, root: Path, found: list[tuple[str, Path]]) -> None:
             found.append((name.as_posix(), path))
         elif path.is_dir():
             _collect(path, root, found)
-        elif path.suffix in (*PICTURES, *VIDEOS, *ARRAYS):
+        elif path.suffix.lower() in (*PICTURES, *VIDEOS, *ARRAYS):
             found.append((name.with_suffix("").as_posix(), path))
 
 
@@ -199,6 +200,11 @@ def _pictures(path: Path) -> np.ndarray:
     frames, lengths = [], []
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
+            if frame.mode[0] in "IF":  # Pillow would cut their values off at 255
+                raise ItemError(
+                    f"{path} has more than 8 bits a pixel ({frame.mode}): convert it to 8 bits, or"
+                    " to .npy with floats in [0, 1]"
+                )
             frames.append(np.asarray(frame.convert("RGB")))
             lengths.append(float(frame.info.get("duration") or 0))
     shortest = min(lengths)
@@ -225,7 +231,8 @@ def _from_array(values: np.ndarray, path: Path) -> torch.Tensor:
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise ItemError(f"{path} has shape {values.shape}; wanted are frames (F, H, W, 3)")
     if frames.dtype == torch.uint8:
-        return frames.float() / 255
+        frames = frames.float() / 255
     if not frames.is_floating_point():
         raise ItemError(f"{path} holds {values.dtype}; wanted are uint8, or floats in [0, 1]")
+    check_frames(frames)
     return frames.float()

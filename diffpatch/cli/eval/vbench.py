@@ -113,7 +113,7 @@ class Export:
 
     def copy(self, row: str, number: int, source: Path) -> None:
         """A clip on disk: an mp4 as it is, anything else encoded."""
-        if source.suffix != ".mp4":
+        if source.suffix.lower() != ".mp4":
             return self.write(row, number, items.read_frames(source))
         path = self.path(row, number)
         with files.staged(path.parent) as stage:
