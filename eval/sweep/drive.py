@@ -109,7 +109,7 @@ def run_sweep(
     limit = None if minutes is None else time.monotonic() + 60 * minutes
     progress = Progress(len(runs), 0, say, limit=limit)
     for model, found in plan.items():
-        if any(store.is_pending(run) for run in found):
+        if not progress.is_over and any(store.is_pending(run) for run in found):
             say(f"loading {model}")
             session = Session(store, spec, model, process, device)
             session.check(found)

@@ -86,11 +86,11 @@ def keep_file(spec: Mapping[str, Any], folder: Path) -> Path:
     """
     path = folder / FILE
     text = yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True, width=96)
-    text = f"# diffpatch sweep {path} -o {folder}\n{text}"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    # The first line names the folder as it was called from, which is not about the sweep.
+    if path.is_file() and path.read_text("utf-8", errors="replace").partition("\n")[2] != text:
         raise BadSweep(
             f"{path} describes another sweep: choose another -o, or go on with"
             f" `diffpatch sweep {path} -o {folder}`"
         )
-    write_text(path, text)
+    write_text(path, f"# diffpatch sweep {path} -o {folder}\n{text}")
     return path

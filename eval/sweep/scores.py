@@ -13,7 +13,7 @@ from diffpatch.eval.media import load_frames
 from diffpatch.eval.quality.details import details
 from diffpatch.eval.quality.distances import compare
 from diffpatch.eval.quality.scores import Tools, alone, load_tools, paired
-from diffpatch.files import read_json, write_json
+from diffpatch.files import DamagedFile, read_json, write_json
 from diffpatch.pipelines.running.loading import DEMOS
 
 FEATURES = "features.npy"
@@ -71,11 +71,15 @@ def set_distances(folder: Path, group: Sequence[Mapping[str, Any]]) -> dict[str,
     files = [[folder / "runs" / name / FEATURES for name in names] for names in (own, dense)]
     if not all(path.is_file() for paths in files for path in paths):
         return {}
-    candidate, reference = (
-        torch.cat([torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths])
-        for paths in files
-    )
+    candidate, reference = (torch.cat([_load_features(path) for path in paths]) for paths in files)
     return compare(candidate, reference) | {"clips": len(own)}
+
+
+def _load_features(path: Path) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, EOFError, ValueError):
+        raise DamagedFile(f"{path} is damaged; add --rescore, which writes it anew") from None
 
 
 def rescore(folder: Path) -> int:
@@ -96,9 +100,11 @@ def rescore(folder: Path) -> int:
         if "dense" in result:
             reference = load_frames(folder / "runs" / result["dense"]["name"] / "frames.npz")
         frames = folder / "runs" / result.get("frames_of", path.name) / "frames.npz"
-        detailed = "repetition" in result["quality"]
+        detailed = bool({"repetition", "objects"} & result["quality"].keys())  # of either length
         quality = score(load_frames(frames), reference, result["prompt"], tools, detailed)
         if has_features(result["model"], networks) and "frames_of" not in result:
             save_features(load_frames(frames), path, tools)
+        else:
+            (path / FEATURES).unlink(missing_ok=True)  # of a network that judges no more
         write_json(path / "run.json", {**result, "quality": quality, "judged_by": tools.names()})
     return len(found)

@@ -49,7 +49,8 @@ class MethodSpec:
     def label(self) -> str:
         """The method as people write it: ``radial decay=0.5``."""
         if self.name == TUNED:
-            return f"{self.parameters['target']} ({Path(self.parameters['settings']).name})"
+            name = f"{self.parameters['target']} ({Path(self.parameters['settings']).name})"
+            return " ".join([name, *(f"{key}={value}" for key, value in self.options.items())])
         given = {**self.parameters, **self.options}
         return " ".join([self.name, *(f"{key}={_short(value)}" for key, value in given.items())])
 
@@ -212,6 +213,10 @@ def _methods(entries: Iterable[MethodEntry | TunedEntry], folder: Path) -> tuple
     for method in found:
         if found.count(method) > 1:
             raise BadSweep(f"methods: {method.label} stands in it twice")
+    chosen = [method.label for method in found if method.name == TUNED]
+    for label in chosen:
+        if chosen.count(label) > 1:  # rows are told apart by their names
+            raise BadSweep(f"methods: {label} are two files of one name; rename one")
     return tuple(found)
 
 

@@ -150,8 +150,9 @@ class Store:
         write_json(stage / "run.json", data)
         if (self.runs / run.name).is_dir():  # what was left by somebody else's clean-up, say
             shutil.rmtree(self.runs / run.name)
-        os.replace(stage, self.runs / run.name)
+        # An earlier failure goes first: killed in between, the run is pending, and never both.
         (self.failures / f"{run.name}.json").unlink(missing_ok=True)
+        os.replace(stage, self.runs / run.name)
 
     @contextlib.contextmanager
     def stage(self, run: Rendering) -> Iterator[Path]:

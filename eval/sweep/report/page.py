@@ -21,7 +21,7 @@ from diffpatch.eval.media import TYPES, find_clip
 from diffpatch.eval.sweep.pictures import ATTENTION, CLIP, DIFFERENCE, PATTERN
 from diffpatch.eval.sweep.report.card import NAMES
 from diffpatch.eval.sweep.report.plot import colours, pareto
-from diffpatch.eval.sweep.report.rows import METRICS, Row
+from diffpatch.eval.sweep.report.rows import METRICS, Row, prompt_of
 from diffpatch.eval.sweep.report.summary import MEASURED, QUALITY, Summary
 from diffpatch.eval.sweep.report.table import cells, circumstances, columns
 from diffpatch.eval.sweep.report.verdict import Verdict
@@ -144,7 +144,7 @@ def _prompts(
     scenes: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for result in results:
         if result["kind"] in ("dense", "method"):
-            scenes.setdefault((result["prompt"], result["seed"]), []).append(result)
+            scenes.setdefault((prompt_of(result), result["seed"]), []).append(result)
     found = []
     for (prompt, seed), runs in scenes.items():
         paths = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
@@ -187,11 +188,19 @@ def behind(row: Row, rows: Sequence[Row]) -> Mapping[str, float] | None:
     return paired_interval([row.by_prompt[p] - leader.by_prompt[p] for p in shared])
 
 
+def prompt_of(result: Mapping[str, Any]) -> str:
+    """What a run shows: its prompt, and the image that it starts from, if there is one."""
+    text, image = str(result["prompt"]), result.get("image")
+    if image is None:
+        return text
+    return f"{text} ({Path(image['path']).name}, {image['sha256'][:6]})".lstrip()
+
+
 def _psnr_by_prompt(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for result in group:
         if "psnr" in result["quality"]:
-            found.setdefault(result["prompt"], []).append(float(result["quality"]["psnr"]))
+            found.setdefault(prompt_of(result), []).append(float(result["quality"]["psnr"]))
     return {prompt: fmean(values) for prompt, values in found.items()}
 
 
@@ -209,7 +218,7 @@ def _by_key(of: Callable[[list[float]], T], tables: Sequence[Mapping[str, float]
 def _point(result: Mapping[str, Any]) -> dict[str, Any]:
     """One run, for a plot."""
     gain, psnr = result["speedup"]["total"], result["quality"]["psnr"]
-    return {"prompt": result["prompt"], "seed": result["seed"], "gain": gain, "psnr": psnr}
+    return {"prompt": prompt_of(result), "seed": result["seed"], "gain": gain, "psnr": psnr}
 
 
 def _clocks(timed: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

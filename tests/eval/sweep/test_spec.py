@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 import pytest
 
 from diffpatch.cli import main
+from diffpatch.eval.processes import Process
+from diffpatch.eval.sweep import spec as specs
+from diffpatch.eval.sweep.drive import run_sweep
 from diffpatch.eval.sweep.plan import Rendering, Scene, Way, plan_sweep
+from diffpatch.eval.sweep.quick import keep_file
 from diffpatch.eval.sweep.schema import (
     BARS,
     KEYS,
@@ -20,7 +25,8 @@ from diffpatch.eval.sweep.schema import (
     BadSweep,
 )
 from diffpatch.eval.sweep.spec import MethodSpec, Prompt, check_spec
-from diffpatch.eval.sweep.store import FIRST_SLOT, SLOTS
+from diffpatch.eval.sweep.store import FIRST_SLOT, SLOTS, Store
+from diffpatch.targets.settings import Settings
 from tests.eval.sweep.tiny_sweep import write
 
 
@@ -180,3 +186,62 @@ def test_fingerprints_are_those_of_results_that_are_stored() -> None:
 def test_locks_of_processes_are_beyond_those_of_runs() -> None:
     """The byte that claims a run is its fingerprint, of twelve hexadecimal digits."""
     assert int("f" * 12, 16) < FIRST_SLOT < 2**62 and SLOTS >= 64
+
+
+def test_the_same_sweep_goes_on_from_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_file({"title": "one"}, tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    near = Path(tmp_path.name)
+    assert keep_file({"title": "one"}, near).read_text("utf-8").splitlines()[1:] == ["title: one"]
+    with pytest.raises(BadSweep, match="describes another sweep"):
+        keep_file({"title": "two"}, near)
+
+
+def test_files_of_settings_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are told apart by their names: two files under one would be averaged."""
+    monkeypatch.setattr(specs, "choose_for", lambda *_: None)
+    monkeypatch.setattr(Settings, "load", lambda path: None)
+
+    def labels(*entries: dict[str, Any]) -> list[str]:
+        methods = [{"target": "30 dB", **entry} for entry in entries]
+        spec = check_spec({"prompts": ["a"], "methods": methods}, tmp_path)
+        return [method.label for method in spec.methods]
+
+    one = {"settings": "a/demo.json"}
+    assert labels(one, {"settings": "b.json"}) == ["30 dB (demo.json)", "30 dB (b.json)"]
+    assert labels(one, {**one, "backend": "torch"})[1] == "30 dB (demo.json) backend=torch"
+    with pytest.raises(BadSweep, match=r"30 dB \(demo.json\) are two files of one name"):
+        labels(one, {"settings": "b/demo.json"})
+
+
+def test_without_time_no_model_is_loaded(tmp_path: Path) -> None:
+    spec = check_spec({"prompts": ["a"], "methods": ["radial"]}, tmp_path)
+    store, said = Store(tmp_path / "out"), list[str]()
+    failed = run_sweep(spec, plan_sweep(spec), store, Process(), said.append, minutes=0)
+    store.close()
+    assert failed == [] and said == ["4 runs do not fit into 0 minutes; the same command goes on"]
+
+
+def test_killed_at_its_end_a_run_is_not_both_done_and_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = check_spec({"prompts": ["a"], "methods": ["radial"]}, tmp_path)
+    [[run, *_]] = plan_sweep(spec).values()
+    store, real = Store(tmp_path / "out"), os.replace
+    store.fail(run, ValueError("before"), {})
+
+    def killed(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.is_dir():
+            raise KeyboardInterrupt
+
+    with store.stage(run) as stage, monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.finish(run, {"name": run.name}, stage)
+    assert store.is_done(run) and store.failure(run) is None
+    store.close()
