@@ -169,7 +169,10 @@ class PatchedTransformer:
             forward.place.run.record.notes.append(remark)
         own_cache = self.cache is not None and self.cache.is_on(model)
         remarks.of_caches(self.name, model, self.patch, forward, own_cache)
-        self._forget_moved_frames(named, forward)
+        steps = self.patch.method.needs_steps
+        if steps or self.patch.hold is not None:
+            place = forward.place
+            place.run.follow(self.name, place.branch, named, first=place.first, carries=steps)
         if self._guide is not None:
             self._guide.lead(model, args, kwargs, named, forward)
 
@@ -185,12 +188,6 @@ class PatchedTransformer:
             return False
         own = [self._model(), *(reference() for reference in self._wrappers)]
         return callers.calls_of(own) > 1
-
-    def _forget_moved_frames(self, arguments: Mapping[str, Any], forward: Forward) -> None:
-        run = forward.place.run
-        remembers = self.patch.method.needs_steps or self.patch.hold is not None
-        if remembers and forward.place.first and run.clocks[self.name].moved(arguments):
-            run.forget(self.name)
 
     def _check_company(self, model: Any) -> None:
         """Refuse what else is on and would compute something else than it says."""

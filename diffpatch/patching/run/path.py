@@ -76,6 +76,23 @@ class Given:
             for mine, theirs, steady in leaves
         )
 
+    def carries_on(self, other: Given) -> bool:
+        """Whether what does not move along the path is the same, as far as that is known.
+
+        Waits for the device only where a tensor of it was exchanged.
+        """
+        if self._steady is None or not self.is_like(other):
+            return self.is_like(other)
+        leaves = zip(self._leaves, other._leaves, self._steady, strict=True)
+        return all(_same(mine, theirs) for mine, theirs, steady in leaves if steady)
+
+    def let_go(self) -> None:
+        """Hold no longer what moves, such as latents and the residuals of a ControlNet."""
+        for i, steady in enumerate(self._steady or ()):
+            leaf = self._leaves[i][0]
+            if not steady and isinstance(leaf, torch.Tensor):
+                self._leaves[i] = torch.empty_like(leaf, device="meta"), None
+
     def distance(self, other: Given) -> torch.Tensor | None:
         """How far (L2) latents are from those of another forward; None if nothing tells."""
         steady = other._steady or self._steady

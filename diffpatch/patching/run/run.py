@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from diffpatch.methods.base import Method
 from diffpatch.patching.options.schedule import BoundSchedule, Schedule
 from diffpatch.patching.report import Record
 from diffpatch.patching.run.frames import FrameClock
-from diffpatch.patching.run.path import Path
+from diffpatch.patching.run.path import Given, Path
 
 ALL_BRANCHES = -1  # in place of a branch: what its layer keeps for all of them
 ALL_LAYERS = -1  # in place of a layer: what its branch keeps for all of them
+OTHERS = (
+    "a forward was given another text or condition, or other samples, than the one before it in its"
+    " guidance branch: what had been carried for it was forgotten"
+)
 # What tells the states of a method apart: transformer, layer, guidance branch, sample.
 StateKey = tuple[str, int, int, int]
 
@@ -51,6 +56,7 @@ class Run:
         self.memos: dict[Any, Memo] = {}
         self.clocks: defaultdict[str, FrameClock] = defaultdict(FrameClock)
         self.paths: dict[str, Path] = {}
+        self._given: dict[tuple[str, int], Given] = {}  # by transformer and branch, the latest
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._holders: list[weakref.ref[Any]] = []
         self._began = 0  # the step of the first forward, and the functions around it
@@ -129,6 +135,7 @@ class Run:
         self.memos.clear()
         self.clocks.clear()
         self.paths.clear()
+        self._given.clear()
         self._bound.clear()
         self._in_step.clear()
         self._branches.clear()
@@ -145,6 +152,37 @@ class Run:
             if key[0] == transformer:
                 self.state.pop(key, None)
         self.paths.pop(transformer, None)
+
+    def follow(
+        self, transformer: str, branch: int, given: Mapping[str, Any], *, first: bool, carries: bool
+    ) -> None:
+        """A forward begins: forget what was remembered of other frames, texts or samples.
+
+        Texts are others where a callback exchanges them, and where a loop that does not name its
+        guidance branches leaves the first one out.
+
+        Args:
+            transformer: its name in the patch.
+            branch: of guidance.
+            given: the arguments of the forward, by name.
+            first: whether it is the first in its step.
+            carries: whether the method carries something from step to step.
+        """
+        if first and self.clocks[transformer].moved(given):
+            self.forget(transformer)
+        if not carries:
+            return
+        before = self._given.get((transformer, branch))
+        now = self._given[transformer, branch] = Given(given, before)
+        now.let_go()
+        if before is None or before.carries_on(now):
+            return
+        theirs = {(transformer, branch), (transformer, ALL_BRANCHES)}
+        stale = [key for key in list(self.state) if (key[0], key[2]) in theirs]
+        for key in stale:
+            self.state.pop(key, None)
+        if stale and OTHERS not in self.record.notes:
+            self.record.notes.append(OTHERS)
 
     def place(self, step: int) -> int:
         """The step in the record, where windows follow each other."""
