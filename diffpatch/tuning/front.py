@@ -91,7 +91,8 @@ def measure_front(
             diffusers cannot cache the model.
         holds: tolerances within which steps are held, as in `diffpatch.patch`.
         path: where the result is written, and what is done kept beside it, so that the same call
-            goes on after it was stopped and loses at most the clip it was at.
+            goes on after it was stopped and loses at most the clip it was at, and the dense one of
+            its prompt, which is rendered again so that times of one process are compared.
         on_progress: called before every clip.
 
     Raises:
@@ -289,17 +290,11 @@ class _Job:
                     clip.seconds, dense.seconds)  # fmt: skip
 
     def _dense_of(self, prompt: str) -> _Clip:
-        """The dense clip of a prompt, which is rendered once."""
+        """The dense clip of a prompt, rendered once in this process, so that ratios are of one."""
         if self._dense is None or self._dense[0] != prompt:
-            facts = self._done.get(unit := json.dumps([prompt, "dense"]))
-            frames = None if facts is None else self._done.tensor(prompt)
-            if facts is None or frames is None:
-                clip = self._sample(prompt, None)
-                facts, frames = {"calls": clip.calls, "seconds": clip.seconds}, clip.frames
-                frames = self._done.keep_tensor(prompt, frames)
-                self._done.put(unit, facts)
-                self._done.put(STEPS, clip.steps)
-            self._dense = prompt, _Clip(frames.float(), facts["calls"], 1.0, facts["seconds"])
+            clip = self._sample(prompt, None)
+            self._done.put(STEPS, clip.steps)
+            self._dense = prompt, clip
         return self._dense[1]
 
     def _sample(self, prompt: str, chosen: Chosen | None, dense: Method = DENSE) -> _Clip:
@@ -313,7 +308,8 @@ class _Job:
         call = {"prompt": prompt, **self._call}
         on_cpu = execution_device(self._pipe).type == "cpu"
         with torch.no_grad():
-            if not on_cpu and str(chosen) not in self._warm:  # compilers
+            # Each way once, for what it compiles; on a CPU, which compiles nothing, one of them.
+            if not (self._warm if on_cpu else str(chosen) in self._warm):
                 with patched(self._pipe, method, dense_steps=0, dense_layers=0, cache=cache):
                     warm_up(self._pipe, call, self._seed)
                 self._warm.add(str(chosen))

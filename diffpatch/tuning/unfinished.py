@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from diffpatch.checking import file_path
-from diffpatch.files import write_bytes, write_text
+from diffpatch.files import write_text
 
 
 def ties_of(*parts: Any) -> str:
@@ -62,7 +60,6 @@ class Unfinished:
     def __init__(self, path: str | Path | None, ending: str, ties: str) -> None:
         path = None if path is None else file_path(path)
         self._file = None if path is None else path.with_name(path.name + ending)
-        self._tensors = None if path is None else path.with_name(f"{path.name}{ending}.safetensors")
         self._ties = ties
         self._done: dict[str, Any] = {}
         if self._file is not None and self._file.is_file():
@@ -84,34 +81,7 @@ class Unfinished:
             return
         write_text(self._file, json.dumps({"ties": self._ties, "done": self._done}))
 
-    def keep_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Keep one tensor, in half precision, in the place of an earlier one.
-
-        Returns:
-            The tensor as `tensor` reads it, so that a stopped job comes to what another does.
-        """
-        half = value.half().contiguous()
-        if self._tensors is not None:
-            write_bytes(
-                self._tensors, to_bytes({"value": half}, {"name": name, "ties": self._ties})
-            )
-        return half
-
-    def tensor(self, name: str) -> torch.Tensor | None:
-        """The tensor that was kept last, if it is the one of that name and of this job."""
-        if self._tensors is None or not self._tensors.is_file():
-            return None
-        try:
-            with safe_open(self._tensors, "pt") as file:
-                if file.metadata() != {"name": name, "ties": self._ties}:
-                    return None
-                value: torch.Tensor = file.get_tensor("value")
-                return value
-        except (OSError, ValueError, RuntimeError, SafetensorError):  # another process ended it
-            return None
-
     def forget(self) -> None:
         """The result is written."""
-        for file in (self._tensors, self._file):  # what is finished is known to the end
-            if file is not None:
-                file.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

@@ -16,18 +16,13 @@ from diffpatch.targets.settings import Settings
 from diffpatch.tuning.unfinished import Unfinished, ties_of
 
 
-def test_units_and_the_last_tensor_are_kept_until_the_result_is_written(tmp_path: Path) -> None:
+def test_units_are_kept_until_the_result_is_written(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     job = Unfinished(path, ".part", "ties")
     job.put("a", {"n": 1})
-    kept = job.keep_tensor("clip", torch.full((2, 3), 1 / 3))
     again = Unfinished(path, ".part", "ties")
     assert again.get("a") == {"n": 1} and again.get("b") is None
-    found = again.tensor("clip")
-    assert found is not None and torch.equal(found, kept)
-    assert again.tensor("another clip") is None
-    other = Unfinished(path, ".part", "of another job")
-    assert other.get("a") is None and other.tensor("clip") is None
+    assert Unfinished(path, ".part", "of another job").get("a") is None
     again.forget()
     assert list(tmp_path.iterdir()) == []
 
@@ -46,9 +41,8 @@ def test_a_result_needs_the_path_of_a_file(path: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10_000, b'{"ties": "ties", "done": 3}'])
 def test_damaged_files_are_done_again(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json.part").write_bytes(content)
-    (tmp_path / "x.json.part.safetensors").write_bytes(content)
     job = Unfinished(tmp_path / "x.json", ".part", "ties")
-    assert job.get("a") is None and job.tensor("clip") is None
+    assert job.get("a") is None
 
 
 def test_what_decides_a_job_counts_by_what_it_holds() -> None:
@@ -69,6 +63,5 @@ def test_what_decides_a_job_counts_by_what_it_holds() -> None:
 def test_without_a_file_nothing_is_kept() -> None:
     job = Unfinished(None, ".part", "ties")
     job.put("a", 1)
-    assert job.get("a") == 1 and torch.equal(job.keep_tensor("clip", torch.ones(2)), torch.ones(2))
-    assert job.tensor("clip") is None
+    assert job.get("a") == 1
     job.forget()

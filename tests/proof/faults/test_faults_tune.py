@@ -20,8 +20,6 @@ from diffpatch.methods.learned import files as learned
 from diffpatch.targets.settings import Settings
 from diffpatch.tuning import front as fronts
 from diffpatch.tuning import tune as tuning
-from diffpatch.tuning import unfinished
-from diffpatch.tuning.unfinished import Unfinished
 from tests.proof.faults.injected import At, full, killed_at, note, noted, read_only
 from tests.targets.test_settings import made
 
@@ -95,7 +93,7 @@ def test_a_job_killed_at_any_operation_loses_one_unit_at_most(
         assert not [p for p in left(path) if not p.name.startswith(".")]
         if not killed:
             break
-        # A clip whose frames were not kept before the kill is rendered again, with its dense one.
+        # Times are compared within a process: the dense clip is rendered again, too.
         assert len(noted(tmp_path)) <= units + 2
         number += 1
     assert number > 6
@@ -170,35 +168,32 @@ def test_two_processes_on_one_job_come_to_what_one_does(
 
 
 @pytest.mark.parametrize("fault", [full, read_only])
-def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, fault: Callable[[], None]) -> None:
-    """Those of a job and those that a layer learned, of which an earlier one stays."""
-    kept = {"a": {"x": torch.zeros(2)}}
-
-    def keep(value: float) -> None:
-        Unfinished(tmp_path / "x", ".part", "ties").keep_tensor("clip", torch.full((2,), value))
+def test_what_a_layer_learned_is_written_whole_or_not_at_all(
+    tmp_path: Path, fault: Callable[[], None]
+) -> None:
+    """The file from before stays."""
+    path = tmp_path / "l.safetensors"
 
     def learn(value: float) -> None:
-        learned.save(tmp_path / "l.safetensors", {"a": {"x": kept["a"]["x"] + value}}, "A", {})
+        learned.save(path, {"a": {"x": torch.full((2,), value)}}, "A", {})
 
-    files = {keep: tmp_path / "x.part.safetensors", learn: tmp_path / "l.safetensors"}
-    for write, path in files.items():
-        write(0.0)
-        old, number = path.read_bytes(), 0
-        while True:
-            path.write_bytes(old)
-            with At(number, fault) as at:
-                try:
-                    write(1.0)
-                except OSError as error:
-                    if error.errno == errno.ENOSPC:
-                        assert not isinstance(error, DiskFull) or path.name in str(error)
-            if at.count <= number:
-                break
-            [value] = load_file(path).values()
-            assert value.tolist() in ([0.0] * 2, [1.0] * 2)
-            number += 1
-        assert number > 2 and load_file(path).popitem()[1].tolist() == [1.0] * 2
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    learn(0.0)
+    old, number = path.read_bytes(), 0
+    while True:
+        path.write_bytes(old)
+        with At(number, fault) as at:
+            try:
+                learn(1.0)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    assert not isinstance(error, DiskFull) or path.name in str(error)
+        if at.count <= number:
+            break
+        [value] = load_file(path).values()
+        assert value.tolist() in ([0.0] * 2, [1.0] * 2)
+        number += 1
+    assert number > 2 and load_file(path).popitem()[1].tolist() == [1.0] * 2
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
@@ -223,20 +218,3 @@ def test_what_a_tuning_left_damaged_is_measured_again(
     part.write_text(content.replace('"TIES"', ties))
     (tmp_path / "noted").unlink()
     assert tune(path).curves == expected and noted(tmp_path) == ["a", "bb", "ccc"]
-
-
-def test_a_clip_that_another_process_has_done_with_is_rendered_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = Unfinished(tmp_path / "x.json", ".clips", "ties")
-    kept = job.keep_tensor("a", torch.ones(3))
-    found = job.tensor("a")
-    assert found is not None and torch.equal(found, kept)
-    opened = vars(unfinished)["safe_open"]
-
-    def ended(path: Path, kind: str) -> Any:
-        job.forget()
-        return opened(path, kind)
-
-    monkeypatch.setattr(unfinished, "safe_open", ended)
-    assert job.tensor("a") is None
