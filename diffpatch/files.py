@@ -81,6 +81,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """A text file that a person wrote, in UTF-8; the mark that some editors begin it with goes."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file, one a line; empty lines and those that begin with ``#`` are none."""
+    lines = read_text(path).splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 def read_json(path: Path) -> Any:
     """JSON from a file, None if there is no such file.
 

@@ -14,6 +14,7 @@ import diffpatch
 from diffpatch.cli import progress
 from diffpatch.cli.errors import UsageError
 from diffpatch.errors import BadParameter, DiffpatchError
+from diffpatch.files import read_prompts
 from diffpatch.kernels.block_sparse.backends import unsupported_reason
 from diffpatch.patching.options.settle import AUTO
 from diffpatch.pipelines.families.table import list_families
@@ -40,10 +41,9 @@ def prompts(args: argparse.Namespace) -> list[str]:
     found = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+            found += read_prompts(args.prompt_file)
         except UnicodeDecodeError:
             raise UsageError(f"{args.prompt_file} is not a text file in UTF-8") from None
-        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise UsageError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
     return found

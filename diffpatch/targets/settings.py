@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffpatch.checking import file_path
 from diffpatch.errors import BadParameter
-from diffpatch.files import write_text
+from diffpatch.files import read_text, write_text
 from diffpatch.targets.curves import Point
 
 VERSION = 1
@@ -221,7 +221,7 @@ class Settings(_Part):
         try:
             if path.stat().st_size > MOST_BYTES:
                 raise BadParameter(f"settings {path}: larger than {MOST_BYTES >> 20} MB, not ours")
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except FileNotFoundError:
             raise BadParameter(
                 f"settings {path}: there is no such file; `diffpatch tune -o {path}` writes one"

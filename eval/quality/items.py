@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from diffpatch.errors import BadParameter
 from diffpatch.eval.quality.metrics import check_frames
+from diffpatch.files import read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -134,7 +135,7 @@ def read_captions(path: Path) -> dict[str, str]:
         ItemError: it is neither.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError):
         raise ItemError(f"{path} is not a text file in UTF-8") from None
     if path.suffix == ".json":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpatch.errors import BadParameter
+from diffpatch.files import read_text
 
 SAMPLES = 5
 FLICKER_SAMPLES = 25  # of the prompts for temporal flickering, which VBench filters afterwards
@@ -72,7 +73,7 @@ def videos(path: Path, samples: int = SAMPLES) -> list[tuple[str, int]]:
         VBenchError: the file is neither.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix == ".json":
             entries = [(e["prompt_en"], e.get("dimension", [])) for e in json.loads(text)]
         else:

@@ -21,6 +21,7 @@ from diffpatch.eval.sweep.schema import (
     TunedEntry,
     read,
 )
+from diffpatch.files import read_prompts, read_text
 from diffpatch.targets.choice import choose_for
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
@@ -113,7 +114,7 @@ def read_spec(path: Path) -> SweepSpec:
         BadSweep: a key or value cannot work; one line that names it.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Strict)
+        data = yaml.load(read_text(path), _Strict)
     except OSError as error:
         if path.is_dir():
             raise BadSweep(
@@ -186,10 +187,9 @@ def _prompts(file: SweepFile, folder: Path) -> tuple[Prompt, ...]:
     if file.prompt_file is not None:
         path = folder / file.prompt_file
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            found += [Prompt(prompt) for prompt in read_prompts(path)]
         except (OSError, ValueError):
             raise BadSweep(f"prompt_file: {path} is not a text file in UTF-8") from None
-        found += [Prompt(x.strip()) for x in lines if x.strip() and not x.startswith("#")]
     if not found:
         raise BadSweep("prompts: there is none; list some, or name a prompt_file")
     if len({prompt.image is None for prompt in found}) > 1:
