@@ -171,7 +171,7 @@ class Larger(Method):
                 key_mask=call.key_mask,
             )  # fmt: skip
             if factor is not None:
-                q = q * factor.to(q.dtype)[:, None]
+                q = q * factor.to(q.dtype)[:, None, :, None]
         return super().attend(q, k, v, call)
 
     def work(self, pattern: BlockPattern, age: int, backend: str) -> Work | None:

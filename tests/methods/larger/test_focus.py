@@ -30,10 +30,10 @@ def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def entropy(of: torch.Tensor) -> torch.Tensor:
-    """Equation 10, the mean over the batch."""
+    """Equation 10, of each sample."""
     chances = of.softmax(-1)
     logs = torch.where(chances > 0, chances, 1.0).log()
-    return -(chances * logs).sum(-1).mean((0, 2))
+    return -(chances * logs).sum(-1).mean(2)
 
 
 @pytest.mark.parametrize("key_heads", [1, 3])
@@ -51,16 +51,20 @@ def test_a_sample_of_many_queries_is_near(monkeypatch: pytest.MonkeyPatch) -> No
     q, k, _ = heads(0)
     exact = focus.entropies(q, k, None)
     monkeypatch.setattr(focus, "SAMPLED", 10)
-    assert (focus.entropies(q, k, None) - exact).abs().max() < 0.2 < exact.diff().abs().min()
+    assert (focus.entropies(q, k, None) - exact).abs().max() < 0.2 < exact.diff(dim=1).abs().min()
 
 
 def test_factors_compare_all_heads_of_all_layers() -> None:
-    found = [torch.tensor([1.0, 4.0]), torch.tensor([3.0, 2.0, 4.0])]
+    """And those of one sample only."""
+    found = [
+        torch.tensor([[1.0, 4.0], [0.0, 6.0]]), torch.tensor([[3.0, 2.0, 4.0], [8.0, 2.0, 4.0]])
+    ]  # fmt: skip
     made = focus.factors(found, MOST)
-    expected = [[(4 - h) / 3 for h in layer.tolist()] for layer in found]
-    for one, shares in zip(made, expected, strict=True):
-        assert one.tolist() == pytest.approx([1 + 0.3 * share**2 for share in shares])
-    assert focus.factors([torch.ones(3)], MOST)[0].tolist() == [1, 1, 1]  # all alike: none
+    for sample, (low, high) in enumerate([(1, 4), (0, 8)]):
+        for one, layer in zip(made, found, strict=True):
+            shares = [(high - h) / (high - low) for h in layer[sample].tolist()]
+            assert one[sample].tolist() == pytest.approx([1 + 0.3 * s**2 for s in shares])
+    assert focus.factors([torch.ones(1, 3)], MOST)[0].tolist() == [[1, 1, 1]]  # all alike: none
 
 
 @pytest.mark.parametrize("shape", ["whole", "inward"])
@@ -73,14 +77,14 @@ def test_calls_are_sharpened_from_the_second_step_on(shape: Any) -> None:
     assert (factor == 1) == (shape == "whole")
     layers = range(2)
     found = [entropy(factor * scores(*heads(layer)[:2])) for layer in layers]
-    low, high = torch.cat(found).min(), torch.cat(found).max()
+    low, high = torch.cat(found, 1).amin(1, True), torch.cat(found, 1).amax(1, True)
     for step in range(3):
         for layer in layers:
             q, k, v = heads(layer)
             call = AttentionCall(pattern, step=step, layer=layer, common=lambda: common)
             out = method.attend(q, k, v, call).out
             sharp = 1 + (MOST - 1) * ((high - found[layer]) / (high - low)) ** 2 * (step > 0)
-            logits = factor * sharp[:, None, None] * scores(q, k)
+            logits = factor * sharp[..., None, None] * scores(q, k)
             chances = logits.masked_fill(~seen, -math.inf).softmax(-1)
             expected = torch.einsum("bhij,bjhd->bihd", chances, v.double())
             assert torch.allclose(out.double(), expected, atol=1e-4), (step, layer)
@@ -89,6 +93,30 @@ def test_calls_are_sharpened_from_the_second_step_on(shape: Any) -> None:
     q, k, v = heads(0)
     once, twice = (method.attend(q, k, v, again).out for _ in range(2))
     assert torch.equal(once, twice)  # a block that a backward pass computes again
+
+
+def test_a_sample_is_sharpened_as_if_it_were_alone() -> None:
+    """Also where another joins it, or leaves, in the middle."""
+    method = Larger(trained=(2, 3), shape="whole", focus=MOST)
+    pattern = method.pattern(GRID)
+    common: dict[str, Any] = {}
+    alone: dict[str, Any] = {}
+
+    def run(step: int, layer: int, samples: slice, held: dict[str, Any]) -> torch.Tensor:
+        call = AttentionCall(pattern, step=step, layer=layer, common=lambda: held)
+        q, k, v = (x[samples] for x in heads(layer))
+        return method.attend(q, k, v, call).out
+
+    both, first = slice(0, 2), slice(0, 1)
+    for step, samples in enumerate([both, both, first, first, both, both]):
+        fresh = step % 2 == 0  # entropies are measured, and nothing is sharpened
+        for layer in range(2):
+            out = run(step, layer, samples, common)[:1]
+            expected = run(0 if fresh else 1, layer, first, {} if fresh else alone)
+            if step == 0:
+                run(0, layer, first, alone)
+            assert torch.allclose(out, expected, atol=1e-6), (step, layer)
+        assert fresh or not torch.allclose(out, run(0, 1, first, {}), atol=1e-3)
 
 
 def test_whole_frames_are_changed_beyond_the_trained_size_only() -> None:
