@@ -174,7 +174,7 @@ class PatchedTransformer:
             place = forward.place
             place.run.follow(self.name, place.branch, named, first=place.first, carries=steps)
         if self._guide is not None:
-            self._guide.lead(model, args, kwargs, named, forward)
+            self._guide.lead(model, args, kwargs, forward)
 
     def after_forward(self, failed: bool) -> None:
         """The forward is through, or has failed. Traced under torch.compile."""

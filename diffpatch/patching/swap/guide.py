@@ -9,7 +9,7 @@ hooks on the cross-attention keep what comes out and hand it to the forwards of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from diffpatch.methods.base import Method
 from diffpatch.patching.attention.layout import NO_GRID
 from diffpatch.patching.forwards import Forward, Forwards
 from diffpatch.patching.options.composition import cache_of
-from diffpatch.patching.run.path import Given
 from diffpatch.patching.target import cross_attention
 from diffpatch.patterns.grid import TokenGrid
 
@@ -79,28 +78,23 @@ class Guide:
         if trained:
             self._refuse("no gradients go through a guide; call the model under torch.no_grad()")
 
-    def lead(
-        self, model: Any, args: Any, kwargs: Any, named: Mapping[str, Any], forward: Forward
-    ) -> None:
+    def lead(self, model: Any, args: Any, kwargs: Any, forward: Forward) -> None:
         """Run the guide for a forward that begins, if it is time, and let it recall the latest.
 
-        It is time, too, where the forward is given another text, or has other samples.
+        It is time, too, where the run has forgotten the latest, because the forward is given
+        another text or has other samples (`diffpatch.patching.run.run.Run.follow`).
 
         Args:
             model: the transformer.
             args, kwargs: of its forward.
-            named: the same, all by name.
             forward: which it is.
         """
         every = self._every(forward)
         if not every:
             return
         place = forward.place
-        state = place.run.state[self._key(forward, 0)]
-        latest, before = state.get("step"), state.get("given")
-        given = state["given"] = Given(named, before)
-        changed = before is not None and before.differs(given)
-        if latest is None or changed or place.step - latest >= every:
+        latest = place.run.state[self._key(forward, 0)].get("step")
+        if latest is None or place.step - latest >= every:
             forward.guide = RECORD
             try:
                 with torch.no_grad():
