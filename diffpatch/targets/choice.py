@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffpatch.errors import BadParameter
 from diffpatch.methods.base import Method
 from diffpatch.methods.dense import Dense
 from diffpatch.methods.dynamic import Dynamic
-from diffpatch.targets.curves import Choice, Curve, choose
+from diffpatch.targets.curves import Choice, Curve, OutOfReach, choose
 from diffpatch.targets.front import FOUR_OF_FIVE, Applied, FrontPoint, best_within, fastest
-from diffpatch.targets.picture import SMALLEST, quality_line, time_line
+from diffpatch.targets.picture import SMALLEST, FittedLine, quality_line, time_line
 from diffpatch.targets.settings import Settings
 from diffpatch.targets.target import Target
 
@@ -125,7 +125,7 @@ def choose_for(settings: Settings, target: Target) -> Chosen:
     if sparse <= 0:
         raise BadParameter(
             f"target={str(target)!r} cannot be reached: the first {dense:.0%} of the steps are"
-            f" dense, and they alone keep {dense:.3g}; ask for more"
+            f" dense, and they alone keep {dense:.3g}{_fast(settings, target, dense)}"
         )
     return _choose(settings, target, kept=min(sparse, 1.0))
 
@@ -153,7 +153,7 @@ def chosen_for(settings: Settings, applied: Applied) -> Chosen:
             rest=RULES[0], budgets={}, dense_steps=0.0, kept=1.0, error=0.0, psnr=None, spread=None,
             speedup=None, next_kept=0.0, cache=applied.cache, hold=applied.hold,
         )  # fmt: skip
-    wanted = Target("kept", applied.sparse)
+    wanted = Target("kept", applied.dense_steps + (1 - applied.dense_steps) * applied.sparse)
     chosen = _choose(settings, wanted, applied, kept=applied.sparse)
     return replace(chosen, cache=applied.cache, hold=applied.hold)
 
@@ -184,7 +184,7 @@ def _choose(
         except BadParameter as problem:
             refused.append(problem)
     if not found:
-        raise BadParameter(f"target={str(target)!r}: {refused[0]}")
+        raise BadParameter(_out_of_reach(settings, target, refused, dense)) from refused[0]
     rest, best = min(found, key=lambda one: one[1].error if error is None else one[1].kept)
     return _described(settings, rest, best, dense)
 
@@ -202,6 +202,30 @@ def _of_rule(settings: Settings, rest: str, kept: float | None) -> dict[str, Cur
     }
     spent = math.fsum(min(p.kept for p in curve) for curve in fed.values()) / len(fed)
     return fed if kept is None or spent <= kept * (1 + 1e-9) else curves
+
+
+def _out_of_reach(
+    settings: Settings, target: Target, refused: Sequence[BadParameter], dense: float
+) -> str:
+    """Why no rule reaches a target, and what of a whole run can be had."""
+    least = min((one.best for one in refused if isinstance(one, OutOfReach)), default=None)
+    if least is None:
+        return f"target={str(target)!r}: {refused[0]}"
+    kept = dense + (1 - dense) * least
+    return (
+        f"target={str(target)!r} cannot be reached: the least that was measured keeps {kept:.3g},"
+        f" the {dense:.0%} of dense steps included{_fast(settings, target, kept)}"
+    )
+
+
+def _fast(settings: Settings, target: Target, kept: float) -> str:
+    """How fast a run is that keeps a fraction, where that is what the target asks for."""
+    time = time_line(settings.rendered) if target.goal == "speedup" else None
+    return "" if time is None else f", which is predicted to be {_speedup(time, kept):.2f}×"
+
+
+def _speedup(time: FittedLine, kept: float) -> float:
+    return 1 / max(time.at(kept), 1e-3)
 
 
 def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> Chosen:
@@ -223,7 +247,7 @@ def _described(settings: Settings, rest: str, choice: Choice, dense: float) -> C
         error=choice.error,
         psnr=None if quality is None else quality.at(log_error),
         spread=None if quality is None else quality.spread,
-        speedup=None if time is None else 1 / max(time.at(kept), 1e-3),
+        speedup=None if time is None else _speedup(time, kept),
         low=None if quality is None else quality.at(log_error) - FOUR_OF_FIVE * quality.spread,
         next_kept=choice.slope / 100,
     )
@@ -261,6 +285,6 @@ def _kept_for(settings: Settings, target: Target) -> float:
     if kept <= 0:
         raise BadParameter(
             f"target={str(target)!r} cannot be reached: with nothing kept at all a run is predicted"
-            f" to be {1 / max(line.at(0.0), 1e-3):.2f}× as fast"
+            f" to be {_speedup(line, 0.0):.2f}× as fast"
         )
     return min(kept, 1.0)

@@ -21,6 +21,21 @@ from diffpatch.errors import BadParameter
 Unit = TypeVar("Unit")
 
 
+class OutOfReach(BadParameter):
+    """No choice is that small.
+
+    Args:
+        what: "kept" or "error".
+        wanted: the largest value that was asked for.
+        best: the least that can be had.
+    """
+
+    def __init__(self, what: str, wanted: float, best: float) -> None:
+        had = "least that was measured keeps" if what == "kept" else "best that was measured has"
+        super().__init__(f"{what}={wanted:.3g} cannot be reached: the {had} {best:.3g}")
+        self.best = best
+
+
 @dataclass(frozen=True, order=True)
 class Point:
     """One setting of a unit that was tried.
@@ -94,8 +109,8 @@ def choose(
         weights: unit -> its share of the pairs, if units differ in size; None weights all alike.
 
     Raises:
-        BadParameter: not exactly one of `kept` and `error` is given, or it cannot be reached; the
-            message then says what can.
+        BadParameter: not exactly one of `kept` and `error` is given.
+        OutOfReach: it cannot be reached.
     """
     if (kept is None) == (error is None):
         raise BadParameter(f"kept={kept} and error={error}: give exactly one of them")
@@ -142,11 +157,7 @@ def _refuse_impossible(
     least: float,
 ) -> None:
     if kept is not None and not least <= kept * (1 + 1e-12):
-        raise BadParameter(
-            f"kept={kept:.3g} cannot be reached: the least that was measured keeps {least:.3g}"
-        )
+        raise OutOfReach("kept", kept, least)
     best = math.fsum(share[u] * hull[-1].error for u, hull in hulls.items())
     if error is not None and not best <= error * (1 + 1e-12):
-        raise BadParameter(
-            f"error={error:.3g} cannot be reached: the best that was measured has {best:.3g}"
-        )
+        raise OutOfReach("error", error, best)
