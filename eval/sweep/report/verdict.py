@@ -10,6 +10,7 @@ from diffpatch.eval.sweep.paste import line
 from diffpatch.eval.sweep.report.rows import METRICS, Row
 
 UNITS = {"psnr": " dB"}
+FASTER = 1.02  # speedup from which a method counts as faster: less is what times scatter by
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Verdict:
 def verdict(rows: Sequence[Row], bar: Mapping[str, float]) -> Verdict:
     """The fastest method above the bar of quality: on every prompt, or at least in the mean."""
     able = [row for row in rows if row.kind == "method"]
-    fast = [row for row in able if row.gain > 1]
+    fast = [row for row in able if row.gain >= FASTER]
     in_the_mean = [row for row in fast if _clears(row.quality, bar)]
     always = [row for row in in_the_mean if _clears(row.least, bar)]
     noise = busy(worst(row.load for row in rows))
@@ -82,9 +83,10 @@ def _clears(quality: Mapping[str, float], bar: Mapping[str, float]) -> bool:
 
 def _rule(bar: Mapping[str, float]) -> str:
     wanted = _wanted(bar)
+    good = f" that have {wanted} on every prompt, else in the mean" if bar else ""
     return (
-        "Rule: the highest median speedup of a whole call among the methods that are faster than"
-        " dense" + (f" and have {wanted} on every prompt, else in the mean." if bar else ".")
+        f"Rule: the highest median speedup of a whole call, at least {FASTER:g}×, among the"
+        f" methods{good}."
     )
 
 

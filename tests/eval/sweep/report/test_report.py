@@ -55,6 +55,9 @@ def test_the_pick_is_the_fastest_above_the_bar(summary: Summary) -> None:
     assert strict.pick is None and "closest to dense is radial" in strict.text
     slow = dict.fromkeys(METHODS, (0.9, 40.0))
     assert verdict(rows(summary, **slow), {}).text.startswith("Stay dense")
+    for gain, pick in ((1.019, None), (1.021, "radial")):  # less than 1.02 is within the scatter
+        scattered = verdict(rows(summary, **{**slow, "radial": (gain, 40.0)}), {})
+        assert scattered.pick == pick and "at least 1.02×" in scattered.rule
 
 
 def test_the_front_is_what_nothing_beats_in_both(summary: Summary) -> None:
