@@ -53,7 +53,7 @@ class PatchedTransformer:
         self._trained = family.trained_of(model)
         self.learned = self._learned(type(model).__name__)
         self._gates = Gates(self.learned)
-        self.cache = None if cache is None else StepCache(cache, model)
+        self.cache = None if cache is None else StepCache(cache, model, family)
         begun = None
         if self.cache is not None:
             begun = functools.partial(remarks.on_turns, self.cache, weakref.ref(model), patch, name)

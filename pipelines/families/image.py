@@ -39,6 +39,7 @@ IMAGE_FAMILIES = (
         guidance="distilled",
         regional=True,
         ulysses=True,
+        cacheable=False,
     ),
     FamilyInfo(
         "Stable Diffusion 3 / 3.5",

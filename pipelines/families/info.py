@@ -70,6 +70,8 @@ class FamilyInfo:
         regional: whether diffusers can compile its blocks alone (`compile_repeated_blocks`);
             others compile as a whole.
         ulysses: whether diffusers has a plan that splits its sequence over several GPUs.
+        cacheable: False where diffusers' FirstBlockCache fails in a forward of it: it reads the
+            input of a block by the wrong name, or takes all blocks for alike.
         trained: what its public checkpoints were trained at, the first that fits a model; empty
             where that is not known.
     """
@@ -89,6 +91,7 @@ class FamilyInfo:
     guidance: str
     regional: bool
     ulysses: bool
+    cacheable: bool = True
     trained: tuple[Trained, ...] = ()
 
     def trained_at(self, heads: int | None = None, time_patch: int | None = None) -> Trained | None:

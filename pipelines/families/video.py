@@ -160,6 +160,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        cacheable=False,
     ),
     FamilyInfo(
         "Allegro",
@@ -181,6 +182,7 @@ VIDEO_FAMILIES = (
         guidance="batch",
         regional=False,
         ulysses=False,
+        cacheable=False,
     ),
     FamilyInfo(
         "ChronoEdit",
@@ -236,6 +238,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        cacheable=False,
     ),
     FamilyInfo(
         "Kandinsky 6",
@@ -273,6 +276,7 @@ VIDEO_FAMILIES = (
         guidance="calls",
         regional=True,
         ulysses=False,
+        cacheable=False,
     ),
     FamilyInfo(
         "FramePack",

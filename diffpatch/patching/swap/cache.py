@@ -20,16 +20,8 @@ from diffpatch.patching.forwards import Forwards
 from diffpatch.patching.options.composition import cache_of
 from diffpatch.patching.run.run import Run
 from diffpatch.patching.swap.in_place import InPlaceOfForward
+from diffpatch.pipelines.families.info import FamilyInfo
 
-# Models on which diffusers' FirstBlockCache fails in a forward: it reads the input of a block by
-# the wrong name, or takes all blocks for alike.
-FAILS = (
-    "Cosmos3OmniTransformer",
-    "Flux2Transformer2DModel",
-    "Kandinsky5Transformer3DModel",
-    "LatteTransformer3DModel",
-    "MotifVideoTransformer3DModel",
-)
 MEANING = "0.1: how much the first block may change before the others are computed again"
 
 
@@ -39,12 +31,13 @@ class StepCache:
     Args:
         threshold: change of what the first block adds below which the others are left out.
         model: a transformer of diffusers.
+        family: what is known about it.
 
     Raises:
         BadParameter: diffusers cannot cache this model, or does so already.
     """
 
-    def __init__(self, threshold: float, model: Any) -> None:
+    def __init__(self, threshold: float, model: Any, family: FamilyInfo) -> None:
         self.threshold = threshold
         self._config: Any = None
         self._names: _Names | None = None
@@ -54,7 +47,7 @@ class StepCache:
             raise BadParameter(
                 f"cache={threshold}: diffusers cannot cache {type(model).__name__}; leave cache out"
             )
-        if type(model).__name__ in FAILS:
+        if not family.cacheable:
             raise BadParameter(
                 f"cache={threshold}: FirstBlockCache of diffusers fails on {type(model).__name__};"
                 " leave cache out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ import diffpatch
 from diffpatch import BadParameter
 from diffpatch.errors import DiffpatchError
 from tests.patching.run.test_runs import Windows
-from tests.tiny import Tiny, wan
-from tests.tiny.families import CASES
+from tests.tiny import Tiny, images, packed, videos, wan, whole
 from tests.tiny.images import flux_kontext, sd3
 from tests.tiny.parts import noise
 
@@ -178,9 +178,12 @@ def test_branches_that_a_pipeline_does_not_name_go_by_their_numbers(build: Any) 
     assert torch.equal(tiny.run(num_inference_steps=STEPS), plain)
 
 
-@pytest.mark.parametrize("case", ["flux2", "kandinsky", "latte", "cosmos3-pipeline"])
-def test_models_on_which_diffusers_fails_are_refused(case: str) -> None:
-    model = CASES[case].build()
+FAILING = [images.flux2, videos.kandinsky, videos.latte, packed.cosmos3_pipeline, whole.motif_video]
+
+
+@pytest.mark.parametrize("build", FAILING)
+def test_models_on_which_diffusers_fails_are_refused(build: Callable[[], Tiny]) -> None:
+    model = build()
     with pytest.raises(BadParameter, match=r"fails on .*; leave cache out"):
         diffpatch.patch(model.pipe, "dense", cache=0.1)
     model.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
@@ -189,6 +192,11 @@ def test_models_on_which_diffusers_fails_are_refused(case: str) -> None:
         model.pipe.transformer.cache_context("as its pipelines do not"),
     ):
         model.run()
+
+
+def test_no_other_model_is_refused_for_that() -> None:
+    failing = {type(build().pipe.transformer).__name__ for build in FAILING}
+    assert {row.transformer for row in diffpatch.list_families() if not row.cacheable} == failing
 
 
 def test_a_copy_would_run_the_blocks_of_the_original(tiny: Tiny) -> None:
