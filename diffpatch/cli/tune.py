@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--hold-out {args.hold_out} leaves none of the {len(prompts)} prompts")
     if args.output.suffix != ".json":
         raise UsageError(f"-o {args.output} must be a file that ends in .json")
-    output.check_free([args.output], args.overwrite)
+    files = [args.output.with_suffix(suffix) for suffix in (".json", ".html", ".svg")]
+    output.check_free(files, args.overwrite)
     output.check_writable(args.output.absolute().parent)
     progress.hush_libraries()
     source = loading.find(args.model)

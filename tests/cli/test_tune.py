@@ -57,10 +57,15 @@ def test_one_command_writes_settings_a_page_and_a_picture(
     assert "attention 50%" in told and "target kept 0.8" in told and "a fox" in told
 
 
-def test_a_file_that_is_there_is_not_replaced_unasked(tuned: Path, model: str) -> None:
-    before = tuned.read_bytes()
-    assert main(["tune", "-m", model, *TUNE, "-o", str(tuned)]) == 2
-    assert tuned.read_bytes() == before
+@pytest.mark.parametrize("suffix", [".json", ".html", ".svg"])
+def test_a_file_that_is_there_is_not_replaced_unasked(
+    model: str, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / f"wan{suffix}"
+    mine.write_text("mine", encoding="utf-8")
+    assert main(["tune", "-m", model, *TUNE, "-o", str(tmp_path / "wan.json")]) == 2
+    assert f"wan{suffix} exists; add --overwrite" in capsys.readouterr().err
+    assert [p.read_text(encoding="utf-8") for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_rendering_with_settings(

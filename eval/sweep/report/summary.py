@@ -9,6 +9,7 @@ from typing import Any
 
 from diffpatch.eval.sweep.report.rows import Row, behind, row
 from diffpatch.eval.sweep.report.verdict import Verdict, verdict
+from diffpatch.eval.sweep.schema import BadSweep
 from diffpatch.eval.sweep.scores import set_distances
 from diffpatch.files import read_json
 
@@ -82,6 +83,7 @@ def summarize(folder: Path) -> Summary:
 
     Raises:
         FileNotFoundError: it is none.
+        BadSweep: its runs were judged by different networks.
     """
     plan = read_json(folder / "sweep.json")
     if plan is None:
@@ -89,6 +91,7 @@ def summarize(folder: Path) -> Summary:
     found = [read_json(folder / "runs" / name / "run.json") for name in plan["runs"]]
     failed = [read_json(folder / "failed" / f"{name}.json") for name in plan["runs"]]
     results = [result for result in found if result is not None]
+    _check_judges(folder, results)
     failures = [failure for failure in failed if failure is not None]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -107,6 +110,19 @@ def summarize(folder: Path) -> Summary:
         failures=tuple(failures),
         missing=len(found) - len(results) - len(failures),
         bar=plan["bar"],
+    )
+
+
+def _check_judges(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Scores of different networks do not meet in one table, also where a rescore was cut off."""
+    judges = [result["judged_by"] for result in results if "judged_by" in result]
+    other = next((each for each in judges if each != judges[0]), None)
+    if other is None:
+        return
+    name = next(key for key in {**judges[0], **other} if judges[0].get(key) != other.get(key))
+    raise BadSweep(
+        f"{name}: runs in {folder} were judged by {judges[0].get(name, 'none')} and others by"
+        f" {other.get(name, 'none')}; add --rescore to judge all of them anew"
     )
 
 

@@ -150,6 +150,15 @@ def test_other_networks_do_not_join_a_table(
     assert "add --rescore" in capsys.readouterr().err
     assert main([*words, "--rescore"]) == 0
     assert main(words) == 0
+    capsys.readouterr()
+    last = json.loads((folder / "sweep.json").read_text())["runs"][-1]
+    one = folder / "runs" / last / "run.json"  # as if the rescore had been cut off before it
+    known = json.loads(one.read_text())
+    one.write_text(json.dumps(known | {"judged_by": known["judged_by"] | {"clip": "another"}}))
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "clip: runs in" in told and "another" in told and "add --rescore" in told
+    assert main(["sweep", "--report-only", "--rescore", str(folder), "--quiet"]) == 0
 
 
 def test_what_fails_is_kept_apart_and_tried_again_on_request(
