@@ -212,9 +212,10 @@ def _out_of_reach(
     if least is None:
         return f"target={str(target)!r}: {refused[0]}"
     kept = dense + (1 - dense) * least
+    included = f", the {dense:.0%} of dense steps included" if dense else ""
     return (
-        f"target={str(target)!r} cannot be reached: the least that was measured keeps {kept:.3g},"
-        f" the {dense:.0%} of dense steps included{_fast(settings, target, kept)}"
+        f"target={str(target)!r} cannot be reached: the least that was measured keeps {kept:.3g}"
+        f"{included}{_fast(settings, target, kept)}"
     )
 
 

@@ -104,6 +104,13 @@ def test_where_all_steps_are_dense_nothing_less_can_be_kept() -> None:
         choose_for(whole.model_copy(update={"measured_on": measured}), Target.parse("kept 0.5"))
 
 
+def test_without_dense_steps_a_refusal_does_not_speak_of_them() -> None:
+    whole = settings()
+    measured = whole.measured_on.model_copy(update={"dense_steps": 0.0})
+    with pytest.raises(BadParameter, match=r"the least that was measured keeps 0\.1$"):
+        choose_for(whole.model_copy(update={"measured_on": measured}), Target.parse("kept 0.05"))
+
+
 def test_a_speedup_comes_from_the_pairs() -> None:
     chosen = choose_for(settings(), Target.parse("2x"))
     assert chosen.kept <= 1 / 3 + 1e-9  # 0.25 + 0.75 k = 1/2
