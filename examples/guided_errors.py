@@ -40,7 +40,7 @@ Forward = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]  # its arguments,
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Errors of attention, predictions and guidance.")
-    parser.add_argument("-m", "--model", default="demo", help="a Wan or a demo (demo)")
+    parser.add_argument("-m", "--model", default="demo", help="one of the demos (demo)")
     parser.add_argument("-p", "--prompt", nargs="+", help="captions (the 12 of dynamic.yaml)")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps (8)")
     parser.add_argument("--kept", type=float, default=0.25, help="fraction of the pairs (0.25)")
@@ -48,20 +48,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     source = find(args.model)
     pipe = load_pipeline(source)
-    call = fitted_call({**preset_call(source), "num_inference_steps": args.steps}, pipe)
-    sizes = {name: call[name] for name in ("height", "width", "num_frames")}
+    wanted = {**preset_call(source), "num_inference_steps": args.steps}
+    sizes = {name: wanted[name] for name in ("height", "width", "num_frames")}
     grid = diffpatch.plan(pipe, "dense", **sizes).grid
+    call = fitted_call(wanted, pipe)  # of which Wan's pipeline makes as many frames as are wanted
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for prompt in args.prompt or yaml.safe_load(CAPTIONS.read_text(encoding="utf-8"))["prompts"]:
         steps = recorded(pipe, call | {"prompt": prompt})
         for name, found in rows.items():
             method = fit_kept(name, grid, args.kept)
-            found.append(
-                {
-                    "prompt": prompt,
-                    **errors(pipe.transformer, method, steps, call["guidance_scale"]),
-                }
-            )
+            wrong = errors(pipe.transformer, method, steps, call["guidance_scale"])
+            found.append({"caption": prompt, **wrong})
     print(shown(rows))
     about = {"environment": environment(), "model": args.model, "call": call, "kept": args.kept}
     write_json(args.output, {**about, "rows": rows, "apart": apart(rows)})
