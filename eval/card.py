@@ -127,11 +127,12 @@ def _board(text: CardText, pattern: Image.Image | None) -> Image.Image:
     """Everything that does not move."""
     board = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(board)
-    draw.text((COLUMN, 8), f"{text.speedup:.1f}x", ACCENT, font=_font(150))
+    room = WIDTH - COLUMN - 40
+    _fitted(draw, (COLUMN, 8), f"{text.speedup:.1f}x", ACCENT, 150, room)
     kept = f"{text.kept:.0%}"
     figures = (f"{text.psnr:.1f} dB", "PSNR to dense"), (kept, "of attention computed")
     words = faster(float(f"{text.speedup:.1f}"))
-    draw.text((COLUMN + 6, 174), f"{words}, end to end", INK, font=_font(36))
+    _fitted(draw, (COLUMN + 6, 174), f"{words}, end to end", INK, 36, room)
     for number, (figure, what) in enumerate(figures):
         draw.text((COLUMN + 6, 252 + 112 * number), figure, INK, font=_font(52))
         draw.text((COLUMN + 6, 310 + 112 * number), what, SOFT, font=_font(26))

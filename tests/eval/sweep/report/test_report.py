@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from diffpatch.eval import card
 from diffpatch.eval.media import save_frames
@@ -264,3 +264,13 @@ def test_a_prompt_of_several_lines_stands_on_one(tmp_path: Path) -> None:
         card.write_card(tmp_path, grey, grey, said, None, 8)
         cards.append(np.array(Image.open(tmp_path / "card.png")))
     assert np.array_equal(cards[0], cards[1])
+
+
+@pytest.mark.parametrize("speedup", [0.7, 1.0, 2.0, 12.3, 123.4])
+def test_figures_end_before_the_card_does(tmp_path: Path, speedup: float) -> None:
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    said = card.CardText("a", speedup, 100.0, 1.0, "line", "prompt", "machine")
+    card.write_card(tmp_path, grey, grey, said, None, 8)
+    with Image.open(tmp_path / "card.png") as still:
+        margin = still.convert("RGB").crop((card.WIDTH - 30, 0, card.WIDTH, card.HEIGHT))
+    assert margin.getcolors() == [(30 * card.HEIGHT, ImageColor.getrgb(card.PAPER))]
