@@ -59,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
             method = fit_kept(name, grid, args.kept)
             wrong = errors(pipe.transformer, method, steps, call["guidance_scale"])
             found.append({"caption": prompt, **wrong})
-    print(shown(rows))
+    between = apart(rows)
+    print(shown(rows, between))
     about = {"environment": environment(), "model": args.model, "call": call, "kept": args.kept}
-    write_json(args.output, {**about, "rows": rows, "apart": apart(rows)})
+    write_json(args.output, {**about, "rows": rows, "apart": between})
     print(f"wrote {args.output}")
 
 
@@ -114,13 +115,13 @@ def apart(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]
     }
 
 
-def shown(rows: dict[str, list[dict[str, float]]]) -> str:
+def shown(rows: dict[str, list[dict[str, float]]], between: dict[str, dict[str, float]]) -> str:
     """Means over captions, and how far the methods are apart."""
     lines = [["", *COLUMNS]]
     for name, each in rows.items():
         lines.append([name, *(f"{fmean(one[column] for one in each):.1%}" for column in COLUMNS)])
-    between = [apart(rows)[column] for column in COLUMNS]
-    lines.append(["apart", *(f"{b['low']:+.1%} to {b['high']:+.1%}" for b in between)])
+    intervals = (between[column] for column in COLUMNS)
+    lines.append(["apart", *(f"{x['low']:+.1%} to {x['high']:+.1%}" for x in intervals)])
     return table(lines)
 
 
